@@ -1,0 +1,455 @@
+"""Data sets: loading, splitting, caching, batching.
+
+`load("CIFAR-100")` gives a Dataset of three splits whose images are uint8 tensors at their stored size. A step's batch is
+moved, resized and normalised on the training device by Prepare. A new data set is one function here, marked with
+@loader, and one Protocol in protocol.py.
+
+Splits depend on the data only, never on a run's seed: rows are put in order by a hash of their position.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from diffvit.errors import UserError
+from diffvit.protocol import protocol_of, stable_seed
+
+# Raise it when decoding, splitting or resizing changes: cached arrays of other versions are not used.
+_CACHE_VERSION = 1
+
+_SPLITS = ("train", "val", "test")
+
+
+class ImageSet(TorchDataset):
+    """One split in memory.
+
+    Attributes:
+        pixels: uint8 [images, channels, height, width].
+        labels: int64 [images].
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor):
+        self.pixels = pixels
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.pixels[row], self.labels[row]
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """A whole batch at once: what DataLoader calls where it is there."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.pixels.device)
+        return self.pixels[index], self.labels[index]
+
+    def to(self, device: str | torch.device) -> ImageSet:
+        """The same split on a device."""
+        return ImageSet(self.pixels.to(device), self.labels.to(device))
+
+    def head(self, rows: int | None) -> ImageSet:
+        """The first `rows` images, or all."""
+        return self if rows is None else ImageSet(self.pixels[:rows], self.labels[:rows])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set ready for training.
+
+    Attributes:
+        classes: class names, in label order.
+        mean, std: per channel, pixels in 0-1, of the training split.
+        fingerprint: hash over all pixels and labels of the three splits, in order.
+        notes: what a reader of a result must know about the data.
+    """
+
+    name: str
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What a loader function returns: labels of all rows and their split are cheap, pixels are made on demand."""
+
+    classes: Sequence[str]
+    labels: np.ndarray
+    rows: dict[str, np.ndarray]
+    decode: Callable[[np.ndarray], np.ndarray]
+    notes: list[str] = field(default_factory=list)
+    cache_key: str | None = None
+
+
+_LOADERS: dict[str, Callable[[Path | None], _Raw]] = {}
+
+
+def loader(name: str) -> Callable[[Callable[[Path | None], _Raw]], Callable[[Path | None], _Raw]]:
+    """Marks the function that loads a data set; it takes the data root."""
+
+    def mark(function: Callable[[Path | None], _Raw]) -> Callable[[Path | None], _Raw]:
+        _LOADERS[name] = function
+        return function
+
+    return mark
+
+
+def load(name: str, data_root: str | Path | None = None) -> Dataset:
+    """A data set by name, decoded once per process and, where decoding is slow, once per machine.
+
+    Args:
+        name: a key of PROTOCOLS.
+        data_root: folder that holds hub data sets as `user/name`; default $DIFFVIT_DATA, then the hub.
+
+    Raises:
+        UserError: the data are missing, unreadable or not what the protocol says.
+    """
+    root = data_root or os.environ.get("DIFFVIT_DATA") or None
+    return _load(name, Path(root).expanduser().resolve() if root else None)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(name: str, data_root: Path | None) -> Dataset:
+    raw = _LOADERS[name](data_root)
+    expected = protocol_of(name).images
+    found = tuple(len(raw.rows[split]) for split in _SPLITS)
+    if found != expected:
+        raise UserError(
+            f"{name} has {found[0]} training, {found[1]} validation and {found[2]} test images instead of "
+            f"{expected[0]}, {expected[1]} and {expected[2]}.",
+            "the copy is truncated or another data set: download it again.",
+        )
+    arrays, facts = _cached_arrays(name, raw) if raw.cache_key else _arrays(raw)
+    splits = {
+        split: ImageSet(torch.from_numpy(arrays[f"{split}_pixels"]), torch.from_numpy(arrays[f"{split}_labels"]))
+        for split in _SPLITS
+    }
+    return Dataset(
+        name=name,
+        classes=tuple(raw.classes),
+        mean=tuple(facts["mean"]),
+        std=tuple(facts["std"]),
+        fingerprint=facts["fingerprint"],
+        notes=tuple(raw.notes),
+        **splits,
+    )
+
+
+def _arrays(raw: _Raw) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    arrays = {}
+    for split in _SPLITS:
+        arrays[f"{split}_pixels"] = np.ascontiguousarray(raw.decode(raw.rows[split]))
+        arrays[f"{split}_labels"] = raw.labels[raw.rows[split]].astype(np.int64)
+    digest = hashlib.sha256()
+    for key, array in arrays.items():
+        digest.update(f"{key}{array.shape}".encode())
+        digest.update(array.data)
+    mean, std = _channel_statistics(arrays["train_pixels"])
+    return arrays, {"fingerprint": digest.hexdigest()[:16], "mean": mean, "std": std}
+
+
+def _channel_statistics(pixels: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel, pixels in 0-1, from exact counts of the 256 values."""
+    values = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(pixels.shape[1]):
+        weights = np.bincount(pixels[:, channel].ravel(), minlength=256) / pixels[:, channel].size
+        mean.append(float(weights @ values))
+        std.append(float(np.sqrt(weights @ (values - mean[-1]) ** 2)))
+    return mean, std
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept: $DIFFVIT_CACHE, or diffvit in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("DIFFVIT_CACHE") or Path(base) / "diffvit").expanduser()
+
+
+def _cached_arrays(name: str, raw: _Raw) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The decoded splits, memory-mapped, so that runs on one machine share them."""
+    folder = cache_folder() / f"{name}-{raw.cache_key}-v{_CACHE_VERSION}"
+    if not (folder / "facts.json").is_file():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+        except OSError as error:
+            raise UserError(f"the cache folder {folder.parent} cannot be written: {error.strerror}.", "set DIFFVIT_CACHE.") from error  # fmt: skip
+        try:
+            arrays, facts = _arrays(raw)
+            for key, array in arrays.items():
+                np.save(aside / f"{key}.npy", array)
+            (aside / "facts.json").write_text(json.dumps(facts))
+            aside.rename(folder)
+        except OSError as error:
+            if not (folder / "facts.json").is_file():  # else another process was first, which is as good
+                raise UserError(f"{name} cannot be kept in {folder.parent}: {error.strerror}.", "set DIFFVIT_CACHE to a folder with room.") from error  # fmt: skip
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    # "c" is copy-on-write: torch wants writable memory, and the file stays as it is.
+    arrays = {
+        key: np.load(folder / f"{key}.npy", mmap_mode="c")
+        for key in (f"{split}_{part}" for split in _SPLITS for part in ("pixels", "labels"))
+    }
+    return arrays, json.loads((folder / "facts.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------------- the data sets
+
+
+@loader("CIFAR-100")
+def _cifar100(data_root: Path | None) -> _Raw:
+    """uoft-cs/cifar100: 50 of each class's 500 training images become validation."""
+    parts = _load_hub("uoft-cs/cifar100", data_root, columns={"img", "fine_label"})
+    train, test = parts["train"], parts["test"]
+    labels = np.concatenate([np.asarray(part["fine_label"], dtype=np.int64) for part in (train, test)])
+    train_rows, val_rows = split_rows(labels[: len(train)], [0.9, 0.1], salt="CIFAR-100")
+    test_rows = np.arange(len(train), len(labels))
+
+    def decode(rows: np.ndarray) -> np.ndarray:
+        from torchvision.io import ImageReadMode, decode_image
+
+        part, first = (test, len(train)) if rows[0] >= len(train) else (train, 0)
+        encoded = part.with_format("arrow")[:]["img"].combine_chunks().field("bytes")
+        out = np.empty((len(rows), 3, 32, 32), dtype=np.uint8)
+        for i, row in enumerate(rows):
+            buffer = np.frombuffer(encoded[int(row) - first].as_buffer(), dtype=np.uint8).copy()
+            out[i] = decode_image(torch.from_numpy(buffer), ImageReadMode.RGB).numpy()
+        return out
+
+    return _Raw(
+        classes=train.features["fine_label"].names,
+        labels=labels,
+        rows={"train": train_rows, "val": val_rows, "test": test_rows},
+        decode=decode,
+        cache_key=f"{train._fingerprint}{test._fingerprint}",
+    )
+
+
+# The rows, in file-name order, that kaiko's eva holds out: a split of BACH's 400 labelled images by patient.
+_BACH_HELD_OUT = ((41, 59), (60, 90), (139, 169), (240, 258), (260, 273), (345, 368))
+_BACH_CLASSES = ("Benign", "InSitu", "Invasive", "Normal")
+_BACH_FILE = re.compile(r"^(b|is|iv|n)(\d{3})\.\w+$")
+
+
+@loader("BACH")
+def _bach(data_root: Path | None) -> _Raw:
+    """1aurent/BACH: the 400 labelled images; its own test split has no labels and is not used.
+
+    eva's held-out patients are the test set. Ten images a class, neighbours in file-name order and so mostly of the same
+    patients, are taken off the rest for validation.
+    """
+    part = _load_hub("1aurent/BACH", data_root, columns={"image", "label"}, splits=("train",))["train"]
+    names = part.features["label"].names
+    stored = np.asarray(part["label"])
+    known = np.asarray([names[label] in _BACH_CLASSES for label in stored])
+    part_rows = np.flatnonzero(known)
+    labels = np.asarray([_BACH_CLASSES.index(names[label]) for label in stored[part_rows]], dtype=np.int64)
+    encoded = [image["bytes"] for image in part.select(part_rows)["image"]]
+    files = [Path(image["path"] or "").name for image in part.select(part_rows)["image"]]
+
+    notes = []
+    order = np.lexsort((files, labels))
+    if len(set(files)) == len(files) == 400 and all(_BACH_FILE.match(file) for file in files):
+        held_out = np.zeros(len(order), dtype=bool)
+        for first, last in _BACH_HELD_OUT:
+            held_out[first:last] = True
+        test_rows, rest = order[held_out], order[~held_out]
+        val_rows = np.concatenate([rest[labels[rest] == label][-10:] for label in range(4)])
+        train_rows = np.setdiff1d(rest, val_rows)
+        notes.append("test images are of other patients than training images (eva's split)")
+    else:
+        train_rows, val_rows, test_rows = split_rows(labels, [228 / 400, 40 / 400, 132 / 400], salt="BACH")
+        notes.append("the images carry no BACH file names, so the split is stratified by class and patients may be shared")
+    size = protocol_of("BACH").image_size
+
+    def decode(rows: np.ndarray) -> np.ndarray:
+        import io
+
+        from PIL import Image
+
+        out = np.empty((len(rows), 3, size, size), dtype=np.uint8)
+        for i, row in enumerate(rows):
+            # The whole slide, squeezed to a square: its label holds for all of it, so nothing is cropped away.
+            with Image.open(io.BytesIO(encoded[row])) as image:
+                resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+            out[i] = np.asarray(resized).transpose(2, 0, 1)
+        return out
+
+    return _Raw(
+        classes=_BACH_CLASSES,
+        labels=labels,
+        rows={"train": train_rows, "val": val_rows, "test": test_rows},
+        decode=decode,
+        notes=notes,
+        cache_key=f"{part._fingerprint}-{size}",
+    )
+
+
+# Standard deviation of the noise in digits-noisy, pixels in 0-1, chosen on the validation split: small models still learn.
+DIGITS_NOISE = 0.35
+_DIGITS_NOISE_SEED = 20_241_005
+
+
+@loader("digits")
+def _digits(data_root: Path | None) -> _Raw:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels: 70 % training, 10 % validation, 20 % test."""
+    return _digits_with_noise(0.0)
+
+
+@loader("digits-noisy")
+def _digits_noisy(data_root: Path | None) -> _Raw:
+    """The digits with Gaussian noise on every pixel, drawn once from a seed of its own."""
+    raw = _digits_with_noise(DIGITS_NOISE)
+    raw.notes.append(f"Gaussian noise of standard deviation {DIGITS_NOISE:g} (pixels in 0-1) on all splits")
+    return raw
+
+
+def _digits_with_noise(noise: float) -> _Raw:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = digits.images / 16.0
+    if noise:
+        images = images + np.random.RandomState(_DIGITS_NOISE_SEED).standard_normal(images.shape) * noise
+    pixels = np.clip(np.rint(images * 255), 0, 255).astype(np.uint8)[:, None]
+    labels = digits.target.astype(np.int64)
+    train, val, test = split_rows(labels, [0.7, 0.1, 0.2], salt="digits")
+    return _Raw(
+        classes=[str(name) for name in digits.target_names],
+        labels=labels,
+        rows={"train": train, "val": val, "test": test},
+        decode=lambda rows: pixels[rows],
+    )
+
+
+def _load_hub(name: str, data_root: Path | None, columns: set[str], splits: Sequence[str] = ("train", "test")) -> Any:
+    """A hub data set, from the data root where one is given, with images left encoded."""
+    import datasets
+
+    path = name
+    if data_root is not None:
+        path = str(data_root / name)
+        if not Path(path).is_dir():
+            raise UserError(f"there is no data set folder {path}.", f"put {name} there, or leave out --data_root to load it from the hub.")  # fmt: skip
+    datasets.disable_progress_bars()
+    try:
+        parts = datasets.load_dataset(path)
+    except Exception as error:  # the client's errors are of many kinds: network, Parquet, schema
+        hint = "download it again." if data_root else "check the connection, or give a local copy with --data_root."
+        raise UserError(f"{name} cannot be loaded from {path}: {_first_sentence(error)}.", hint) from error
+    for split in splits:
+        if split not in parts or not columns <= set(parts[split].column_names):
+            raise UserError(f"{path} has no split {split!r} with columns {', '.join(sorted(columns))}.", f"it must be in the schema of {name}.")  # fmt: skip
+    image_column = next(iter(columns - {"label", "fine_label"}))
+    return {split: parts[split].cast_column(image_column, datasets.Image(decode=False)) for split in splits}
+
+
+def _first_sentence(error: BaseException) -> str:
+    root = error.__cause__ or error
+    text = " ".join(str(root).split()) or type(root).__name__
+    return text.split(". ")[0].rstrip(".")[:200]
+
+
+def split_rows(labels: np.ndarray, fractions: Sequence[float], salt: str) -> list[np.ndarray]:
+    """Row numbers of stratified parts, disjoint and sorted; each class is cut at rounded cumulative fractions.
+
+    The order within a class is that of a hash of the row number, so that the split is the same for ever.
+    """
+    parts: list[list[np.ndarray]] = [[] for _ in fractions]
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        rows = np.asarray(sorted(rows.tolist(), key=lambda row: stable_seed("split", salt, row)))
+        cuts = np.rint(np.cumsum(fractions)[:-1] * len(rows)).astype(int)
+        for part, chunk in zip(parts, np.split(rows, cuts), strict=True):
+            part.append(chunk)
+    return [np.sort(np.concatenate(part)) for part in parts]
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+class StepBatches(Sampler[list[int]]):
+    """The rows of every step's batch: epochs of permutations drawn from (seed, epoch), the last partial batch kept.
+
+    Args:
+        rows: size of the split.
+        steps: (first, last), counted from 1; a resumed run starts in the middle.
+        part: (rank, workers): each worker takes every workers-th row of each batch.
+    """
+
+    def __init__(
+        self, rows: int, batch_size: int, seed: int, steps: tuple[int, int], part: tuple[int, int] = (0, 1), salt: str = ""
+    ):
+        self.rows, self.batch_size, self.seed, self.salt = rows, batch_size, seed, salt
+        self.first, self.last = steps
+        self.rank, self.workers = part
+        self.per_epoch = -(-rows // batch_size)
+
+    def __len__(self) -> int:
+        return self.last - self.first + 1
+
+    def batch_length(self, step: int) -> int:
+        """Images in the whole batch of a step, all workers together."""
+        start = (step - 1) % self.per_epoch * self.batch_size
+        return min(self.batch_size, self.rows - start)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        drawn, order = -1, torch.empty(0)
+        for step in range(self.first, self.last + 1):
+            epoch, position = divmod(step - 1, self.per_epoch)
+            if epoch != drawn:
+                generator = torch.Generator().manual_seed(stable_seed("order", self.seed, self.salt, epoch))
+                drawn, order = epoch, torch.randperm(self.rows, generator=generator)
+            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+            yield batch[self.rank :: self.workers].tolist()
+
+
+def make_loader(images: ImageSet, batches: StepBatches | None = None, batch_size: int = 1) -> DataLoader:
+    """A DataLoader of (uint8 pixels, labels), one item a step of `batches`; without them, all rows once in order."""
+    if batches is not None:
+        return DataLoader(images, batch_sampler=batches, collate_fn=_as_is)
+    return DataLoader(images, batch_size=batch_size, collate_fn=_as_is)
+
+
+def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+class Prepare:
+    """uint8 [B, C, height, width] -> float32 [B, C, image_size, image_size], on the pixels' device.
+
+    Resized with antialiased bilinear interpolation (PIL's result to 1/255) where the size differs, then normalised.
+    """
+
+    def __init__(self, image_size: int, mean: Sequence[float], std: Sequence[float], device: str | torch.device = "cpu"):
+        self.size = (image_size, image_size)
+        self.mean = 255 * torch.tensor(mean, device=device).view(1, -1, 1, 1)
+        self.std = 255 * torch.tensor(std, device=device).view(1, -1, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        x = pixels.to(self.mean.device, torch.float32)
+        if x.shape[-2:] != self.size:
+            x = F.interpolate(x, size=self.size, mode="bilinear", antialias=True, align_corners=False)
+        return (x - self.mean) / self.std

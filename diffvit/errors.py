@@ -1,0 +1,36 @@
+"""The one exception for what a user can put right: a sentence, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. The command line prints it as `error: …` and `hint: …` and exits with code 2.
+
+    Args:
+        message: one sentence that says what is wrong.
+        hint: one sentence that says what to do about it.
+    """
+
+    def __init__(self, message: str, hint: str):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __reduce__(self):
+        # Exceptions are rebuilt from their args when they cross processes; ours has two.
+        return (UserError, (self.message, self.hint))
+
+    def __str__(self) -> str:
+        return f"{self.message} (hint: {self.hint})"
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """The error for a name that is not in a list, with the nearest ones first."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    listed = ", ".join(known)
+    hint = f"did you mean {near[0]}? Known: {listed}." if near else f"known: {listed}."
+    return UserError(f"there is no {kind} named {name!r}.", hint)

@@ -1,0 +1,143 @@
+"""Accuracy and loss of a model on a split, one row an image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffvit.dataset import ImageSet, Prepare, load, make_loader
+from diffvit.errors import UserError
+from diffvit.ledger import load_weights
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass runs at a precision, "fp32" or "bf16"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Per image: true label, predicted label, cross-entropy (nats), probability given to the true label. All [images]."""
+
+    labels: Tensor
+    predicted: Tensor
+    losses: Tensor
+    probabilities: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers, 0 to 1."""
+        return (self.labels == self.predicted).double().mean().item()
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return self.losses.double().mean().item()
+
+    def per_class(self, classes: Sequence[str]) -> list[dict[str, Any]]:
+        """For each class: images, accuracy and loss; both None where the class has no image."""
+        rows = []
+        for label, name in enumerate(classes):
+            of_class = self.labels == label
+            right = (self.predicted[of_class] == label).double()
+            losses = self.losses[of_class].double()
+            seen = int(of_class.sum())
+            rows.append(
+                {
+                    "class": name,
+                    "images": seen,
+                    "accuracy": right.mean().item() if seen else None,
+                    "loss": losses.mean().item() if seen else None,
+                }
+            )
+        return rows
+
+    def to_csv(self) -> str:
+        """One row an image, in the split's order."""
+        columns = zip(
+            self.labels.tolist(),
+            self.predicted.tolist(),
+            self.losses.tolist(),
+            self.probabilities.tolist(),
+            strict=True,
+        )
+        rows = (f"{i},{label},{guess},{loss:.9g},{p:.9g}\n" for i, (label, guess, loss, p) in enumerate(columns))
+        return "image,label,predicted,loss,probability\n" + "".join(rows)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    images: ImageSet,
+    *,
+    prepare: Prepare,
+    batch_size: int,
+    precision: str = "fp32",
+) -> Evaluation:
+    """The model's answers for all images, on the device that the model is on."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    parts = []
+    for pixels, labels in make_loader(images, batch_size=batch_size):
+        labels = labels.to(device)
+        with autocast(device, precision):
+            logits = model(prepare(pixels)).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        parts.append(torch.stack([labels.double(), logits.argmax(1).double(), losses.double(), (-losses).exp().double()]).cpu())
+    model.train(was_training)
+    labels, predicted, losses, probabilities = torch.cat(parts, dim=1)
+    return Evaluation(labels.long(), predicted.long(), losses, probabilities)
+
+
+def find_checkpoint(checkpoints: Path, model: str, size: str, dataset: str, run_id: str | None = None) -> Path:
+    """The one .safetensors file of a cell, or of a run_id in it. Raises UserError where there is none, or several."""
+    found = sorted((Path(checkpoints) / model).glob(f"model_*_{size}_{dataset}.safetensors"))
+    if run_id is not None:
+        found = [path for path in found if path.name == f"model_{run_id}_{size}_{dataset}.safetensors"]
+    if not found:
+        which = f"{model} {size} {dataset}" + (f" with run_id {run_id}" if run_id else "")
+        raise UserError(f"there is no checkpoint of {which} in {checkpoints}.", "`run.py list` shows the runs there are.")
+    if len(found) > 1:
+        listed = ", ".join(path.name.split("_")[1] for path in found)
+        raise UserError(f"{len(found)} runs of {model} {size} {dataset} match.", f"choose one with --run_id: {listed}.")
+    return found[0]
+
+
+def evaluate_checkpoint(
+    path: Path,
+    *,
+    data_root: str | Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    device: torch.device,
+) -> dict[str, Any]:
+    """A checkpoint's accuracy, loss and per-class figures on its test set. Its header says all else.
+
+    Raises:
+        UserError: the checkpoint or the data are missing or damaged.
+    """
+    model, facts = load_weights(path)
+    data = load(facts["dataset"], data_root)
+    prepare = Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)
+    outcome = evaluate(
+        model.to(device), data.test.head(limit), prepare=prepare, batch_size=batch_size, precision=facts["precision"]
+    )
+    warnings = []
+    if data.fingerprint != facts["fingerprint"]:
+        warnings.append("these data are not those that the model was trained on: test images may have been seen in training")
+    return {
+        "checkpoint": str(path),
+        **{key: facts[key] for key in ("run_id", "model", "size", "dataset", "seed")},
+        "images": len(outcome.labels),
+        "accuracy": outcome.accuracy,
+        "loss": outcome.loss,
+        "classes": outcome.per_class(facts["classes"]),
+        "warnings": warnings,
+    }

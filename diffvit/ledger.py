@@ -1,0 +1,262 @@
+"""The ledger: what a run is, what it is called, and the files that say it is done.
+
+A run is a RunSpec. Its run_id is a hash over everything that decides its result and over nothing else, so the same work
+has the same id on every machine. Its files lie in checkpoints/{model}/:
+
+    model_{run_id}_{size}_{dataset}.safetensors       the final weights; the header rebuilds the model
+    model_{run_id}_{size}_{dataset}_training.log      one line a step
+    model_{run_id}_{size}_{dataset}_predictions.csv   one row a test image
+    model_{run_id}_{size}_{dataset}_result.json       written last, and atomically: where it is, the run is done
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffvit.errors import UserError, unknown_name
+from diffvit.protocol import Protocol, protocol_of, resolve_dataset, resolve_model, resolve_size
+
+if TYPE_CHECKING:
+    from diffvit.vit import VisionTransformer
+
+# Raise it when a change in the code changes what a run computes: old results then count as other work.
+SEMANTICS_VERSION = 1
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run. Build it with RunSpec.of, which checks and resolves names.
+
+    Attributes:
+        precision: "fp32", or "bf16" for autocast to bfloat16.
+        overrides: protocol values that replace the data set's own.
+    """
+
+    model: str
+    size: str
+    dataset: str
+    seed: int = 0
+    precision: str = "fp32"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        model: str, size: str, dataset: str, seed: int = 0, precision: str = "fp32", overrides: Mapping[str, Any] | None = None
+    ) -> RunSpec:
+        """A checked RunSpec; names may be aliases. Raises UserError."""
+        if precision not in PRECISIONS:
+            raise unknown_name("precision", precision, PRECISIONS)
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise UserError(f"seed is {seed!r}.", "give a whole number of at least 0.")
+        dataset = resolve_dataset(dataset)
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        protocol_of(dataset).with_overrides(given)
+        return RunSpec(resolve_model(model), resolve_size(size, dataset), dataset, seed, precision, given)
+
+    @property
+    def protocol(self) -> Protocol:
+        """The data set's protocol with this run's overrides."""
+        return protocol_of(self.dataset).with_overrides(self.overrides)
+
+    @property
+    def title(self) -> str:
+        """For a person: model, size, data set, seed."""
+        return f"{self.model} {self.size} {self.dataset} seed {self.seed}"
+
+    def identity(self, fingerprint: str) -> dict[str, Any]:
+        """Everything that decides the result, given the data's fingerprint."""
+        return {
+            "semantics": SEMANTICS_VERSION,
+            "model": self.model,
+            "size": self.size,
+            "dataset": self.dataset,
+            "fingerprint": fingerprint,
+            "protocol": self.protocol.identity(self.size),
+            "seed": self.seed,
+            "precision": self.precision,
+        }
+
+    def run_id(self, fingerprint: str) -> str:
+        """Ten hexadecimal digits."""
+        text = json.dumps(self.identity(fingerprint), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a run's files lie."""
+
+    checkpoints: Path
+    model: str
+    run_id: str
+    size: str
+    dataset: str
+
+    @property
+    def stem(self) -> str:
+        return f"model_{self.run_id}_{self.size}_{self.dataset}"
+
+    def _path(self, suffix: str) -> Path:
+        return self.checkpoints / self.model / (self.stem + suffix)
+
+    @property
+    def weights(self) -> Path:
+        return self._path(".safetensors")
+
+    @property
+    def log(self) -> Path:
+        return self._path("_training.log")
+
+    @property
+    def predictions(self) -> Path:
+        return self._path("_predictions.csv")
+
+    @property
+    def result(self) -> Path:
+        return self._path("_result.json")
+
+    @staticmethod
+    def of(checkpoints: Path, spec: RunSpec, run_id: str) -> RunFiles:
+        return RunFiles(Path(checkpoints), spec.model, run_id, spec.size, spec.dataset)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises UserError where files cannot be made in `folder`, which is created if missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"the folder {folder} cannot be written: {error.strerror}.", "choose another one with --checkpoints, or change its permissions.") from error  # fmt: skip
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write aside, flush to disk, rename: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o666 & ~_umask())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ---------------------------------------------------------------------------------------------------------- weights
+
+
+def save_weights(path: Path, model: VisionTransformer, facts: Mapping[str, Any]) -> None:
+    """The model's weights as safetensors, with `facts` as JSON in the header."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    # One header key: the format does not keep the order of several, and equal weights shall make equal files.
+    write_atomically(path, save(tensors, metadata={"diffvit": json.dumps(dict(facts), sort_keys=True)}))
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The facts in a checkpoint's header. Raises UserError for a file that is missing, damaged or not ours."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}.", "`run.py list` shows the runs there are.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}.", "delete its _result.json and train the run again.") from error
+    try:
+        facts = json.loads(metadata["diffvit"])
+        facts["protocol"]["images"] = tuple(facts["protocol"]["images"])
+        facts["protocol"] = Protocol(**facts["protocol"])
+        if facts["size"] not in facts["protocol"].depths:
+            raise KeyError(facts["size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} was not written by diffvit, or by a newer version.", "evaluate takes checkpoints that `run.py train` wrote.") from error  # fmt: skip
+    return facts
+
+
+def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The model of a checkpoint, on the CPU in evaluation mode, and its header's facts. Raises UserError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from diffvit.vit import build_model
+
+    facts = read_header(path)
+    try:
+        model = build_model(facts["model"], facts["size"], facts["protocol"])
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise UserError(f"{path} does not fit the model its header names: {str(error).splitlines()[0]}.", "delete its _result.json and train the run again.") from error  # fmt: skip
+    return model.eval(), facts
+
+
+def weight_facts(spec: RunSpec, run_id: str, data: Any) -> dict[str, Any]:
+    """What a checkpoint's header says: enough to rebuild the model and to feed it, and nothing of time or machine."""
+    return {
+        "run_id": run_id,
+        "model": spec.model,
+        "size": spec.size,
+        "dataset": spec.dataset,
+        "seed": spec.seed,
+        "precision": spec.precision,
+        "protocol": dataclasses.asdict(spec.protocol),
+        "fingerprint": data.fingerprint,
+        "classes": list(data.classes),
+        "mean": list(data.mean),
+        "std": list(data.std),
+        "semantics": SEMANTICS_VERSION,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+def write_result(files: RunFiles, result: Mapping[str, Any]) -> None:
+    """Marks a run as done: everything else is on disk when this is called."""
+    write_atomically(files.result, (json.dumps(dict(result), indent=1) + "\n").encode())
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A result file's content, or None where it is missing. Raises UserError where it is damaged."""
+    try:
+        result = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}.", "delete it, and the same command trains the run again.") from error
+    if not isinstance(result, dict) or "run_id" not in result:
+        raise UserError(f"{path} is not a result of diffvit.", "move it out of the checkpoints folder.")
+    return result
+
+
+def read_results(checkpoints: Path) -> list[dict[str, Any]]:
+    """All finished runs under a checkpoints folder, in order of path."""
+    results = (read_result(path) for path in sorted(Path(checkpoints).glob("*/model_*_result.json")))
+    return [result for result in results if result is not None]

@@ -1,0 +1,409 @@
+"""The training loop: one step is one AdamW update on one global batch, then a look at one validation batch.
+
+Micro-batches and workers only split a step, they do not change it: every image's loss counts 1 / (images in the global
+batch), whoever computes it. Batches come from (seed, epoch), dropout from (seed, step): so a step depends on its number,
+not on what the process did before.
+
+`fit` trains a model; `train` makes a whole run of it: data, model, fit, test, files. Neither knows of Ray.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import diffvit
+from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader
+from diffvit.errors import UserError
+from diffvit.evaluation import Evaluation, autocast, evaluate
+from diffvit.ledger import RunFiles, RunSpec, check_writable, read_result, save_weights, weight_facts, write_atomically, write_result
+from diffvit.log import Step, TrainingLog
+from diffvit.protocol import Protocol, stable_seed
+from diffvit.vit import VisionTransformer, attention_class, build_model
+
+# Called with the steps since the last call and the number of all steps; at most about once a second.
+Progress = Callable[[list[Step], int], None]
+_FLUSH_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What training left behind: the last step's record and the totals."""
+
+    last: Step
+    images: int
+    seconds: float
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    protocol: Protocol,
+    *,
+    seed: int,
+    precision: str = "fp32",
+    micro_batch: int | None = None,
+    on_steps: Progress | None = None,
+) -> Fit:
+    """Train `model` in place, on the device it is on, by `protocol`.
+
+    In a torch.distributed group each process trains its share of every batch.
+
+    Args:
+        model: images -> logits.
+        micro_batch: images a process computes at once; None is the whole batch. It does not change the result, to rounding.
+        on_steps: hears of every step, on the first process only.
+    """
+    rank, workers = _group()
+    device = next(model.parameters()).device
+    total = protocol.total_steps(len(data.train))
+    train_set, val_set = (_to_device(split, device) for split in (data.train, data.val))
+    train_batches = StepBatches(len(train_set), protocol.batch_size, seed, (1, total), (rank, workers), "train")
+    val_batches = StepBatches(len(val_set), protocol.batch_size, seed, (1, total), (rank, workers), "val")
+    optimizer = make_optimizer(model, protocol)
+    parallel = nn.parallel.DistributedDataParallel(model) if workers > 1 else model
+    prepare = Prepare(protocol.image_size, data.mean, data.std, device)
+
+    def loss_sum(net: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy and right answers of a micro-batch."""
+        with autocast(device, precision):
+            logits = net(prepare(pixels)).float()
+        return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
+
+    def update(step: int, pixels: Tensor, labels: Tensor) -> Tensor:
+        """One optimiser update. Returns this process's part of the batch's mean loss."""
+        images = train_batches.batch_length(step)
+        loss = torch.zeros((), device=device)
+        if not len(labels):  # a last batch smaller than the group: take part in the exchange of gradients with zeros
+            (parallel(prepare(train_set.pixels[:1])).sum() * 0.0).backward()
+        chunks = list(zip(_split(pixels, micro_batch), _split(labels, micro_batch), strict=True))
+        for i, (some_pixels, some_labels) in enumerate(chunks):
+            more = i + 1 < len(chunks)
+            with parallel.no_sync() if workers > 1 and more else contextlib.nullcontext():
+                part = loss_sum(parallel, some_pixels, some_labels)[0] / images
+                (part * workers).backward()  # the group takes the mean of its gradients; a step wants their sum
+            loss += part.detach()
+        if protocol.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), protocol.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = protocol.learning_rate(step, total)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    @torch.no_grad()
+    def validate(step: int, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """This process's part of one validation batch's mean loss and accuracy."""
+        model.eval()
+        images = val_batches.batch_length(step)
+        loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
+        for some_pixels, some_labels in zip(_split(pixels, micro_batch), _split(labels, micro_batch), strict=True):
+            part, hits = loss_sum(model, some_pixels, some_labels)
+            loss, right = loss + part / images, right + hits / images
+        model.train()
+        return loss, right
+
+    recorder = _Recorder(protocol, total, train_batches.per_epoch, on_steps if rank == 0 else None)
+    steps = zip(make_loader(train_set, train_batches), make_loader(val_set, val_batches), strict=True)
+    model.train()
+    for step, (train_batch, val_batch) in enumerate(steps, start=1):
+        torch.manual_seed(stable_seed("dropout", seed, step, rank))
+        train_loss = update(step, *train_batch)
+        val_loss, val_accuracy = validate(step, *val_batch)
+        record = torch.stack([train_loss, val_loss, val_accuracy])
+        if workers > 1:
+            dist.all_reduce(record)
+        recorder.add(step, record)
+    assert recorder.last is not None
+    images = sum(train_batches.batch_length(step) for step in range(1, total + 1))
+    return Fit(recorder.last, images, recorder.last.seconds)
+
+
+def make_optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only: not on biases, norms, lambda vectors, positions or the class token."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
+        (decayed if is_matrix else others).append(parameter)
+    groups = [{"params": decayed, "weight_decay": protocol.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=protocol.lr, fused=True)
+
+
+class _Recorder:
+    """Keeps the steps' numbers on the device and fetches them about once a second, so that a step need not wait for them."""
+
+    def __init__(self, protocol: Protocol, total: int, per_epoch: int, on_steps: Progress | None):
+        self._protocol, self._total, self._per_epoch, self._on_steps = protocol, total, per_epoch, on_steps
+        self._waiting: list[tuple[int, float, Tensor]] = []
+        self._start = self._flushed = time.perf_counter()
+        self.last: Step | None = None
+
+    def add(self, step: int, record: Tensor) -> None:
+        """Takes a step's [train loss, validation loss, validation accuracy]."""
+        now = time.perf_counter()
+        self._waiting.append((step, now - self._start, record))
+        if now - self._flushed >= _FLUSH_SECONDS or step == self._total:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows = torch.stack([record for _, _, record in self._waiting]).tolist()
+        # The last step's time is taken now: on a GPU its work has only just ended.
+        self._flushed = time.perf_counter()
+        steps = [
+            Step(step, (step - 1) // self._per_epoch + 1, self._protocol.learning_rate(step, self._total), *row, seconds)
+            for (step, seconds, _), row in zip(self._waiting, rows, strict=True)
+        ]
+        self.last = steps[-1] = steps[-1]._replace(seconds=self._flushed - self._start)
+        self._waiting.clear()
+        if self._on_steps:
+            self._on_steps(steps, self._total)
+
+
+def _group() -> tuple[int, int]:
+    """(rank, workers) of this process's group; (0, 1) without one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _split(batch: Tensor, micro_batch: int | None) -> tuple[Tensor, ...]:
+    return batch.split(micro_batch or max(len(batch), 1)) if len(batch) else ()
+
+
+def _to_device(split: ImageSet, device: torch.device) -> ImageSet:
+    return split if device.type == "cpu" else split.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------- a whole run
+
+
+def train(
+    spec: RunSpec,
+    checkpoints: Path,
+    *,
+    data_root: str | Path | None = None,
+    device: str | torch.device | None = None,
+    micro_batch: int | None = None,
+    memory_share: float = 1.0,
+    deterministic: bool = False,
+    on_steps: Progress | None = None,
+    on_warning: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """One run, from its specification to its result file. A run that is done already is not done again.
+
+    Args:
+        device: default: the first GPU, or the CPU.
+        micro_batch: images at once on a process; default: what fits in memory.
+        memory_share: the part of the device's memory that this run may use.
+        deterministic: on a GPU, choose algorithms that give the same bits every time (the CPU's always do).
+        on_steps: hears of every step, about once a second.
+        on_warning: hears, before the first step, what a reader of the result must know.
+
+    Returns:
+        The content of the result file.
+
+    Raises:
+        UserError: bad input, before anything is written.
+    """
+    rank, workers = _group()
+    place = torch.device(device) if device else resolve_device()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    protocol = spec.protocol
+    data = load(spec.dataset, data_root)
+    run_id = spec.run_id(data.fingerprint)
+    files = RunFiles.of(checkpoints, spec, run_id)
+    done = read_result(files.result)
+    if done is not None:
+        return done
+    check_writable(files.weights.parent)
+
+    model = build_model(spec.model, spec.size, protocol)
+    model.initialise(spec.seed)
+    model.to(place)
+    if micro_batch is None:
+        micro_batch = affordable_micro_batch(model, protocol, place, spec.precision, memory_share)
+    if micro_batch >= -(-protocol.batch_size // workers):
+        micro_batch = None
+    total = protocol.total_steps(len(data.train))
+    warning = protocol.warmup_warning(total)
+    if warning and on_warning and rank == 0:
+        on_warning(warning)
+    notes = [*([f"warning: {warning}"] if warning else []), *(f"data: {note}" for note in data.notes)]
+    started = _utc_now()
+    facts = {"run_id": run_id, "model": spec.model, "size": spec.size, "dataset": spec.dataset, "seed": spec.seed, "steps": total}
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(TrainingLog(files.log, facts, notes)) if rank == 0 else None
+
+        def record(steps: list[Step], total: int) -> None:
+            if log:
+                log.write(steps)
+            if on_steps:
+                on_steps(steps, total)
+
+        fitted = fit(
+            model, data, protocol, seed=spec.seed, precision=spec.precision, micro_batch=micro_batch, on_steps=record
+        )
+        if log is None:
+            return {"run_id": run_id}
+        # A run cut short by max_steps is a trial: its evaluation shall not cost more than its training.
+        limit = None if protocol.max_steps is None else max(64, fitted.images)
+        prepare = Prepare(protocol.image_size, data.mean, data.std, place)
+        batch = micro_batch or protocol.batch_size
+        val, test = (
+            evaluate(model, split.head(limit), prepare=prepare, batch_size=batch, precision=spec.precision)
+            for split in (data.val, data.test)
+        )
+        log.note(f"test_accuracy={test.accuracy:.6f} test_loss={test.loss:.6f} test_images={len(test.labels)}")
+
+    save_weights(files.weights, model, weight_facts(spec, run_id, data))
+    write_atomically(files.predictions, test.to_csv().encode())
+    result = {
+        **spec_facts(spec, run_id, data),
+        **model_facts(model, protocol, spec),
+        **_outcome(fitted, val, test),
+        "workers": workers,
+        "micro_batch": micro_batch or -(-protocol.batch_size // workers),
+        "attention": attention_class(spec.model).form(place.type),
+        "deterministic": deterministic or place.type == "cpu",
+        **machine_facts(place),
+        "started": started,
+        "finished": _utc_now(),
+        "notes": notes,
+    }
+    write_result(files, result)
+    return result
+
+
+def spec_facts(spec: RunSpec, run_id: str, data: Dataset) -> dict[str, Any]:
+    """What was asked for, as the result file says it."""
+    return {
+        "run_id": run_id,
+        "model": spec.model,
+        "size": spec.size,
+        "dataset": spec.dataset,
+        "seed": spec.seed,
+        "precision": spec.precision,
+        "overrides": dict(spec.overrides),
+        "identity": spec.identity(data.fingerprint),
+    }
+
+
+def model_facts(model: VisionTransformer, protocol: Protocol, spec: RunSpec) -> dict[str, Any]:
+    """The model's size and cost."""
+    return {
+        "depth": protocol.depths[spec.size],
+        "parameters": model.count_parameters(),
+        "forward_flops": model.estimate_flops(),
+    }
+
+
+def _outcome(fitted: Fit, val: Evaluation, test: Evaluation) -> dict[str, Any]:
+    return {
+        "steps": fitted.last.step,
+        "images": fitted.images,
+        "seconds": round(fitted.seconds, 3),
+        "images_per_second": round(fitted.images / fitted.seconds, 2),
+        "train_loss": fitted.last.train_loss,
+        "val_loss_last_batch": fitted.last.val_loss,
+        "val_loss": val.loss,
+        "val_accuracy": val.accuracy,
+        "test_loss": test.loss,
+        "test_accuracy": test.accuracy,
+        "test_images": len(test.labels),
+    }
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Where it ran and on which versions: recorded, and no part of a run's identity."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "diffvit": diffvit.__version__}
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "git_commit": _git_commit(),
+    }
+
+
+def resolve_device(name: str | None = None) -> torch.device:
+    """The named device; without a name the first GPU, or the CPU. Raises UserError for one that is not there."""
+    if name is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"there is no device {name!r} here.", "use --device cpu, or leave it out.") from error
+    return device
+
+
+def default_precision(device: torch.device) -> str:
+    """bf16 on a GPU that has it, else fp32: a CPU computes bf16 much more slowly."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
+# Values that a block keeps for its backward pass, per token and channel: inputs of the two norms, q k v, attention's output,
+# projection, MLP (hidden twice, at 4 channels each), and dropout masks.
+_KEPT_VALUES = 20
+
+
+def affordable_micro_batch(
+    model: VisionTransformer, protocol: Protocol, device: torch.device, precision: str, memory_share: float = 1.0
+) -> int:
+    """A power of two of images whose activations fit in half of the device's memory, at most the batch.
+
+    It depends on the device's total memory, not on what is free: a repeated run shall be split alike.
+    """
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fixed = 16 * sum(p.numel() for p in model.parameters())  # weights, gradients and AdamW's two moments in fp32
+    kept_bytes = _KEPT_VALUES * (2 if precision == "bf16" else 4)
+    per_image = kept_bytes * model.tokens * protocol.d_model * max(len(model.blocks), 1)
+    images = max(1, int((memory * memory_share - fixed) / 2 // per_image))
+    return min(protocol.batch_size, 2 ** int(math.log2(images)))
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, with + where files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None
+
+
+def _utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+

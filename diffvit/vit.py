@@ -1,0 +1,187 @@
+"""What both architectures share: patch embedding, MLP, block and VisionTransformer.
+
+A pre-norm ViT (arXiv 2010.11929) in the shape that timm trains: class token, learned positions, biases everywhere,
+LayerNorm eps 1e-6, exact GELU. Dropout on the embedding, the attention's projection and the MLP, none on attention maps.
+The architectures differ in the attention class they put in, and in nothing else.
+
+Shapes in names: B batch, N tokens (class token included), D d_model, H heads, E head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol as Interface
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffvit.protocol import MODELS, Protocol, resolve_model, stable_seed
+
+
+class AttentionClass(Interface):
+    """What an architecture's attention must offer: see vit_classic.Attention for the plain one."""
+
+    def __call__(self, d_model: int, heads: int, layer: int, dropout: float) -> nn.Module: ...
+
+    def map_flops(self, d_model: int, tokens: int) -> int: ...
+
+    def form(self, device: str) -> str: ...
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU between them. [B, N, D] -> [B, N, D]"""
+
+    def __init__(self, d_model: int, hidden: int, dropout: float):
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, hidden)
+        self.fc2 = nn.Linear(hidden, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x_BND)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. [B, N, D] -> [B, N, D]"""
+
+    def __init__(self, attention: nn.Module, d_model: int, mlp_ratio: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(d_model, eps=1e-6)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(d_model, eps=1e-6)
+        self.mlp = MLP(d_model, mlp_ratio * d_model, dropout)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = x_BND + self.attn(self.norm1(x_BND))
+        return x_BND + self.mlp(self.norm2(x_BND))
+
+
+class VisionTransformer(nn.Module):
+    """Images [B, channels, image_size, image_size], normalised -> logits [B, classes].
+
+    Args:
+        attention: the class that makes each layer's attention, called with (d_model, heads, layer, dropout); layer counts from 0.
+        image_size, patch_size: in pixels; patches do not overlap.
+        heads: heads of a *classic* layer; differential attention pairs them.
+
+    Raises:
+        ValueError: a patch size that does not divide the image, or heads that do not divide d_model.
+    """
+
+    def __init__(
+        self,
+        attention: AttentionClass,
+        *,
+        image_size: int,
+        patch_size: int,
+        channels: int,
+        classes: int,
+        d_model: int,
+        heads: int,
+        depth: int,
+        mlp_ratio: int = 4,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if image_size % patch_size:
+            raise ValueError(f"patch size {patch_size} does not divide image size {image_size}")
+        if d_model % heads:
+            raise ValueError(f"{heads} heads do not divide d_model {d_model}")
+        self.attention_class = attention
+        self.tokens = (image_size // patch_size) ** 2 + 1
+        self.patch_embed = nn.Conv2d(channels, d_model, kernel_size=patch_size, stride=patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens, d_model))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(attention(d_model, heads, layer, dropout), d_model, mlp_ratio, dropout) for layer in range(depth)
+        )
+        self.norm = nn.LayerNorm(d_model, eps=1e-6)
+        self.head = nn.Linear(d_model, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x_BND = self.patch_embed(images).flatten(2).transpose(1, 2)
+        x_BND = torch.cat([self.cls_token.expand(len(images), -1, -1), x_BND], dim=1)
+        x_BND = self.dropout(x_BND + self.pos_embed)
+        for block in self.blocks:
+            x_BND = block(x_BND)
+        return self.head(self.norm(x_BND[:, 0]))
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw all parameters from `seed`, each from a generator of its own name, on the CPU.
+
+        Two architectures so start with equal values wherever they have the same parameter. A module with parameters of a
+        kind of its own (lambda vectors) says how they start in `initialise_parameter(name, parameter, generator)`.
+        """
+        for path, module in self.named_modules():
+            rule = getattr(module, "initialise_parameter", _initialise_parameter)
+            for name, parameter in module.named_parameters(prefix=path, recurse=False):
+                generator = torch.Generator().manual_seed(stable_seed("parameter", seed, name))
+                value = torch.empty(parameter.shape, dtype=torch.float32)
+                rule(name, value, generator)
+                parameter.copy_(value)
+
+    def parameter_groups(self) -> dict[str, int]:
+        """Number of parameters by part of the model; the parts sum up to all of them."""
+        groups = {
+            "embedding": [*self.patch_embed.parameters(), self.cls_token, self.pos_embed],
+            "attention": [p for block in self.blocks for p in cast(Block, block).attn.parameters()],
+            "mlp": [p for block in self.blocks for p in cast(Block, block).mlp.parameters()],
+            "norms": [p for m in self.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()],
+            "head": list(self.head.parameters()),
+        }
+        counts = {group: sum(p.numel() for p in parameters) for group, parameters in groups.items()}
+        assert sum(counts.values()) == sum(p.numel() for p in self.parameters())
+        return counts
+
+    def count_parameters(self) -> int:
+        """All parameters, lambda vectors and norms included."""
+        return sum(self.parameter_groups().values())
+
+    def estimate_flops(self) -> int:
+        """FLOPs of one image's forward pass: two for each multiply-add of a matrix product, nothing else counted."""
+        d_model = self.pos_embed.shape[-1]
+        linear = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        flops = 2 * (self.tokens - 1) * self.patch_embed.weight.numel()
+        flops += 2 * self.tokens * sum(m.weight.numel() for m in linear)
+        flops += len(self.blocks) * self.attention_class.map_flops(d_model, self.tokens)
+        return flops + 2 * self.head.weight.numel()
+
+
+def _initialise_parameter(name: str, value: Tensor, generator: torch.Generator) -> None:
+    if name.endswith("pos_embed"):
+        value.normal_(0.0, 0.02, generator=generator)
+    elif name.endswith(("cls_token", "bias")):
+        value.zero_()
+    elif value.ndim == 1:  # the weight of a norm
+        value.fill_(1.0)
+    else:
+        # Query, key and value lie in one matrix for speed and are drawn as the three that they are.
+        for matrix in value.flatten(1).chunk(3) if name.endswith("qkv.weight") else [value.flatten(1)]:
+            nn.init.xavier_uniform_(matrix, generator=generator)
+
+
+def attention_class(model: str) -> AttentionClass:
+    """The attention class that the registry names for an architecture. Raises UserError for an unknown one."""
+    module, _, name = MODELS[resolve_model(model)].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def build_model(model: str, size: str, protocol: Protocol, device: str | torch.device = "cpu") -> VisionTransformer:
+    """The architecture `model` at a size label of `protocol`; on the device "meta" it costs no memory."""
+    with torch.device(device):
+        return VisionTransformer(
+            attention_class(model),
+            image_size=protocol.image_size,
+            patch_size=protocol.patch_size,
+            channels=protocol.channels,
+            classes=protocol.classes,
+            d_model=protocol.d_model,
+            heads=protocol.heads,
+            depth=protocol.depths[size],
+            mlp_ratio=protocol.mlp_ratio,
+            dropout=protocol.dropout,
+        )

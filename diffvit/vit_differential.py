@@ -1,0 +1,112 @@
+"""Differential ViT: differential attention (arXiv 2410.05258, section 2) in the blocks of vit.py.
+
+    O_i = (softmax(Q_i1 K_i1' / sqrt(E)) - lambda softmax(Q_i2 K_i2' / sqrt(E))) V_i          equation 1
+    lambda = exp(lq1 . lk1) - exp(lq2 . lk2) + lambda_init                                    equation 2
+    head_i = (1 - lambda_init) RMSNorm(O_i)                                                   equation 3
+
+Queries and keys have the classic layer's H heads of dimension E, neighbours (2i, 2i+1) forming pair i; values have
+P = H/2 heads of dimension 2E. So the projections are the classic layer's, and the parameters that come on top are four
+vectors of E and the norm's 2E a layer. One lambda a layer, shared by its heads; lambda_init = 0.8 - 0.6 exp(-0.3 layer).
+
+Shapes in names: B batch, N tokens, D d_model, H = 2P query and key heads, P pairs, E head dimension, V = 2E value dimension.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffvit.protocol import PROTOCOLS, resolve_size
+from diffvit.vit import VisionTransformer, build_model
+
+
+def lambda_init(layer: int) -> float:
+    """The constant part of lambda in a layer, counted from 0: 0.2, 0.356, 0.471, … towards 0.8."""
+    return 0.8 - 0.6 * math.exp(-0.3 * layer)
+
+
+class DifferentialAttention(nn.Module):
+    """Multi-head differential attention. [B, N, D] -> [B, N, D]
+
+    Raises:
+        ValueError: an odd number of heads.
+    """
+
+    def __init__(self, d_model: int, heads: int, layer: int, dropout: float):
+        super().__init__()
+        if heads % 2:
+            raise ValueError(f"differential attention pairs heads: {heads} is odd")
+        self.pairs = heads // 2
+        self.head_dim = d_model // heads
+        self.lambda_init = lambda_init(layer)
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.lambda_q1 = nn.Parameter(torch.zeros(self.head_dim))
+        self.lambda_k1 = nn.Parameter(torch.zeros(self.head_dim))
+        self.lambda_q2 = nn.Parameter(torch.zeros(self.head_dim))
+        self.lambda_k2 = nn.Parameter(torch.zeros(self.head_dim))
+        self.sub_norm = nn.RMSNorm(2 * self.head_dim, eps=1e-5)
+        self.proj = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    @staticmethod
+    def map_flops(d_model: int, tokens: int) -> int:
+        """FLOPs of one layer's two maps and their two products with V, for one image."""
+        return 6 * tokens**2 * d_model
+
+    @staticmethod
+    def initialise_parameter(name: str, value: Tensor, generator: torch.Generator) -> None:
+        """The lambda vectors start as N(0, 0.1)."""
+        value.normal_(0.0, 0.1, generator=generator)
+
+    @staticmethod
+    def form(device: str) -> str:
+        """The computation that `device` uses, for the record."""
+        return "sdpa, padded" if device == "cpu" else "sdpa, two calls"
+
+    def lambda_full(self) -> Tensor:
+        """Equation 2, in fp32. Scalar."""
+        first = torch.exp(torch.dot(self.lambda_q1.float(), self.lambda_k1.float()))
+        second = torch.exp(torch.dot(self.lambda_q2.float(), self.lambda_k2.float()))
+        return first - second + self.lambda_init
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        B, N, D = x_BND.shape
+        qkv_BN3D = self.qkv(x_BND).view(B, N, 3, D)
+        q_BNPsE, k_BNPsE = qkv_BN3D[:, :, :2].view(B, N, 2, self.pairs, 2, self.head_dim).unbind(2)
+        v_BPNV = qkv_BN3D[:, :, 2].view(B, N, self.pairs, 2 * self.head_dim).transpose(1, 2)
+        first_BPNV, second_BPNV = _two_attentions(q_BNPsE, k_BNPsE, v_BPNV)
+        o_BPNV = first_BPNV - self.lambda_full().to(first_BPNV.dtype) * second_BPNV
+        o_BPNV = (1 - self.lambda_init) * self.sub_norm(o_BPNV)
+        return self.dropout(self.proj(o_BPNV.transpose(1, 2).reshape(B, N, D)))
+
+
+def _two_attentions(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(Q1 K1' / sqrt(E)) V and softmax(Q2 K2' / sqrt(E)) V, never holding a map in memory.
+
+    By linearity their difference is the difference of the maps, applied to V. The index s says which of a pair's two heads.
+    """
+    scale = q_BNPsE.shape[-1] ** -0.5
+    if v_BPNV.device.type == "cpu":
+        # The CPU's fused kernel wants Q, K and V of one width: zeros at the end of Q and K leave every product as it is.
+        padding = [0, v_BPNV.shape[-1] - q_BNPsE.shape[-1]]
+        q_BNPsE, k_BNPsE = F.pad(q_BNPsE, padding), F.pad(k_BNPsE, padding)
+    first, second = (
+        F.scaled_dot_product_attention(
+            q_BNPsE[:, :, :, s].transpose(1, 2), k_BNPsE[:, :, :, s].transpose(1, 2), v_BPNV, scale=scale
+        )
+        for s in (0, 1)
+    )
+    return first, second
+
+
+def vit_differential_cifar100(size: str = "10B") -> VisionTransformer:
+    """The CIFAR-100 version: 224 pixels, patch 8, d_model 256, 4 pairs of heads; depth 12, 31 or 63."""
+    return build_model("vit_differential", resolve_size(size, "CIFAR-100"), PROTOCOLS["CIFAR-100"])
+
+
+def vit_differential_bach(size: str = "10B") -> VisionTransformer:
+    """The BACH version: 512 pixels, patch 16, d_model 384, 3 pairs of heads; depth 5, 14 or 28."""
+    return build_model("vit_differential", resolve_size(size, "BACH"), PROTOCOLS["BACH"])

@@ -1,0 +1,297 @@
+#!/usr/bin/env python
+"""diffvit's command line. Each command parses, calls one function, and prints: data to stdout, all else to stderr.
+
+Heavy imports stand inside the commands, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffvit import __version__
+from diffvit.errors import UserError
+
+# --batch-size and --batch_size are the same option.
+_SETTINGS = {
+    "token_normalize_func": lambda token: token.replace("-", "_"),
+    "help_option_names": ["-h", "--help"],
+    "max_content_width": 110,
+}
+
+
+@click.group(context_settings=_SETTINGS)
+@click.version_option(__version__, prog_name="diffvit")
+def cli() -> None:
+    """Does a Differential Vision Transformer scale better than a classic ViT?
+
+    `run.py study` trains a grid of both, `run.py plot` draws it. The same command carries on after an interruption.
+    Options may be written with - or with _.
+    """
+
+
+def _options(*options: Callable) -> Callable:
+    """Several click options as one decorator, in the order given."""
+
+    def apply(function: Callable) -> Callable:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return apply
+
+
+_checkpoints_option = click.option(
+    "--checkpoints", type=click.Path(path_type=Path), default=Path("checkpoints"), show_default=True, help="The ledger: where runs are kept."
+)  # fmt: skip
+_data_option = click.option(
+    "--data_root", metavar="DIR", envvar="DIFFVIT_DATA", help="Folder with hub data sets as user/name. [env: DIFFVIT_DATA; default: the hub]"
+)  # fmt: skip
+_run_options = _options(
+    click.option("--model", required=True, help="vit_classic or vit_differential."),
+    click.option("--size", required=True, help="10B, 25B or 50B (about 10, 25, 50 million parameters); small, medium, large."),
+    click.option("--dataset", required=True, help="CIFAR-100, BACH, digits or digits-noisy."),
+)
+_compute_options = _options(
+    click.option("--precision", default="auto", show_default=True, help="fp32, bf16, or auto: bf16 where the GPU has it."),
+    click.option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images computed at once; the result is the same. [default: what fits]"),
+    click.option("--deterministic", is_flag=True, help="On a GPU too, give the same bits every time."),
+)  # fmt: skip
+_EPOCHS = click.option("--epochs", type=int, metavar="N", help="Override the protocol's epochs.")
+_SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]")
+
+
+@cli.command()
+@_run_options
+@_EPOCHS
+@click.option("--batch_size", type=int, metavar="N", help="Override the protocol's batch size.")
+@click.option("--lr", type=float, metavar="X", help="Override the protocol's peak learning rate.")
+@click.option("--warmup_steps", type=int, metavar="N", help="Override the protocol's warm-up.")
+@click.option("--clip_norm", type=float, metavar="X", help="Clip the gradient's norm. [default: no clipping]")
+@click.option("--max_steps", type=int, metavar="N", help="Stop after N steps: a trial. Its test uses as many images as its training, at least 64.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Decides initial weights, order and dropout.")
+@click.option("--upload", type=bool, default=False, metavar="BOOL", help="Send the finished run to the Hugging Face hub.")
+@_data_option
+@_checkpoints_option
+@_compute_options
+@click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
+def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_root: str | None, checkpoints: Path, precision: str,
+          micro_batch: int | None, deterministic: bool, device: str | None, **overrides: Any) -> None:  # fmt: skip
+    """Train one model and measure its test accuracy. A run that is done already is not done again."""
+    from diffvit.ledger import RunSpec
+
+    RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
+    _check_upload(upload)
+    from diffvit.train import default_precision, resolve_device
+    from diffvit.train import train as train_run
+
+    place = resolve_device(device)
+    if precision == "auto":
+        precision = default_precision(place)
+    spec = RunSpec.of(model, size, dataset, seed, precision, overrides)
+    with _StepProgress(spec.title) as progress:
+        result = train_run(
+            spec, checkpoints, data_root=data_root, device=place, micro_batch=micro_batch,
+            deterministic=deterministic, on_steps=progress, on_warning=_warn,
+        )  # fmt: skip
+    if not progress.steps:
+        click.echo(f"this run is done already: {result['finished']}", err=True)
+    click.echo(f"run_id         {result['run_id']}")
+    click.echo(f"parameters     {result['parameters']:,}")
+    click.echo(f"steps          {result['steps']} in {result['seconds']:.1f} s, {result['images_per_second']:.1f} images/s on {result['device_name']}")
+    click.echo(f"train loss     {result['train_loss']:.4f} (last batch)")
+    click.echo(f"val loss       {result['val_loss']:.4f}, accuracy {100 * result['val_accuracy']:.2f} %")
+    click.echo(f"test loss      {result['test_loss']:.4f}, accuracy {100 * result['test_accuracy']:.2f} % of {result['test_images']} images")
+    click.echo(f"weights        {_files(checkpoints, result).weights}")
+
+
+@cli.command()
+@_run_options
+@click.option("--run_id", metavar="ID", help="Which run, where several match.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N test images only.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--batch_size", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Images at once.")
+@_data_option
+@_checkpoints_option
+@click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
+def evaluate(model: str, size: str, dataset: str, run_id: str | None, limit: int | None, as_json: bool, batch_size: int,
+             data_root: str | None, checkpoints: Path, device: str | None) -> None:  # fmt: skip
+    """Measure a trained model on the test set: accuracy, loss, and both per class."""
+    from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
+
+    dataset = resolve_dataset(dataset)
+    model, size = resolve_model(model), resolve_size(size, dataset)
+    from diffvit.evaluation import evaluate_checkpoint, find_checkpoint
+    from diffvit.train import resolve_device
+
+    path = find_checkpoint(checkpoints, model, size, dataset, run_id)
+    report = evaluate_checkpoint(path, data_root=data_root, limit=limit, batch_size=batch_size, device=resolve_device(device))
+    for warning in report["warnings"]:
+        _warn(warning)
+    if as_json:
+        click.echo(json.dumps(report, indent=1))
+        return
+    click.echo(f"{path}")
+    click.echo(f"test accuracy  {100 * report['accuracy']:.2f} % of {report['images']} images")
+    click.echo(f"test loss      {report['loss']:.4f}")
+    width = max(len(row["class"]) for row in report["classes"])
+    for row in report["classes"]:
+        if row["images"]:
+            click.echo(f"  {row['class']:<{width}}  {100 * row['accuracy']:6.2f} % of {row['images']:4d}  loss {row['loss']:.4f}")
+
+
+@cli.command()
+@click.option("--grid", default="digits", show_default=True, metavar="digits|full|FILE", help="Which runs: a name, or a YAML or TOML file.")
+@_SEEDS
+@_EPOCHS
+@click.option("--dry_run", is_flag=True, help="List the runs with their costs and stop.")
+@click.option("--address", help="Ray cluster to use, or local. [default: RAY_ADDRESS, one that runs on this host, else local]")
+@click.option("--gpus_per_run", type=click.FloatRange(min=0), metavar="X", help="GPUs of a run; 0.5 lets two share one. [default: 1 where there are GPUs]")
+@click.option("--cpus_per_run", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="CPUs, and on a CPU threads, of a run.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Processes that train one run together.")
+@click.option("--upload", type=bool, default=False, metavar="BOOL", help="Send finished runs to the Hugging Face hub.")
+@_data_option
+@_checkpoints_option
+@_compute_options
+def study(grid: str, seeds: int | None, epochs: int | None, dry_run: bool, upload: bool, checkpoints: Path, **options: Any) -> None:
+    """Train a grid of runs in parallel, then tabulate and draw it.
+
+    Finished runs are skipped, so the same command carries on. Without arguments: both architectures in three sizes on two
+    small data sets, in a few minutes on two CPU cores.
+    """
+    from study.grid import find_grid
+
+    chosen = find_grid(grid)
+    chosen.runs(seeds=seeds, overrides={"epochs": epochs})  # names and values first
+    _check_upload(upload)
+    from study.main import StudyOptions, dry_run_table, run_study
+
+    settings = StudyOptions(grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, command=_own_command(), **options)
+    if dry_run:
+        click.echo(dry_run_table(settings))
+        return
+    sys.exit(run_study(settings))
+
+
+@cli.command()
+@click.option("--grid", metavar="digits|full|FILE", help="Which runs to draw. [default: the built-in grids that have finished runs]")
+@_EPOCHS
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: figures in the checkpoints folder]")
+@_checkpoints_option
+def plot(grid: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
+    """Draw the losses and the scaling of finished runs: seven figures for each data set, as PNG and SVG."""
+    from study.main import plot_grid
+
+    for path in plot_grid(checkpoints, grid, out or checkpoints / "figures", epochs=epochs):
+        click.echo(path)
+
+
+@cli.command("list")
+@click.option("--grid", metavar="digits|full|FILE", help="Also list this grid's runs that are not done. [default: what is there]")
+@_SEEDS
+@_EPOCHS
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_data_option
+@_checkpoints_option
+def list_runs(grid: str | None, seeds: int | None, epochs: int | None, as_json: bool, data_root: str | None, checkpoints: Path) -> None:
+    """Show the ledger: each run, done or not, its accuracy and its files."""
+    from study.main import ledger_rows, ledger_text
+
+    rows = ledger_rows(checkpoints, grid, seeds=seeds, epochs=epochs, data_root=data_root)
+    click.echo(json.dumps(rows, indent=1) if as_json else ledger_text(rows))
+
+
+# -------------------------------------------------------------------------------------------------------- helpers
+
+
+def _files(checkpoints: Path, result: dict[str, Any]) -> Any:
+    from diffvit.ledger import RunFiles
+
+    return RunFiles(checkpoints, result["model"], result["run_id"], result["size"], result["dataset"])
+
+
+def _check_upload(upload: bool) -> None:
+    if upload:
+        from diffvit.utils import check_upload
+
+        check_upload()
+
+
+def _own_command() -> str:
+    """The command line as it was given, for `the command that carries on`."""
+    import shlex
+
+    runner = "uv run" if "UV" in os.environ or "UV_RUN_RECURSION_DEPTH" in os.environ else "python"
+    return shlex.join([*runner.split(), "run.py", *sys.argv[1:]])
+
+
+def _warn(text: str) -> None:
+    click.secho(f"warning: {text}", err=True, fg="yellow")
+
+
+class _StepProgress:
+    """A progress bar of steps on stderr; away from a terminal, a line every ten seconds."""
+
+    def __init__(self, title: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.steps = 0
+        self._last_line = 0.0
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"), console=self._console, transient=True, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task(title, total=None, losses="")
+
+    def __enter__(self) -> _StepProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, steps: list, total: int) -> None:
+        last = steps[-1]
+        self.steps = last.step
+        losses = f"train {last.train_loss:.4f}  val {last.val_loss:.4f}"
+        self._bar.update(self._task, completed=last.step, total=total, losses=losses)
+        due = last.seconds - self._last_line >= 10 or last.step == total
+        if not self._console.is_terminal and due:
+            self._last_line = last.seconds
+            click.echo(f"step {last.step}/{total}  {losses}  {last.seconds:.0f} s", err=True)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted."""
+    try:
+        code = cli.main(prog_name="run.py", standalone_mode=False)
+    except UserError as error:
+        _fail(error.message, error.hint)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "run.py"
+        _fail(error.format_message(), f"`{command} --help` shows the options.")
+    except click.ClickException as error:
+        _fail(error.format_message(), "`run.py --help` shows the commands.")
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    else:
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, hint: str) -> None:
+    message = message[:1].lower() + message[1:]
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}\n{click.style('hint:', bold=True)} {hint}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The study: a grid of runs, scheduled over Ray, tabulated and drawn."""

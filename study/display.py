@@ -1,0 +1,145 @@
+"""What a study shows while it runs: a live table on a terminal, a line an event elsewhere. It goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from ray.tune import Callback
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from diffvit.ledger import RunSpec
+from study.plan import PlannedRun
+
+_HEARTBEAT_SECONDS = 30.0
+
+
+@dataclass
+class _Row:
+    run: PlannedRun
+    state: str = "waiting"
+    step: int = 0
+    train_loss: float | None = None
+    val_loss: float | None = None
+    pace: float | None = None
+    accuracy: float | None = None
+
+
+class StudyDisplay(Callback):
+    """Hears Tune's events in the study's process and draws them.
+
+    Args:
+        runs: all runs of the study; those that are done already are shown so.
+    """
+
+    def __init__(self, runs: list[PlannedRun], console: Console | None = None):
+        self.console = console or Console(file=sys.stderr)
+        self._rows = {_key(run.spec): _Row(run, "done before" if run.done else "waiting") for run in runs}
+        self._start = self._beat = time.monotonic()
+        self._live: Live | None = None
+
+    def __enter__(self) -> StudyDisplay:
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, get_renderable=self._draw, refresh_per_second=2, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def __getstate__(self) -> dict:
+        return {}  # Tune pickles its callbacks into a record that nobody reads
+
+    # Tune's events
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._row(trial).state = "training"
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        row = self._row(trial)
+        row.step = result.get("step", result.get("steps", row.step))
+        row.train_loss, row.val_loss = result.get("train_loss"), result.get("val_loss")
+        row.pace = result.get("images_per_second", row.pace)
+        row.accuracy = result.get("test_accuracy", row.accuracy)
+        if not self._live and time.monotonic() - self._beat > _HEARTBEAT_SECONDS:
+            self._beat = time.monotonic()
+            self.console.print(self._summary(), highlight=False)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        row = self._row(trial)
+        row.state, row.step = "done", row.run.steps
+        if not self._live:
+            accuracy = f"test accuracy {100 * row.accuracy:.1f} %" if row.accuracy is not None else ""
+            self.console.print(f"done    {row.run.spec.title}: {accuracy}", highlight=False)
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        row = self._row(trial)
+        row.state = "failed"
+        if not self._live:
+            self.console.print(f"failed  {row.run.spec.title}", highlight=False)
+
+    def _row(self, trial: Any) -> _Row:
+        return self._rows[_key(RunSpec(**trial.config["spec"]))]
+
+    # The picture
+
+    def _draw(self) -> Group:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for header in ("model", "size", "data set", "seed"):
+            table.add_column(header, no_wrap=True)
+        table.add_column("progress", width=16)
+        for header in ("step", "train loss", "val loss", "images/s", "test"):
+            table.add_column(header, justify="right", no_wrap=True)
+        for row in self._rows.values():
+            table.add_row(*self._cells(row), style="dim" if row.state in ("waiting", "done before") else None)
+        return Group(table, Text(self._summary()))
+
+    def _cells(self, row: _Row) -> list[Any]:
+        spec, steps = row.run.spec, row.run.steps
+        done = row.state.startswith("done")
+        bar: Any = Text(row.state, style="red" if row.state == "failed" else "")
+        if row.state == "training":
+            bar = ProgressBar(total=steps, completed=row.step, width=16)
+        test = "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %"
+        shown = [_number(row.train_loss, ".4f"), _number(row.val_loss, ".4f"), _number(row.pace, ",.0f")]
+        return [spec.model, spec.size, spec.dataset, str(spec.seed), bar, f"{steps if done else row.step}/{steps}", *shown, test]
+
+    def _summary(self) -> str:
+        elapsed = time.monotonic() - self._start
+        rows = list(self._rows.values())
+        finished = sum(row.state.startswith("done") for row in rows)
+        failed = sum(row.state == "failed" for row in rows)
+        text = f"{finished} of {len(rows)} runs done"
+        if failed:
+            text += f", {failed} failed"
+        text += f", {_clock(elapsed)} elapsed"
+        left = self._seconds_left(elapsed)
+        return text + (f", about {_clock(left)} left" if left is not None else "")
+
+    def _seconds_left(self, elapsed: float) -> float | None:
+        """From the FLOPs done so far in this study; None until there is something to go by."""
+        now = [row for row in self._rows.values() if row.state not in ("done before", "failed")]
+        work = sum(row.run.train_flops for row in now)
+        done = sum(row.run.train_flops * row.step / row.run.steps for row in now)
+        return elapsed * (work - done) / done if done > 0.02 * work else None
+
+
+def _key(spec: RunSpec) -> str:
+    return spec.title
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,218 @@
+"""The user's figures: loss per batch, accuracy over size, and both architectures in one picture. PNG and SVG.
+
+For each data set: training and validation loss per step for each architecture, all sizes in one plot; test accuracy over
+model size for each architecture; and one overlay of both. Colours differ in lightness too, so that grey prints work, and
+lines are named at their end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from diffvit.protocol import MODEL_TITLES, MODELS, protocol_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+# Light to dark with size, and light against dark for the two architectures; safe for the common forms of colour blindness.
+_SIZE_COLOURS = ("#E9A03B", "#C2477F", "#2A1E6E")
+_MODEL_STYLES = {
+    "vit_classic": {"color": "#1F3A6E", "marker": "o", "linestyle": "-"},
+    "vit_differential": {"color": "#E07B39", "marker": "s", "linestyle": (0, (5, 1.5))},
+}
+_OTHER_STYLE = {"color": "#6B7A89", "marker": "D", "linestyle": ":"}
+_STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E4E7EB",
+    "grid.linewidth": 0.7,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#8A94A0",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "diffvit",
+}
+_LOSSES = {"train_loss": "training", "val_loss": "validation"}
+
+
+def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path) -> list[Path]:
+    """All figures of all data sets in the tables.
+
+    Args:
+        runs: a run table, steps: its step table (see table.py).
+        out: folder for {data set}_{what}.png and .svg; created if missing.
+
+    Returns:
+        The files written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    written = []
+    with rc_context(_STYLE):
+        for dataset, of_dataset in runs.groupby("dataset", sort=False):
+            figures: dict[str, Figure] = {}
+            models = [model for model in MODELS if (of_dataset["model"] == model).any()]
+            for model in models:
+                of_model = of_dataset[of_dataset["model"] == model]
+                for loss in _LOSSES:
+                    figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss)
+                figures[f"{model}_scaling"] = scaling_figure(of_model, scale_like=of_dataset)
+            if len(models) > 1:
+                figures["scaling_overlay"] = scaling_figure(of_dataset)
+            for name, figure in figures.items():
+                written += _save(figure, out / f"{dataset}_{name}")
+    return written
+
+
+def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str) -> Figure:
+    """Loss per batch of one architecture on one data set: the raw curve thin, its running mean on top, a colour a size."""
+    model, dataset = runs["model"].iloc[0], runs["dataset"].iloc[0]
+    figure, axes = _axes()
+    ends = []
+    for size, of_size in runs.groupby("size", sort=False):
+        colour = _size_colour(dataset, size)
+        curves = steps[steps["run_id"].isin(of_size["run_id"])].pivot_table(index="step", columns="run_id", values=loss)
+        for run_id in curves:
+            axes.plot(curves.index, curves[run_id], color=colour, linewidth=0.5, alpha=0.4)
+        smooth = _running_mean(curves.mean(axis=1))
+        axes.plot(smooth.index, smooth, color=colour, linewidth=2.0)
+        ends.append((smooth.index[-1], smooth.iloc[-1], _millions(of_size["parameters"].iloc[0]), colour))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlim(left=0)
+    axes.set_xlabel("training step (one batch each)")
+    axes.set_ylabel("cross-entropy (nats), log scale")
+    axes.set_title(f"{_model_title(model)} on {dataset}: {_LOSSES[loss]} loss per batch")
+    _name_ends(axes, ends)
+    seeds = runs["seed"].nunique()
+    batch = "each step's own batch, before its update" if loss == "train_loss" else "one validation batch after each step"
+    _caption(figure, f"thin: {batch}{'' if seeds == 1 else f', {seeds} seeds'}; thick: running mean{'' if seeds == 1 else ' over seeds'}")
+    return figure
+
+
+def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -> Figure:
+    """Test accuracy in % over model size in millions of parameters, a line an architecture, with 95 % Wilson intervals.
+
+    Args:
+        scale_like: runs whose accuracies set the vertical range, so that two figures can be compared.
+    """
+    dataset = runs["dataset"].iloc[0]
+    figure, axes = _axes()
+    ends = []
+    models = list(dict.fromkeys(runs["model"]))
+    several = len(models) > 1
+    for model, of_model in runs.groupby("model", sort=False):
+        style = dict(_MODEL_STYLES.get(model, _OTHER_STYLE))
+        cells = of_model.groupby("parameters")
+        mean = 100 * cells["test_accuracy"].mean()
+        # The two arms have nearly the same sizes: intervals side by side, not on top of each other.
+        x = np.asarray(mean.index, dtype=float) / 1e6 * (1 + 0.012 * (2 * models.index(model) - 1) * several)
+        low, high = np.asarray([_wilson(100 * accuracy, n) for accuracy, n in zip(cells["test_accuracy"].mean(), cells["test_images"].sum(), strict=True)]).T
+        axes.plot(x, mean, linewidth=2.0, markersize=7, **style)
+        axes.vlines(x, low, high, color=style["color"], linewidth=1.2, alpha=0.75)
+        if of_model["seed"].nunique() > 1:
+            scatter_x = [x[list(mean.index).index(p)] for p in of_model["parameters"]]
+            axes.scatter(scatter_x, 100 * of_model["test_accuracy"], s=14, color=style["color"], alpha=0.5, linewidths=0)
+        if not several:
+            for i, value in enumerate(mean):
+                axes.annotate(f"{value:.1f}", (x[i], value), textcoords="offset points", xytext=(7, 6), fontsize=9, color="#30363D")
+        ends.append((x[-1], mean.iloc[-1], _model_title(model), style["color"]))
+    _size_axis(axes, runs)
+    axes.set_ylabel("test accuracy (%)")
+    title = "both architectures" if several else _model_title(models[0])
+    axes.set_title(f"{title} on {dataset}: test accuracy over model size")
+    axes.set_ylim(*_accuracy_range(runs if scale_like is None else scale_like))
+    if several:
+        _name_ends(axes, ends)
+    seeds = int(runs.groupby(["model", "parameters"])["seed"].nunique().min())
+    images = int(runs["test_images"].min())
+    note = "no interval over seeds (1 seed)" if seeds == 1 else f"dots: {seeds} seeds"
+    _caption(figure, f"bars: 95 % Wilson interval for {images:,} test images{'' if seeds == 1 else ' x seeds'}; {note}; only depth varies")
+    return figure
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _size_axis(axes: Axes, runs: pd.DataFrame) -> None:
+    """A log axis of millions of parameters, ticked where the models are."""
+    sizes = runs.groupby("size", sort=False)["parameters"].mean().sort_values() / 1e6
+    axes.set_xscale("log")
+    axes.set_xticks(sizes.to_list(), [f"{value:.3g}" for value in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(sizes.iloc[0] * 0.85, sizes.iloc[-1] * 1.18)
+    axes.set_xlabel("model size (million parameters), log scale")
+
+
+def _accuracy_range(runs: pd.DataFrame) -> tuple[float, float]:
+    intervals = [_wilson(100 * accuracy, n) for accuracy, n in zip(runs["test_accuracy"], runs["test_images"], strict=True)]
+    low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
+    margin = 0.08 * (high - low)
+    return max(0.0, low - margin), min(100.0, high + margin) if high < 100 else 100.0
+
+
+def _wilson(percent: float, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share, both in percent."""
+    z, p = 1.959964, percent / 100
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * (centre - half), 100 * (centre + half)
+
+
+def _running_mean(curve: pd.Series) -> pd.Series:
+    """A centred mean over about a fortieth of the curve; shorter windows at its ends."""
+    return curve.rolling(max(1, len(curve) // 40), center=True, min_periods=1).mean()
+
+
+def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the lines' ends, moved apart where they would overlap."""
+    axes.figure.canvas.draw()  # fixes the scales, so that positions can be measured
+    gap = 15.0  # pixels at 100 dpi: a line of text
+    placed: list[float] = []
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        pixel = axes.transData.transform((x, y))[1]
+        target = max(pixel, placed[-1] + gap) if placed else pixel
+        placed.append(target)
+        offset = (target - pixel) * 72 / axes.figure.dpi
+        axes.annotate(name, (x, y), xytext=(8, offset), textcoords="offset points", va="center", color=colour, fontsize=9.5,
+                      fontweight="bold", annotation_clip=False)  # fmt: skip
+
+
+def _caption(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=8, color="#5B6570", x=0.01, ha="left")
+
+
+def _size_colour(dataset: str, size: Any) -> str:
+    sizes = protocol_of(dataset).sizes
+    return _SIZE_COLOURS[sizes.index(size) % len(_SIZE_COLOURS)]
+
+
+def _millions(parameters: float) -> str:
+    return f"{parameters / 1e6:.3g} M"
+
+
+def _model_title(model: str) -> str:
+    return MODEL_TITLES.get(model, model)
+
+
+def _save(figure: Figure, stem: Path) -> Iterable[Path]:
+    """PNG and SVG, without a date, so that the same data give the same file."""
+    png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
+    figure.savefig(png, dpi=160)
+    figure.savefig(svg, metadata={"Date": None})
+    return [png, svg]

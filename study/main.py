@@ -1,0 +1,314 @@
+"""What the commands study, plot and list do, from options to exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffvit.errors import UserError
+from diffvit.ledger import RunFiles, RunSpec, check_writable
+from study.grid import GRIDS, Grid, find_grid
+from study.plan import PlannedRun, load_fingerprints, plan_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from study.cluster import Cluster
+    from study.runner import Settings
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """The command line of `study`, parsed. `command` is how the user typed it."""
+
+    grid: Grid
+    checkpoints: Path
+    seeds: int | None = None
+    epochs: int | None = None
+    data_root: str | None = None
+    address: str | None = None
+    gpus_per_run: float | None = None
+    cpus_per_run: int = 1
+    workers: int = 1
+    precision: str = "auto"
+    micro_batch: int | None = None
+    deterministic: bool = False
+    command: str = "run.py study"
+
+    def runs(self, precision: str) -> list[RunSpec]:
+        """The grid's runs with this command's overrides."""
+        return self.grid.runs(precision, self.seeds, {"epochs": self.epochs})
+
+
+def dry_run_table(options: StudyOptions) -> str:
+    """The runs of a study with their costs, as text. Data sets need not be at hand."""
+    specs = options.runs(_local_precision(options))
+    fingerprints = load_fingerprints(specs, options.data_root, required=False)
+    runs = plan_runs(specs, options.checkpoints, fingerprints)
+    header = ("model", "size", "data set", "seed", "run_id", "parameters", "batch", "steps", "GFLOP/image", "train EFLOP", "state")
+    rows = [
+        (
+            run.spec.model, run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "data not here",
+            f"{run.parameters:,}", str(run.spec.protocol.batch_size), f"{run.steps:,}",
+            _significant(run.forward_flops / 1e9), _significant(run.train_flops / 1e18), "done" if run.done else "to do",
+        )
+        for run in runs
+    ]  # fmt: skip
+    total = sum(run.train_flops for run in runs)
+    lines = [_columns([header, *rows], right=range(5, 10)), ""]
+    lines += [f"note: {warning}" for warning in warmup_warnings(specs)]
+    done = sum(run.done for run in runs)
+    return "\n".join([*lines, f"{len(runs)} runs, {done} done, {_significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
+
+
+def run_study(options: StudyOptions) -> int:
+    """Train what is not done, then table and figures. Returns the exit code.
+
+    Raises:
+        UserError: bad input, before any training.
+    """
+    check_writable(options.checkpoints)
+    with contextlib.ExitStack() as stack:
+        cluster = None
+        if options.precision == "auto" and _may_join(options):
+            cluster = _connect(stack, options)
+            precision = "bf16" if cluster.gpus and options.gpus_per_run != 0 else "fp32"
+        else:
+            precision = _local_precision(options)
+        specs = options.runs(precision)
+        fingerprints = load_fingerprints(specs, options.data_root, required=True)
+        runs = plan_runs(specs, options.checkpoints, fingerprints)
+        _check_folders(options.checkpoints, runs)
+        for warning in warmup_warnings(specs):
+            _say(f"warning: {warning}")
+        pending = [run for run in runs if not run.done]
+        failures = []
+        if pending:
+            failures = _train(runs, pending, options, cluster or _connect(stack, options))
+        else:
+            _say(f"all {len(runs)} runs are done already")
+    _report(options, specs, redraw=len(failures) < len(pending))
+    if failures:
+        _say(f"\nerror: {len(failures)} of {len(runs)} runs failed:")
+        for title, reason in failures:
+            _say(f"  {title}: {reason}")
+        _say(f"hint: the same command trains only what is missing: {options.command}")
+        return 1
+    return 0
+
+
+def _train(runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOptions, cluster: Cluster) -> list[tuple[str, str]]:
+    """Train the pending runs. Returns (title, reason) of those that failed."""
+    from study.display import StudyDisplay
+    from study.runner import run_all, slots
+
+    settings = _settings(options, cluster)
+    at_once = slots(cluster, settings)
+    if at_once < 1:
+        needs = f"{settings.workers} x {settings.cpus_per_run} CPUs" + (f" and {settings.gpus_per_run:g} GPUs" if settings.gpus_per_run else "")
+        raise UserError(
+            f"a run needs {needs}, and the cluster has {cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs.",
+            "lower --cpus_per_run, --gpus_per_run or --workers.",
+        )
+    _say(f"{len(pending)} of {len(runs)} runs to train, {at_once} at a time")
+    with StudyDisplay(runs) as display:
+        results = run_all(pending, settings, cluster, display)
+    # Tune's own results are in its order; what failed is known by its spec.
+    errors = [(RunSpec(**result.config["spec"]).title, _reason(result.error)) for result in results if result.error and result.config]
+    known = {title for title, _ in errors}
+    lost = [(run.spec.title, "it ended without a result") for run in pending if not _has_result(run, options) and run.spec.title not in known]
+    return errors + lost
+
+
+def _has_result(run: PlannedRun, options: StudyOptions) -> bool:
+    return RunFiles.of(options.checkpoints, run.spec, str(run.run_id)).result.is_file()
+
+
+def _settings(options: StudyOptions, cluster: Cluster) -> Settings:
+    from study.runner import Settings
+
+    gpus = options.gpus_per_run if options.gpus_per_run is not None else (1.0 if cluster.gpus else 0.0)
+    return Settings(
+        checkpoints=str(options.checkpoints.resolve()),
+        data_root=str(Path(options.data_root).resolve()) if options.data_root else None,
+        gpus_per_run=gpus,
+        cpus_per_run=options.cpus_per_run,
+        workers=options.workers,
+        micro_batch=options.micro_batch,
+        deterministic=options.deterministic,
+    )
+
+
+def _may_join(options: StudyOptions) -> bool:
+    """Whether the study could run on a cluster whose GPUs this machine cannot see."""
+    from study.cluster import find_address
+
+    return find_address(options.address) != "local"
+
+
+def _connect(stack: contextlib.ExitStack, options: StudyOptions) -> Cluster:
+    from study.cluster import connect
+
+    cluster = stack.enter_context(connect(options.address))
+    _say(cluster.sentence())
+    return cluster
+
+
+def _local_precision(options: StudyOptions) -> str:
+    if options.precision != "auto":
+        return options.precision
+    from diffvit.train import default_precision, resolve_device
+
+    return default_precision(resolve_device("cpu" if options.gpus_per_run == 0 else None))
+
+
+def _check_folders(checkpoints: Path, runs: list[PlannedRun]) -> None:
+    for model in {run.spec.model for run in runs}:
+        check_writable(checkpoints / model)
+
+
+def warmup_warnings(specs: list[RunSpec]) -> list[str]:
+    """A sentence for each data set whose warm-up is not shorter than its run."""
+    by_dataset = {spec.dataset: spec.protocol.warmup_warning(spec.protocol.total_steps()) for spec in specs}
+    return [f"{dataset}: {warning}" for dataset, warning in by_dataset.items() if warning]
+
+
+def _reason(error: BaseException | None) -> str:
+    lines = [line.strip() for line in str(getattr(error, "cause", None) or error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+def _report(options: StudyOptions, specs: list[RunSpec], redraw: bool) -> None:
+    """The table to stdout and as CSV, and the figures."""
+    from study.table import run_table, step_table, write_csv
+
+    table = run_table(options.checkpoints, specs)
+    if table.empty:
+        return
+    print(table_text(table))
+    for name, content in (("runs", table), ("steps", step_table(options.checkpoints, table))):
+        write_csv(content, options.checkpoints / f"{options.grid.name}_{name}.csv")
+    out = options.checkpoints / "figures"
+    if redraw or not out.is_dir():
+        _draw(options.checkpoints, table, out)
+    _say(f"\ntable    {options.checkpoints / (options.grid.name + '_runs.csv')}\nfigures  {out}")
+
+
+def _draw(checkpoints: Path, table: pd.DataFrame, out: Path) -> list[Path]:
+    from study.figures import draw_figures
+    from study.table import step_table
+
+    return draw_figures(table, step_table(checkpoints, table), out)
+
+
+def table_text(table: pd.DataFrame) -> str:
+    """The run table for a person: outcome only, flags below."""
+    header = ("model", "size", "data set", "seed", "run_id", "parameters", "steps", "seconds", "images/s", "train loss", "val loss", "test loss", "test accuracy")  # fmt: skip
+    rows = [
+        (
+            run.model, run.size, run.dataset, str(run.seed), run.run_id, f"{run.parameters:,}", f"{run.steps:,}",
+            f"{run.seconds:,.1f}", f"{run.images_per_second:,.0f}", f"{run.train_loss:.4f}", f"{run.val_loss:.4f}",
+            f"{run.test_loss:.4f}", f"{100 * run.test_accuracy:.2f} %",
+        )
+        for run in table.itertuples()
+    ]  # fmt: skip
+    flags = [f"flag: {dataset}: {flag}" for dataset, flag in table[["dataset", "flags"]].drop_duplicates().itertuples(index=False) if flag]
+    return "\n".join([_columns([header, *rows], right=range(5, 13)), *flags])
+
+
+def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None = None) -> list[Path]:
+    """Draw the finished runs of a grid, or of the built-in grids that have any. Returns the files.
+
+    Raises:
+        UserError: there is nothing to draw, or the folder cannot be written.
+    """
+    from study.table import run_table
+
+    grids = [find_grid(grid)] if grid else list(GRIDS.values())
+    specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]
+    table = run_table(checkpoints, specs)
+    if table.empty:
+        name = f"the grid {grid}" if grid else "a built-in grid"
+        raise UserError(f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid.")
+    check_writable(out)
+    return _draw(checkpoints, table, out)
+
+
+def ledger_rows(
+    checkpoints: Path, grid: str | None, seeds: int | None = None, epochs: int | None = None, data_root: str | None = None
+) -> list[dict[str, Any]]:
+    """A row for each finished run, and with a grid for each of its runs that is not done.
+
+    Raises:
+        UserError: an unknown grid, or a damaged result file.
+    """
+    from study.table import files_of, run_table
+
+    specs = None
+    if grid:
+        specs = find_grid(grid).runs(_local_precision(StudyOptions(find_grid(grid), checkpoints)), seeds, {"epochs": epochs})
+    table = run_table(checkpoints, specs)
+    rows = []
+    for run in table.itertuples():
+        files = files_of(checkpoints, run)
+        paths = [files.weights, files.log, files.predictions, files.result]
+        row = {"state": "done", **{key: getattr(run, key) for key in ("run_id", "model", "size", "dataset", "seed", "overrides")}}
+        row |= {"test_accuracy": run.test_accuracy, "finished": run.finished}
+        rows.append(row | {"files": [str(path) for path in paths if path.is_file()], "missing": [str(path) for path in paths if not path.is_file()]})
+    if specs:
+        done = {(row["model"], row["size"], row["dataset"], row["seed"]) for row in rows}
+        fingerprints = load_fingerprints(specs, data_root, required=False)
+        for spec in specs:
+            if (spec.model, spec.size, spec.dataset, spec.seed) in done:
+                continue
+            run_id = spec.run_id(fingerprints[spec.dataset]) if spec.dataset in fingerprints else None
+            started = bool(run_id) and RunFiles.of(checkpoints, spec, str(run_id)).log.is_file()
+            rows.append(
+                {
+                    "state": "unfinished" if started else "to do", "run_id": run_id, "model": spec.model, "size": spec.size,
+                    "dataset": spec.dataset, "seed": spec.seed, "overrides": " ".join(f"{k}={v}" for k, v in spec.overrides.items()),
+                    "test_accuracy": None, "finished": None, "files": [], "missing": [],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def ledger_text(rows: list[dict[str, Any]]) -> str:
+    """The ledger for a person."""
+    if not rows:
+        return "no finished runs"
+    header = ("state", "model", "size", "data set", "seed", "run_id", "test accuracy", "finished", "overrides", "weights")
+    body = [
+        (
+            row["state"], row["model"], row["size"], row["dataset"], str(row["seed"]), row["run_id"] or "data not here",
+            "" if row["test_accuracy"] is None else f"{100 * row['test_accuracy']:.2f} %", row["finished"] or "",
+            row["overrides"], row["files"][0] if row["files"] else "",
+        )
+        for row in rows
+    ]  # fmt: skip
+    missing = [f"missing: {path}" for row in rows for path in row["missing"]]
+    done = sum(row["state"] == "done" for row in rows)
+    return "\n".join([_columns([header, *body], right=[6]), *missing, f"{done} of {len(rows)} runs done"])
+
+
+def _columns(rows: list[tuple[str, ...]], right: Any = ()) -> str:
+    """Aligned text; no colour, no lines, so that it can be read anywhere and cut by any tool."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _significant(value: float) -> str:
+    """Three significant digits, without an exponent where that can be read."""
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:,.{digits}f}"
+    return f"{value:.2e}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,93 @@
+"""What a list of runs will cost, before any of it is spent: parameters, steps, FLOPs; and which are done."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffvit.errors import UserError
+from diffvit.ledger import RunFiles, RunSpec, read_result
+from diffvit.protocol import Protocol
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run and its cost.
+
+    Attributes:
+        run_id: None where the data are not at hand to take their fingerprint.
+        forward_flops: of one image.
+        train_flops: of the whole run: three forward passes' worth for each training image (one forward, one backward of twice that),
+            one for each image of the validation batches and of the final validation and test.
+    """
+
+    spec: RunSpec
+    run_id: str | None
+    parameters: int
+    forward_flops: int
+    steps: int
+    train_flops: float
+    done: bool
+
+
+def plan_runs(specs: Iterable[RunSpec], checkpoints: Path, fingerprints: dict[str, str]) -> list[PlannedRun]:
+    """The runs in the given order, with costs from models built without memory.
+
+    Args:
+        fingerprints: data set -> fingerprint, for those at hand.
+
+    Raises:
+        UserError: a damaged result file.
+    """
+    return [_plan(spec, checkpoints, fingerprints.get(spec.dataset)) for spec in specs]
+
+
+def _plan(spec: RunSpec, checkpoints: Path, fingerprint: str | None) -> PlannedRun:
+    protocol = spec.protocol
+    parameters, forward = _model_cost(spec.model, spec.size, spec.dataset)
+    steps = protocol.total_steps()
+    run_id = spec.run_id(fingerprint) if fingerprint else None
+    done = run_id is not None and read_result(RunFiles.of(checkpoints, spec, run_id).result) is not None
+    return PlannedRun(spec, run_id, parameters, forward, steps, forward * _image_passes(protocol, steps), done)
+
+
+@functools.cache
+def _model_cost(model: str, size: str, dataset: str) -> tuple[int, int]:
+    from diffvit.protocol import protocol_of
+    from diffvit.vit import build_model
+
+    built = build_model(model, size, protocol_of(dataset), device="meta")
+    return built.count_parameters(), built.estimate_flops()
+
+
+def _image_passes(protocol: Protocol, steps: int) -> float:
+    """Forward passes' worth of work in a run of `steps`, in images."""
+    train, val, test = protocol.images
+    trained = _images_in_steps(train, protocol.batch_size, steps)
+    return 3 * trained + _images_in_steps(val, protocol.batch_size, steps) + val + test
+
+
+def _images_in_steps(rows: int, batch_size: int, steps: int) -> int:
+    per_epoch = -(-rows // batch_size)
+    epochs, rest = divmod(steps, per_epoch)
+    return epochs * rows + min(rest * batch_size, rows)
+
+
+def load_fingerprints(specs: Iterable[RunSpec], data_root: str | None, required: bool) -> dict[str, str]:
+    """Data set -> fingerprint, loading each data set of the runs once.
+
+    Args:
+        required: raise the UserError of a data set that is not at hand, instead of leaving it out.
+    """
+    from diffvit.dataset import load
+
+    fingerprints = {}
+    for dataset in dict.fromkeys(spec.dataset for spec in specs):
+        try:
+            fingerprints[dataset] = load(dataset, data_root).fingerprint
+        except UserError:
+            if required:
+                raise
+    return fingerprints
