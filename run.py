@@ -48,11 +48,18 @@ def _options(*options: Callable) -> Callable:
 
 
 _checkpoints_option = click.option(
-    "--checkpoints", type=click.Path(path_type=Path), default=Path("checkpoints"), show_default=True, help="The ledger: where runs are kept."
-)  # fmt: skip
+    "--checkpoints",
+    type=click.Path(path_type=Path),
+    default=Path("checkpoints"),
+    show_default=True,
+    help="The ledger: where runs are kept.",
+)
 _data_option = click.option(
-    "--data_root", metavar="DIR", envvar="DIFFVIT_DATA", help="Folder with hub data sets as user/name. [env: DIFFVIT_DATA; default: the hub]"
-)  # fmt: skip
+    "--data_root",
+    metavar="DIR",
+    envvar="DIFFVIT_DATA",
+    help="Folder with hub data sets as user/name. [env: DIFFVIT_DATA; default: the hub]",
+)
 _run_options = _options(
     click.option("--model", required=True, help="vit_classic or vit_differential."),
     click.option("--size", required=True, help="10B, 25B or 50B (about 10, 25, 50 million parameters); small, medium, large."),
@@ -60,7 +67,7 @@ _run_options = _options(
 )
 _compute_options = _options(
     click.option("--precision", default="auto", show_default=True, help="fp32, bf16, or auto: bf16 where the GPU has it."),
-    click.option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images computed at once; the result is the same. [default: what fits]"),
+    click.option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images computed at once. [default: what fits]"),
     click.option("--deterministic", is_flag=True, help="On a GPU too, give the same bits every time."),
 )  # fmt: skip
 _EPOCHS = click.option("--epochs", type=int, metavar="N", help="Override the protocol's epochs.")
@@ -74,7 +81,9 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 @click.option("--lr", type=float, metavar="X", help="Override the protocol's peak learning rate.")
 @click.option("--warmup_steps", type=int, metavar="N", help="Override the protocol's warm-up.")
 @click.option("--clip_norm", type=float, metavar="X", help="Clip the gradient's norm. [default: no clipping]")
-@click.option("--max_steps", type=int, metavar="N", help="Stop after N steps: a trial. Its test uses as many images as its training, at least 64.")
+@click.option(
+    "--max_steps", type=int, metavar="N", help="Stop after N steps: a trial. Its test uses as many images as its training, at least 64."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides initial weights, order and dropout.")
 @click.option("--upload", type=bool, default=False, metavar="BOOL", help="Send the finished run to the Hugging Face hub.")
 @_data_option
@@ -104,10 +113,14 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
         click.echo(f"this run is done already: {result['finished']}", err=True)
     click.echo(f"run_id         {result['run_id']}")
     click.echo(f"parameters     {result['parameters']:,}")
-    click.echo(f"steps          {result['steps']} in {result['seconds']:.1f} s, {result['images_per_second']:.1f} images/s on {result['device_name']}")
+    click.echo(
+        f"steps          {result['steps']} in {result['seconds']:.1f} s, {result['images_per_second']:.0f} images/s, {result['device_name']}"
+    )
     click.echo(f"train loss     {result['train_loss']:.4f} (last batch)")
     click.echo(f"val loss       {result['val_loss']:.4f}, accuracy {100 * result['val_accuracy']:.2f} %")
-    click.echo(f"test loss      {result['test_loss']:.4f}, accuracy {100 * result['test_accuracy']:.2f} % of {result['test_images']} images")
+    click.echo(
+        f"test loss      {result['test_loss']:.4f}, accuracy {100 * result['test_accuracy']:.2f} % of {result['test_images']} images"
+    )
     click.echo(f"weights        {_files(checkpoints, result).weights}")
 
 
@@ -152,9 +165,18 @@ def evaluate(model: str, size: str, dataset: str, run_id: str | None, limit: int
 @_EPOCHS
 @click.option("--dry_run", is_flag=True, help="List the runs with their costs and stop.")
 @click.option("--address", help="Ray cluster to use, or local. [default: RAY_ADDRESS, one that runs on this host, else local]")
-@click.option("--gpus_per_run", type=click.FloatRange(min=0), metavar="X", help="GPUs of a run; 0.5 lets two share one. [default: 1 where there are GPUs]")
-@click.option("--cpus_per_run", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="CPUs, and on a CPU threads, of a run.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Processes that train one run together.")
+@click.option(
+    "--gpus_per_run",
+    type=click.FloatRange(min=0),
+    metavar="X",
+    help="GPUs of a run; 0.5 lets two share one. [default: 1 where there are GPUs]",
+)
+@click.option(
+    "--cpus_per_run", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="CPUs, and on a CPU threads, of a run."
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Processes that train one run together."
+)
 @click.option("--upload", type=bool, default=False, metavar="BOOL", help="Send finished runs to the Hugging Face hub.")
 @_data_option
 @_checkpoints_option

@@ -143,8 +143,7 @@ def _load(name: str, data_root: Path | None) -> Dataset:
         )
     arrays, facts = _cached_arrays(name, raw) if raw.cache_key else _arrays(raw)
     splits = {
-        split: ImageSet(torch.from_numpy(arrays[f"{split}_pixels"]), torch.from_numpy(arrays[f"{split}_labels"]))
-        for split in _SPLITS
+        split: ImageSet(torch.from_numpy(arrays[f"{split}_pixels"]), torch.from_numpy(arrays[f"{split}_labels"])) for split in _SPLITS
     }
     return Dataset(
         name=name,
@@ -195,7 +194,7 @@ def _cached_arrays(name: str, raw: _Raw) -> tuple[dict[str, np.ndarray], dict[st
             folder.parent.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
         except OSError as error:
-            raise UserError(f"the cache folder {folder.parent} cannot be written: {error.strerror}.", "set DIFFVIT_CACHE.") from error  # fmt: skip
+            raise UserError(f"the cache folder {folder.parent} cannot be written: {error.strerror}.", "set DIFFVIT_CACHE.") from error
         try:
             arrays, facts = _arrays(raw)
             for key, array in arrays.items():
@@ -204,7 +203,9 @@ def _cached_arrays(name: str, raw: _Raw) -> tuple[dict[str, np.ndarray], dict[st
             aside.rename(folder)
         except OSError as error:
             if not (folder / "facts.json").is_file():  # else another process was first, which is as good
-                raise UserError(f"{name} cannot be kept in {folder.parent}: {error.strerror}.", "set DIFFVIT_CACHE to a folder with room.") from error  # fmt: skip
+                raise UserError(
+                    f"{name} cannot be kept in {folder.parent}: {error.strerror}.", "set DIFFVIT_CACHE to a folder with room."
+                ) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     # "c" is copy-on-write: torch wants writable memory, and the file stays as it is.
@@ -270,7 +271,7 @@ def _bach(data_root: Path | None) -> _Raw:
     files = [Path(image["path"] or "").name for image in part.select(part_rows)["image"]]
 
     notes = []
-    order = np.lexsort((files, labels))
+    order = np.lexsort((np.asarray(files), labels))
     if len(set(files)) == len(files) == 400 and all(_BACH_FILE.match(file) for file in files):
         held_out = np.zeros(len(order), dtype=bool)
         for first, last in _BACH_HELD_OUT:
@@ -352,7 +353,7 @@ def _load_hub(name: str, data_root: Path | None, columns: set[str], splits: Sequ
     if data_root is not None:
         path = str(data_root / name)
         if not Path(path).is_dir():
-            raise UserError(f"there is no data set folder {path}.", f"put {name} there, or leave out --data_root to load it from the hub.")  # fmt: skip
+            raise UserError(f"there is no data set folder {path}.", f"put {name} there, or leave out --data_root to load it from the hub.")
     datasets.disable_progress_bars()
     try:
         parts = datasets.load_dataset(path)
@@ -361,7 +362,9 @@ def _load_hub(name: str, data_root: Path | None, columns: set[str], splits: Sequ
         raise UserError(f"{name} cannot be loaded from {path}: {_first_sentence(error)}.", hint) from error
     for split in splits:
         if split not in parts or not columns <= set(parts[split].column_names):
-            raise UserError(f"{path} has no split {split!r} with columns {', '.join(sorted(columns))}.", f"it must be in the schema of {name}.")  # fmt: skip
+            raise UserError(
+                f"{path} has no split {split!r} with columns {', '.join(sorted(columns))}.", f"it must be in the schema of {name}."
+            )
     image_column = next(iter(columns - {"label", "fine_label"}))
     return {split: parts[split].cast_column(image_column, datasets.Image(decode=False)) for split in splits}
 
@@ -399,9 +402,7 @@ class StepBatches(Sampler[list[int]]):
         part: (rank, workers): each worker takes every workers-th row of each batch.
     """
 
-    def __init__(
-        self, rows: int, batch_size: int, seed: int, steps: tuple[int, int], part: tuple[int, int] = (0, 1), salt: str = ""
-    ):
+    def __init__(self, rows: int, batch_size: int, seed: int, steps: tuple[int, int], part: tuple[int, int] = (0, 1), salt: str = ""):
         self.rows, self.batch_size, self.seed, self.salt = rows, batch_size, seed, salt
         self.first, self.last = steps
         self.rank, self.workers = part
@@ -433,7 +434,7 @@ def make_loader(images: ImageSet, batches: StepBatches | None = None, batch_size
     return DataLoader(images, batch_size=batch_size, collate_fn=_as_is)
 
 
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_is(batch: Any) -> Any:
     return batch
 
 

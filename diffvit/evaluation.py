@@ -126,9 +126,7 @@ def evaluate_checkpoint(
     model, facts = load_weights(path)
     data = load(facts["dataset"], data_root)
     prepare = Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)
-    outcome = evaluate(
-        model.to(device), data.test.head(limit), prepare=prepare, batch_size=batch_size, precision=facts["precision"]
-    )
+    outcome = evaluate(model.to(device), data.test.head(limit), prepare=prepare, batch_size=batch_size, precision=facts["precision"])
     warnings = []
     if data.fingerprint != facts["fingerprint"]:
         warnings.append("these data are not those that the model was trained on: test images may have been seen in training")

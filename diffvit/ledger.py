@@ -137,7 +137,9 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"the folder {folder} cannot be written: {error.strerror}.", "choose another one with --checkpoints, or change its permissions.") from error  # fmt: skip
+        raise UserError(
+            f"the folder {folder} cannot be written: {error.strerror}.", "choose another one with --checkpoints, or change its permissions."
+        ) from error
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -197,7 +199,9 @@ def read_header(path: Path) -> dict[str, Any]:
         if facts["size"] not in facts["protocol"].depths:
             raise KeyError(facts["size"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} was not written by diffvit, or by a newer version.", "evaluate takes checkpoints that `run.py train` wrote.") from error  # fmt: skip
+        raise UserError(
+            f"{path} was not written by diffvit, or by a newer version.", "evaluate takes checkpoints that `run.py train` wrote."
+        ) from error
     return facts
 
 
@@ -213,7 +217,10 @@ def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
         model = build_model(facts["model"], facts["size"], facts["protocol"])
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError) as error:
-        raise UserError(f"{path} does not fit the model its header names: {str(error).splitlines()[0]}.", "delete its _result.json and train the run again.") from error  # fmt: skip
+        raise UserError(
+            f"{path} does not fit the model its header names: {str(error).splitlines()[0]}.",
+            "delete its _result.json and train the run again.",
+        ) from error
     return model.eval(), facts
 
 
@@ -247,7 +254,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
     """A result file's content, or None where it is missing. Raises UserError where it is damaged."""
     try:
         result = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}.", "delete it, and the same command trains the run again.") from error

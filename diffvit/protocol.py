@@ -202,9 +202,7 @@ def resolve_size(size: str, dataset: str) -> str:
     aliases |= dict(zip(("small", "medium", "large"), sizes, strict=True))
     key = re.sub(r"(?<=\d)[bm]$", "", str(size).strip().lower())
     if key not in aliases:
-        raise UserError(
-            f"{dataset} has no size {size!r}.", f"its sizes are {', '.join(sizes)} (or small, medium, large)."
-        )
+        raise UserError(f"{dataset} has no size {size!r}.", f"its sizes are {', '.join(sizes)} (or small, medium, large).")
     return aliases[key]
 
 

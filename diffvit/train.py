@@ -75,7 +75,11 @@ def fit(
     train_batches = StepBatches(len(train_set), protocol.batch_size, seed, (1, total), (rank, workers), "train")
     val_batches = StepBatches(len(val_set), protocol.batch_size, seed, (1, total), (rank, workers), "val")
     optimizer = make_optimizer(model, protocol)
-    parallel = nn.parallel.DistributedDataParallel(model) if workers > 1 else model
+    parallel = model
+    wait_with_exchange: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    if workers > 1:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        wait_with_exchange = parallel.no_sync
     prepare = Prepare(protocol.image_size, data.mean, data.std, device)
 
     def loss_sum(net: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +97,7 @@ def fit(
         chunks = list(zip(_split(pixels, micro_batch), _split(labels, micro_batch), strict=True))
         for i, (some_pixels, some_labels) in enumerate(chunks):
             more = i + 1 < len(chunks)
-            with parallel.no_sync() if workers > 1 and more else contextlib.nullcontext():
+            with wait_with_exchange() if more else contextlib.nullcontext():
                 part = loss_sum(parallel, some_pixels, some_labels)[0] / images
                 (part * workers).backward()  # the group takes the mean of its gradients; a step wants their sum
             loss += part.detach()
@@ -135,7 +139,8 @@ def fit(
 
 def make_optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: not on biases, norms, lambda vectors, positions or the class token."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
         (decayed if is_matrix else others).append(parameter)
@@ -164,7 +169,7 @@ class _Recorder:
         # The last step's time is taken now: on a GPU its work has only just ended.
         self._flushed = time.perf_counter()
         steps = [
-            Step(step, (step - 1) // self._per_epoch + 1, self._protocol.learning_rate(step, self._total), *row, seconds)
+            Step(step, (step - 1) // self._per_epoch + 1, self._protocol.learning_rate(step, self._total), row[0], row[1], row[2], seconds)
             for (step, seconds, _), row in zip(self._waiting, rows, strict=True)
         ]
         self.last = steps[-1] = steps[-1]._replace(seconds=self._flushed - self._start)
@@ -256,9 +261,7 @@ def train(
             if on_steps:
                 on_steps(steps, total)
 
-        fitted = fit(
-            model, data, protocol, seed=spec.seed, precision=spec.precision, micro_batch=micro_batch, on_steps=record
-        )
+        fitted = fit(model, data, protocol, seed=spec.seed, precision=spec.precision, micro_batch=micro_batch, on_steps=record)
         if log is None:
             return {"run_id": run_id}
         # A run cut short by max_steps is a trial: its evaluation shall not cost more than its training.
@@ -405,5 +408,3 @@ def _git_commit() -> str | None:
 
 def _utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-

@@ -95,9 +95,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens, d_model))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            Block(attention(d_model, heads, layer, dropout), d_model, mlp_ratio, dropout) for layer in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(attention(d_model, heads, layer, dropout), d_model, mlp_ratio, dropout) for layer in range(depth))
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
         self.head = nn.Linear(d_model, classes)
 

@@ -94,9 +94,7 @@ def _two_attentions(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor) -> tuple[T
         padding = [0, v_BPNV.shape[-1] - q_BNPsE.shape[-1]]
         q_BNPsE, k_BNPsE = F.pad(q_BNPsE, padding), F.pad(k_BNPsE, padding)
     first, second = (
-        F.scaled_dot_product_attention(
-            q_BNPsE[:, :, :, s].transpose(1, 2), k_BNPsE[:, :, :, s].transpose(1, 2), v_BPNV, scale=scale
-        )
+        F.scaled_dot_product_attention(q_BNPsE[:, :, :, s].transpose(1, 2), k_BNPsE[:, :, :, s].transpose(1, 2), v_BPNV, scale=scale)
         for s in (0, 1)
     )
     return first, second

@@ -15,9 +15,9 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 
-import ray  # noqa: E402
+import ray
 
-from diffvit.errors import UserError  # noqa: E402
+from diffvit.errors import UserError
 
 # No object of a study is larger than a report of a few numbers.
 _OBJECT_STORE_BYTES = 200 * 1024**2
@@ -60,7 +60,9 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     try:
         context = ray.init(address=chosen, log_to_driver=False, logging_level="ERROR", **options)
     except (ConnectionError, ValueError) as error:
-        raise UserError(f"the Ray cluster at {chosen} cannot be joined: {str(error).splitlines()[0]}.", "check `ray status`, or use --address local.") from error  # fmt: skip
+        raise UserError(
+            f"the Ray cluster at {chosen} cannot be joined: {str(error).splitlines()[0]}.", "check `ray status`, or use --address local."
+        ) from error
     try:
         resources = ray.cluster_resources()
         nodes = sum(node["Alive"] for node in ray.nodes())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from diffvit.protocol import MODEL_TITLES, MODELS, protocol_of
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 # Light to dark with size, and light against dark for the two architectures; safe for the common forms of colour blindness.
 _SIZE_COLOURS = ("#E9A03B", "#C2477F", "#2A1E6E")
-_MODEL_STYLES = {
+_MODEL_STYLES: dict[str, dict[str, Any]] = {
     "vit_classic": {"color": "#1F3A6E", "marker": "o", "linestyle": "-"},
     "vit_differential": {"color": "#E07B39", "marker": "s", "linestyle": (0, (5, 1.5))},
 }
-_OTHER_STYLE = {"color": "#6B7A89", "marker": "D", "linestyle": ":"}
-_STYLE = {
+_OTHER_STYLE: dict[str, Any] = {"color": "#6B7A89", "marker": "D", "linestyle": ":"}
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -59,7 +59,7 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path) -> list[Pat
         The files written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     with rc_context(_STYLE):
         for dataset, of_dataset in runs.groupby("dataset", sort=False):
             figures: dict[str, Figure] = {}
@@ -89,9 +89,7 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str) -> Figure:
         smooth = _running_mean(curves.mean(axis=1))
         axes.plot(smooth.index, smooth, color=colour, linewidth=2.0)
         ends.append((smooth.index[-1], smooth.iloc[-1], _millions(of_size["parameters"].iloc[0]), colour))
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    _log_loss_axis(axes)
     axes.set_xlim(left=0)
     axes.set_xlabel("training step (one batch each)")
     axes.set_ylabel("cross-entropy (nats), log scale")
@@ -120,7 +118,9 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
         mean = 100 * cells["test_accuracy"].mean()
         # The two arms have nearly the same sizes: intervals side by side, not on top of each other.
         x = np.asarray(mean.index, dtype=float) / 1e6 * (1 + 0.012 * (2 * models.index(model) - 1) * several)
-        low, high = np.asarray([_wilson(100 * accuracy, n) for accuracy, n in zip(cells["test_accuracy"].mean(), cells["test_images"].sum(), strict=True)]).T
+        low, high = np.asarray(
+            [_wilson(100 * accuracy, n) for accuracy, n in zip(cells["test_accuracy"].mean(), cells["test_images"].sum(), strict=True)]
+        ).T
         axes.plot(x, mean, linewidth=2.0, markersize=7, **style)
         axes.vlines(x, low, high, color=style["color"], linewidth=1.2, alpha=0.75)
         if of_model["seed"].nunique() > 1:
@@ -132,7 +132,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
         ends.append((x[-1], mean.iloc[-1], _model_title(model), style["color"]))
     _size_axis(axes, runs)
     axes.set_ylabel("test accuracy (%)")
-    title = "both architectures" if several else _model_title(models[0])
+    title = "Both architectures" if several else _model_title(models[0])
     axes.set_title(f"{title} on {dataset}: test accuracy over model size")
     axes.set_ylim(*_accuracy_range(runs if scale_like is None else scale_like))
     if several:
@@ -147,6 +147,16 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
 def _axes() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     return figure, figure.subplots()
+
+
+def _log_loss_axis(axes: Axes) -> None:
+    """A log axis with plain numbers, closer together where the range is short."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    steps = (1,) if high / low > 1e4 else (1, 3) if high / low > 100 else (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _size_axis(axes: Axes, runs: pd.DataFrame) -> None:

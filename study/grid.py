@@ -77,7 +77,9 @@ def read_grid(path: Path) -> Grid:
     except OSError as error:
         raise UserError(f"the grid file {path} cannot be read: {error.strerror}.", f"built-in grids are {', '.join(GRIDS)}.") from error
     except ValueError as error:
-        raise UserError(f"the grid file {path} is not valid: {' '.join(str(error).split())[:200]}.", "see CONTRIBUTING.md for an example.") from error  # fmt: skip
+        raise UserError(
+            f"the grid file {path} is not valid: {' '.join(str(error).split())[:200]}.", "see CONTRIBUTING.md for an example."
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"the grid file {path} is not a list of keys and values.", f"its keys are {', '.join(_FILE_KEYS)}.")
     for key in content:

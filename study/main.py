@@ -71,7 +71,6 @@ def run_study(options: StudyOptions) -> int:
     Raises:
         UserError: bad input, before any training.
     """
-    check_writable(options.checkpoints)
     with contextlib.ExitStack() as stack:
         cluster = None
         if options.precision == "auto" and _may_join(options):
@@ -109,7 +108,9 @@ def _train(runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOpti
     settings = _settings(options, cluster)
     at_once = slots(cluster, settings)
     if at_once < 1:
-        needs = f"{settings.workers} x {settings.cpus_per_run} CPUs" + (f" and {settings.gpus_per_run:g} GPUs" if settings.gpus_per_run else "")
+        needs = f"{settings.workers} x {settings.cpus_per_run} CPUs" + (
+            f" and {settings.gpus_per_run:g} GPUs" if settings.gpus_per_run else ""
+        )
         raise UserError(
             f"a run needs {needs}, and the cluster has {cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs.",
             "lower --cpus_per_run, --gpus_per_run or --workers.",
@@ -120,7 +121,9 @@ def _train(runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOpti
     # Tune's own results are in its order; what failed is known by its spec.
     errors = [(RunSpec(**result.config["spec"]).title, _reason(result.error)) for result in results if result.error and result.config]
     known = {title for title, _ in errors}
-    lost = [(run.spec.title, "it ended without a result") for run in pending if not _has_result(run, options) and run.spec.title not in known]
+    lost = [
+        (run.spec.title, "it ended without a result") for run in pending if not _has_result(run, options) and run.spec.title not in known
+    ]
     return errors + lost
 
 
@@ -167,8 +170,8 @@ def _local_precision(options: StudyOptions) -> str:
 
 
 def _check_folders(checkpoints: Path, runs: list[PlannedRun]) -> None:
-    for model in {run.spec.model for run in runs}:
-        check_writable(checkpoints / model)
+    for folder in {checkpoints, *(checkpoints / run.spec.model for run in runs)}:
+        check_writable(folder)
 
 
 def warmup_warnings(specs: list[RunSpec]) -> list[str]:
@@ -207,7 +210,21 @@ def _draw(checkpoints: Path, table: pd.DataFrame, out: Path) -> list[Path]:
 
 def table_text(table: pd.DataFrame) -> str:
     """The run table for a person: outcome only, flags below."""
-    header = ("model", "size", "data set", "seed", "run_id", "parameters", "steps", "seconds", "images/s", "train loss", "val loss", "test loss", "test accuracy")  # fmt: skip
+    header = (
+        "model",
+        "size",
+        "data set",
+        "seed",
+        "run_id",
+        "parameters",
+        "steps",
+        "seconds",
+        "images/s",
+        "train loss",
+        "val loss",
+        "test loss",
+        "test accuracy",
+    )
     rows = [
         (
             run.model, run.size, run.dataset, str(run.seed), run.run_id, f"{run.parameters:,}", f"{run.steps:,}",
@@ -233,7 +250,9 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
     table = run_table(checkpoints, specs)
     if table.empty:
         name = f"the grid {grid}" if grid else "a built-in grid"
-        raise UserError(f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid.")
+        raise UserError(
+            f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid."
+        )
     check_writable(out)
     return _draw(checkpoints, table, out)
 
@@ -258,7 +277,9 @@ def ledger_rows(
         paths = [files.weights, files.log, files.predictions, files.result]
         row = {"state": "done", **{key: getattr(run, key) for key in ("run_id", "model", "size", "dataset", "seed", "overrides")}}
         row |= {"test_accuracy": run.test_accuracy, "finished": run.finished}
-        rows.append(row | {"files": [str(path) for path in paths if path.is_file()], "missing": [str(path) for path in paths if not path.is_file()]})
+        rows.append(
+            row | {"files": [str(path) for path in paths if path.is_file()], "missing": [str(path) for path in paths if not path.is_file()]}
+        )
     if specs:
         done = {(row["model"], row["size"], row["dataset"], row["seed"]) for row in rows}
         fingerprints = load_fingerprints(specs, data_root, required=False)
@@ -298,7 +319,10 @@ def ledger_text(rows: list[dict[str, Any]]) -> str:
 def _columns(rows: list[tuple[str, ...]], right: Any = ()) -> str:
     """Aligned text; no colour, no lines, so that it can be read anywhere and cut by any tool."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows)
+    lines = (
+        "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -6,7 +6,10 @@ Several workers: the trainer starts a worker group, and the trial only waits for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import os
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -73,7 +76,8 @@ def run_all(runs: list[PlannedRun], settings: Settings, cluster: Cluster, callba
     longest_first = sorted(runs, key=lambda run: run.train_flops, reverse=True)
     state = Path(settings.checkpoints) / ".state" / f"tune-{uuid.uuid4().hex[:8]}"
     try:
-        return _tuner(longest_first, state, settings, cluster, callback).fit()
+        with contextlib.redirect_stdout(io.StringIO()):  # Tune prints a banner; stdout is for results
+            return _tuner(longest_first, state, settings, cluster, callback).fit()
     finally:
         # The ledger is the checkpoints folder; Tune's own record of the experiment is not kept.
         shutil.rmtree(state, ignore_errors=True)
@@ -119,9 +123,7 @@ def _trial(config: dict[str, Any]) -> None:
             use_gpu=settings.gpus_per_run > 0,
             resources_per_worker={name: amount for name, amount in per_worker.items() if amount},
         )
-        run_config = ray_train.RunConfig(
-            storage_path=tune.get_context().get_trial_dir(), name="workers", callbacks=[TuneReportCallback()]
-        )
+        run_config = ray_train.RunConfig(storage_path=tune.get_context().get_trial_dir(), name="workers", callbacks=[TuneReportCallback()])
     TorchTrainer(_worker, train_loop_config=config, scaling_config=scaling, run_config=run_config).fit()
 
 
@@ -160,6 +162,4 @@ def _memory_share(settings: Settings) -> float:
     """The part of its device's memory that a run may count on."""
     if settings.gpus_per_run:
         return min(settings.gpus_per_run, 1.0)
-    import os
-
     return min(1.0, settings.cpus_per_run / (os.cpu_count() or 1))

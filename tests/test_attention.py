@@ -1,0 +1,155 @@
+"""Both attentions against formulas written down again in fp64, and against timm's classes with copied weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from timm.layers.diff_attention import DiffAttention
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+from diffvit.protocol import PROTOCOLS
+from diffvit.vit import build_model
+from diffvit.vit_classic import Attention
+from diffvit.vit_differential import DifferentialAttention, lambda_init
+
+
+def _random_layer(cls, d_model: int, heads: int, layer: int, seed: int = 0):
+    """A layer whose every parameter, biases and norm weights too, is far from its initial value."""
+    torch.manual_seed(seed)
+    attention = cls(d_model, heads, layer, 0.0)
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.3 / d_model**0.5))
+    return attention
+
+
+def _differential_by_the_paper(attention: DifferentialAttention, x: torch.Tensor, layer: int) -> torch.Tensor:
+    """Equations 1 to 3 of arXiv 2410.05258, head by head and with explicit maps, in fp64."""
+    state = {name: value.double() for name, value in attention.state_dict().items()}
+    x = x.double()
+    tokens, d_model = x.shape[1:]
+    d = attention.head_dim
+    q, k, v = (x @ state["qkv.weight"].T + state["qkv.bias"]).split(d_model, dim=-1)
+    init = 0.8 - 0.6 * math.exp(-0.3 * layer)
+    lam = math.exp(float(state["lambda_q1"] @ state["lambda_k1"])) - math.exp(float(state["lambda_q2"] @ state["lambda_k2"])) + init
+    heads = []
+    for i in range(d_model // (2 * d)):
+        first, second = 2 * i * d, (2 * i + 1) * d
+        map1 = torch.softmax(q[..., first : first + d] @ k[..., first : first + d].mT / math.sqrt(d), dim=-1)
+        map2 = torch.softmax(q[..., second : second + d] @ k[..., second : second + d].mT / math.sqrt(d), dim=-1)
+        head = (map1 - lam * map2) @ v[..., 2 * i * d : 2 * (i + 1) * d]
+        head = head / torch.sqrt((head**2).mean(-1, keepdim=True) + 1e-5) * state["sub_norm.weight"]
+        heads.append((1 - init) * head)
+    out = torch.cat(heads, dim=-1)
+    assert out.shape == (len(x), tokens, d_model)
+    return out @ state["proj.weight"].T + state["proj.bias"]
+
+
+@pytest.mark.parametrize(("d_model", "heads", "tokens"), [(64, 4, 17), (256, 8, 50), (384, 6, 33)])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_differential_attention_is_the_papers_formula(d_model: int, heads: int, tokens: int, layer: int) -> None:
+    attention = _random_layer(DifferentialAttention, d_model, heads, layer)
+    x = torch.randn(3, tokens, d_model)
+    torch.testing.assert_close(attention(x).double(), _differential_by_the_paper(attention, x, layer), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_differential_attention_are_the_formulas() -> None:
+    attention = _random_layer(DifferentialAttention, 64, 4, 2).double()
+    x = torch.randn(2, 9, 64, dtype=torch.float64)
+    attention(x).square().sum().backward()
+    ours = {name: parameter.grad.clone() for name, parameter in attention.named_parameters()}
+
+    # The formula again, differentiable in the same parameters.
+    attention.zero_grad()
+    q, k, v = attention.qkv(x).chunk(3, dim=-1)
+    lam = torch.exp(attention.lambda_q1 @ attention.lambda_k1) - torch.exp(attention.lambda_q2 @ attention.lambda_k2) + lambda_init(2)
+    pieces = []
+    for i in range(2):
+        a1, a2 = (torch.softmax(q[..., s * 16 : (s + 1) * 16] @ k[..., s * 16 : (s + 1) * 16].mT / 4, dim=-1) for s in (2 * i, 2 * i + 1))
+        pieces.append((1 - lambda_init(2)) * attention.sub_norm((a1 - lam * a2) @ v[..., 32 * i : 32 * (i + 1)]))
+    attention.proj(torch.cat(pieces, dim=-1)).square().sum().backward()
+    for name, parameter in attention.named_parameters():
+        # lambda itself is fp32 in ours
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("layer", [0, 5])
+def test_differential_attention_equals_timms(layer: int) -> None:
+    ours = _random_layer(DifferentialAttention, 256, 8, layer)
+    timms = DiffAttention(256, num_heads=4, qkv_bias=True, depth=layer).eval()
+    timms.load_state_dict(ours.state_dict())  # the names agree, so a missing or extra parameter would raise
+    x = torch.randn(2, 65, 256)
+    torch.testing.assert_close(ours(x), timms(x), rtol=1e-5, atol=1e-5)
+
+
+def test_lambda_starts_as_the_paper_says() -> None:
+    assert [round(lambda_init(layer), 3) for layer in range(4)] == [0.2, 0.356, 0.471, 0.556]
+
+
+def test_lambda_matters() -> None:
+    # A layer that ignored its second map would pass a test in which lambda is 0.
+    attention = _random_layer(DifferentialAttention, 64, 4, 1)
+    x = torch.randn(1, 9, 64)
+    before = attention(x)
+    with torch.no_grad():
+        attention.lambda_q1.add_(1.0)
+    assert (attention(x) - before).abs().max() > 1e-3
+
+
+def test_classic_attention_is_softmax_attention() -> None:
+    attention = _random_layer(Attention, 64, 4, 0).double()
+    x = torch.randn(2, 11, 64, dtype=torch.float64)
+    q, k, v = attention.qkv(x).chunk(3, dim=-1)
+    heads = [torch.softmax(q[..., s : s + 16] @ k[..., s : s + 16].mT / 4, dim=-1) @ v[..., s : s + 16] for s in range(0, 64, 16)]
+    torch.testing.assert_close(attention(x), attention.proj(torch.cat(heads, dim=-1)), rtol=1e-9, atol=1e-9)
+
+
+def timm_twin(dataset: str, size: str) -> TimmViT:
+    """timm's ViT in the shape of the protocol."""
+    protocol = PROTOCOLS[dataset]
+    return TimmViT(
+        img_size=protocol.image_size,
+        patch_size=protocol.patch_size,
+        in_chans=protocol.channels,
+        num_classes=protocol.classes,
+        embed_dim=protocol.d_model,
+        depth=protocol.depths[size],
+        num_heads=protocol.heads,
+        mlp_ratio=protocol.mlp_ratio,
+        proj_drop_rate=protocol.dropout,
+        pos_drop_rate=protocol.dropout,
+    )
+
+
+def _timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("patch_embed.", "patch_embed.proj."): value for name, value in state.items()}
+
+
+@pytest.mark.parametrize(("dataset", "size"), [("digits", "0.4M"), ("CIFAR-100", "10B")])
+def test_classic_model_equals_timms(dataset: str, size: str) -> None:
+    protocol = PROTOCOLS[dataset]
+    ours = build_model("vit_classic", size, protocol).eval()
+    ours.initialise(seed=3)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    timms = timm_twin(dataset, size).eval()
+    timms.load_state_dict(_timm_names(ours.state_dict()))
+    images = torch.randn(2, protocol.channels, protocol.image_size, protocol.image_size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), timms(images), rtol=1e-5, atol=1e-5)
+
+
+def test_differential_model_with_timms_attention_in_every_block() -> None:
+    protocol = PROTOCOLS["digits"]
+    ours = build_model("vit_differential", "0.4M", protocol).eval()
+    ours.initialise(seed=3)
+    timms = timm_twin("digits", "0.4M").eval()
+    for layer, block in enumerate(timms.blocks):
+        block.attn = DiffAttention(protocol.d_model, num_heads=protocol.heads // 2, qkv_bias=True, depth=layer).eval()
+    timms.load_state_dict(_timm_names(ours.state_dict()))
+    images = torch.randn(4, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), timms(images), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,234 @@
+"""The command line as a user meets it: what is said, exit codes, and that bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import needs_cifar
+
+import run as command_line
+from diffvit.ledger import RunFiles, RunSpec
+from diffvit.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Outcome:
+    """Exit code and output of a command run in this process."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            command_line.main()
+        captured = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return call
+
+
+TRAIN = ("train", "--model", "vit_classic", "--size", "0.1M", "--dataset", "digits", "--device", "cpu")
+
+
+def test_train_evaluate_list_plot(cli, tmp_path: Path) -> None:
+    trained = cli(*TRAIN, "--epochs", "1")
+    assert trained.code == 0
+    assert "accuracy" in trained.out and "warning: warm-up (50 steps)" in trained.err
+    again = cli(*TRAIN, "--epochs", "1")
+    assert again.code == 0 and "done already" in again.err
+    assert again.out == trained.out
+
+    report = json.loads(cli("evaluate", *TRAIN[1:7], "--json").out)
+    assert report["images"] == 359
+    assert f"accuracy {100 * report['accuracy']:.2f} %" in trained.out.replace("test loss", "test")
+    limited = cli("evaluate", *TRAIN[1:7], "--limit", "64")
+    assert "of 64 images" in limited.out
+
+    listed = cli("list")
+    assert "1 of 1 runs done" in listed.out
+    assert json.loads(cli("list", "--json").out)[0]["run_id"] == report["run_id"]
+    with_grid = cli("list", "--grid", "digits", "--epochs", "1")
+    assert "1 of 12 runs done" in with_grid.out and with_grid.out.count("to do") == 11
+
+    drawn = cli("plot", "--grid", "digits", "--epochs", "1", "--out", "figures")
+    assert drawn.code == 0
+    assert len(drawn.out.split()) == 6  # one architecture: two loss plots and one of scaling, each as PNG and SVG
+    assert all(Path(path).is_file() for path in drawn.out.split())
+
+
+def test_both_spellings_of_an_option(cli) -> None:
+    first = cli(*TRAIN, "--max_steps", "2", "--batch_size", "16", "--warmup_steps", "1")
+    second = cli(*TRAIN, "--max-steps", "2", "--batch-size", "16", "--warmup-steps", "1")
+    assert first.code == second.code == 0
+    assert "done already" in second.err
+
+
+def test_several_matches_are_listed(cli) -> None:
+    for seed in ("0", "1"):
+        cli(*TRAIN, "--max_steps", "1", "--seed", seed)
+    outcome = cli("evaluate", *TRAIN[1:7])
+    assert outcome.code == 2
+    assert "2 runs" in outcome.err
+    run_ids = re.findall(r"[0-9a-f]{10}", outcome.err)
+    assert len(run_ids) == 2
+    assert cli("evaluate", *TRAIN[1:7], "--run_id", run_ids[0]).code == 0
+
+
+BAD_INPUT = [
+    (("train", "--model", "vit_clasic", "--size", "10B", "--dataset", "BACH"), "did you mean vit_classic"),
+    (("train", "--model", "vit_classic", "--size", "10B", "--dataset", "BACHH"), "did you mean BACH"),
+    (("train", "--model", "vit_classic", "--size", "10B", "--dataset", "digits"), "0.1M, 0.2M, 0.4M"),
+    ((*TRAIN, "--epochs", "0"), "at least 1"),
+    ((*TRAIN, "--batch_size", "0"), "at least 1"),
+    ((*TRAIN, "--batch_size", "1259"), "at most 1258"),
+    ((*TRAIN, "--max_steps", "-1"), "at least 1"),
+    ((*TRAIN, "--seed", "-1"), "at least 0"),
+    ((*TRAIN, "--precision", "fp16"), "Known: fp32, bf16"),
+    ((*TRAIN[:-1], "cuda:7"), "--device cpu"),
+    ((*TRAIN, "--upload", "true"), ".env"),
+    ((*TRAIN, "--colour", "red"), "--help"),
+    (("train",), "--help"),
+    (("train", "--model", "vit_classic", "--size", "10B", "--dataset", "CIFAR-100", "--data_root", "nowhere"), "--data_root"),
+    (("evaluate", "--model", "vit_classic", "--size", "10B", "--dataset", "CIFAR-100"), "run.py list"),
+    (("study", "--grid", "fulll"), "did you mean full"),
+    (("study", "--grid", "missing.yaml"), "built-in grids"),
+    (("study", "--grid", "typo.yaml"), "did you mean datasets"),
+    (("study", "--grid", "broken.yaml"), "CONTRIBUTING"),
+    (("study", "--grid", "broken.toml"), "CONTRIBUTING"),
+    (("study", "--grid", "list.yaml"), "its keys are"),
+    (("study", "--grid", "size.yaml"), "0.1M, 0.2M, 0.4M"),
+    (("study", "--grid", "override.yaml"), "did you mean epochs"),
+    (("study", "--grid", "seeds.yaml"), "whole numbers"),
+    (("study", "--grid", "empty.yaml"), "datasets"),
+    (("study", "--epochs", "0"), "at least 1"),
+    (("study", "--seeds", "0"), "--help"),
+    (("study", "--upload", "true"), ".env"),
+    (("study", "--address", "127.0.0.1:1"), "--address local"),
+    (("study", "--grid", "full", "--data_root", "nowhere", "--address", "local"), "--data_root"),
+    (("plot",), "run.py list"),
+    (("plot", "--grid", "nothing"), "digits"),
+    (("polt",), "--help"),
+]
+
+GRID_FILES = {
+    "typo.yaml": "dataset: [digits]",
+    "broken.yaml": "datasets: [digits",
+    "broken.toml": "datasets = ",
+    "list.yaml": "[digits]",
+    "size.yaml": "datasets: [digits]\nsizes: [10B]",
+    "override.yaml": "datasets: [digits]\noverrides: {epoch: 3}",
+    "seeds.yaml": "datasets: [digits]\nseeds: [a]",
+    "empty.yaml": "sizes: [small]",
+}
+
+
+@pytest.mark.parametrize(("arguments", "hint"), BAD_INPUT, ids=[" ".join(a)[:60] for a, _ in BAD_INPUT])
+def test_bad_input_is_one_sentence_and_a_hint(cli, tmp_path: Path, arguments: tuple[str, ...], hint: str) -> None:
+    for name, text in GRID_FILES.items():
+        (tmp_path / name).write_text(text)
+    outcome = cli(*arguments)
+    assert outcome.code == 2
+    lines = outcome.err.strip().splitlines()
+    assert lines[-2].startswith("error: ") and lines[-1].startswith("hint: ")
+    assert hint in outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()} - set(GRID_FILES)
+    assert left == set()
+
+
+@pytest.mark.parametrize("command", [TRAIN, ("study", "--address", "local")])
+def test_a_folder_that_cannot_be_written(cli, tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    outcome = cli(*command, "--checkpoints", "file/checkpoints")
+    assert outcome.code == 2
+    assert "cannot be written" in outcome.err and "hint:" in outcome.err
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_damaged_and_foreign_checkpoints(cli, tmp_path: Path) -> None:
+    spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 1})
+    result = train(spec, Path("checkpoints"), device="cpu")
+    files = RunFiles.of(Path("checkpoints"), spec, result["run_id"])
+    whole = files.weights.read_bytes()
+    for content, word in ((whole[:1000], "damaged"), (b"", "damaged"), (whole.replace(b"diffvit", b"another"), "not written by diffvit")):
+        files.weights.write_bytes(content)
+        outcome = cli("evaluate", *TRAIN[1:7])
+        assert outcome.code == 2
+        assert word in outcome.err and "hint:" in outcome.err
+
+
+def test_a_damaged_result_stops_a_study_before_training(cli, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints/vit_classic"
+    folder.mkdir(parents=True)
+    (folder / "model_x_0.1M_digits_result.json").write_text("{")
+    for command in (("list",), ("plot",)):
+        outcome = cli(*command)
+        assert outcome.code == 2
+        assert "damaged" in outcome.err
+
+
+def test_upload_with_credentials_says_that_it_cannot_yet(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_REPOSITORY", "someone/something")
+    outcome = cli(*TRAIN, "--upload", "true")
+    assert outcome.code == 2
+    assert "cannot upload yet" in outcome.err and "hf_secret" not in outcome.err
+
+
+def test_dry_run_of_the_full_grid(cli, tmp_path: Path) -> None:
+    outcome = cli("study", "--grid", "full", "--dry_run", "--data_root", "nowhere")
+    assert outcome.code == 0
+    rows = [line.split() for line in outcome.out.splitlines() if line.startswith("vit_")]
+    assert len(rows) == 12
+    assert {row[-5 - 0] for row in rows} >= {"512", "64"} or {"4,400", "400"} <= {cell for row in rows for cell in row}
+    for count in ("9,753,956", "9,756,260", "50,031,716", "50,043,812", "9,563,908", "50,387,332"):
+        assert count in outcome.out
+    assert "warm-up (500 steps) is not shorter than the run (400 steps)" in outcome.out
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_command_and_option_has_help() -> None:
+    for name, command in command_line.cli.commands.items():
+        assert command.help, name
+        for option in command.params:
+            assert option.help, f"{name} {option.name}"
+
+
+def test_the_readme_names_every_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for name in command_line.cli.commands:
+        assert f"run.py {name}" in readme
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
+    code = "import sys; sys.argv = ['run.py', '--help']; import run\ntry: run.main()\nexcept SystemExit: pass\nprint(sorted({'torch', 'ray', 'pandas', 'matplotlib', 'datasets'} & set(sys.modules)), file=sys.stderr)"  # fmt: skip
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert printed.stderr.strip() == "[]"
+
+
+def test_diffvit_needs_neither_ray_nor_study() -> None:
+    code = "import sys; sys.modules.update(ray=None, study=None, pandas=None, matplotlib=None)\nimport diffvit.train, diffvit.evaluation, diffvit.vit_classic, diffvit.vit_differential"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@needs_cifar
+def test_the_real_model_on_the_real_images(cli, data_root: str) -> None:
+    arguments = ("--model", "vit_differential", "--size", "10B", "--dataset", "CIFAR-100", "--data_root", data_root)
+    trained = cli("train", *arguments, "--batch_size", "8", "--max_steps", "1")
+    assert trained.code == 0
+    assert "9,756,260" in trained.out
+    read_back = cli("evaluate", *arguments, "--limit", "8")
+    assert read_back.code == 0 and "of 8 images" in read_back.out

@@ -1,0 +1,223 @@
+"""Splits, batches and preparation; BACH in its hub schema, made from real tissue."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, needs_cifar, needs_tissue
+from PIL import Image
+
+from diffvit import dataset
+from diffvit.dataset import Prepare, StepBatches, load, make_loader, split_rows
+from diffvit.errors import UserError
+
+BACH_NAMES = ["Benign", "InSitu", "Invasive", "Normal", "Unknown"]
+BACH_PREFIXES = ["b", "is", "iv", "n"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
+    if "real_cache" not in request.keywords:
+        monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path / "cache"))
+        dataset._load.cache_clear()
+    yield
+    dataset._load.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-noisy"])
+def test_digits_splits_are_stratified_and_complete(name: str) -> None:
+    data = load(name)
+    assert [len(split) for split in (data.train, data.val, data.test)] == [1258, 180, 359]
+    for split, share in ((data.train, 0.7), (data.val, 0.1), (data.test, 0.2)):
+        counts = np.bincount(split.labels.numpy(), minlength=10)
+        assert (abs(counts - share * 179.7) < 4).all()
+    assert data.train.pixels.shape[1:] == (1, 8, 8)
+    assert data.train.pixels.dtype == torch.uint8
+
+
+def test_splits_are_disjoint_and_stable() -> None:
+    labels = np.repeat(np.arange(7), 30)
+    parts = split_rows(labels, [0.7, 0.1, 0.2], "x")
+    assert sorted(np.concatenate(parts).tolist()) == list(range(210))
+    # Written down once: the same rows for ever, on every machine.
+    assert parts[1].tolist()[:6] == [8, 11, 17, 33, 39, 47]
+    assert not np.array_equal(parts[1], split_rows(labels, [0.7, 0.1, 0.2], "y")[1])
+
+
+def test_noise_is_fixed_and_changes_only_pixels() -> None:
+    clean, noisy = load("digits"), load("digits-noisy")
+    assert torch.equal(clean.test.labels, noisy.test.labels)
+    assert clean.fingerprint != noisy.fingerprint
+    difference = (noisy.train.pixels.float() - clean.train.pixels.float()) / 255
+    assert 0.15 < difference.std() < dataset.DIGITS_NOISE  # clipping takes some of it
+    dataset._load.cache_clear()
+    assert load("digits-noisy").fingerprint == noisy.fingerprint
+
+
+def test_normalisation_is_of_the_training_split() -> None:
+    data = load("digits")
+    x = Prepare(8, data.mean, data.std)(data.train.pixels)
+    assert x.mean().item() == pytest.approx(0, abs=1e-4)
+    assert x.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_resizing_agrees_with_pil() -> None:
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    ours = Prepare(224, [0.0] * 3, [1.0] * 3)(pixels)[0].permute(1, 2, 0).numpy()
+    pil = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BILINEAR)
+    assert abs(ours - np.asarray(pil) / 255).max() <= 1 / 255 + 1e-6
+
+
+def test_every_epoch_has_every_row_once() -> None:
+    batches = list(StepBatches(10, 4, seed=0, steps=(1, 6)))
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4, 2]
+    first, second = sum(batches[:3], []), sum(batches[3:], [])
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+
+
+def test_a_run_that_starts_in_the_middle_sees_the_same_batches() -> None:
+    whole = list(StepBatches(50, 8, seed=3, steps=(1, 20)))
+    assert list(StepBatches(50, 8, seed=3, steps=(11, 20))) == whole[10:]
+
+
+def test_workers_share_a_batch() -> None:
+    whole = list(StepBatches(10, 4, seed=0, steps=(1, 6)))
+    parts = [list(StepBatches(10, 4, seed=0, steps=(1, 6), part=(rank, 3))) for rank in range(3)]
+    for step, batch in enumerate(whole):
+        assert sorted(sum((part[step] for part in parts), [])) == sorted(batch)
+    assert StepBatches(10, 4, seed=0, steps=(1, 6), part=(2, 3)).batch_length(3) == 2
+
+
+def test_loader_is_a_dataloader_of_uint8() -> None:
+    data = load("digits")
+    loader = make_loader(data.val, StepBatches(180, 32, seed=0, steps=(1, 7)))
+    assert isinstance(loader, torch.utils.data.DataLoader)
+    shapes = [tuple(pixels.shape) for pixels, _ in loader]
+    assert shapes == [(32, 1, 8, 8)] * 5 + [(20, 1, 8, 8), (32, 1, 8, 8)]
+    assert next(iter(loader))[0].dtype == torch.uint8
+
+
+@needs_cifar
+@pytest.mark.real_cache
+def test_real_cifar100(data_root: str) -> None:
+    data = load("CIFAR-100", data_root)
+    assert [len(split) for split in (data.train, data.val, data.test)] == [45_000, 5_000, 10_000]
+    assert (np.bincount(data.train.labels) == 450).all()
+    assert (np.bincount(data.val.labels) == 50).all()
+    assert data.mean == pytest.approx((0.5071, 0.4865, 0.4409), abs=2e-3)  # the README of the data, all 50,000 images
+    assert data.std == pytest.approx((0.2673, 0.2564, 0.2762), abs=2e-3)
+    assert data.classes[26] == "cra"
+    # The decoded cache is what the library decodes.
+    import datasets
+
+    test = datasets.load_dataset(f"{data_root}/uoft-cs/cifar100", split="test")
+    for row in (0, 1234, 9_999):
+        assert np.array_equal(np.asarray(test[row]["img"]).transpose(2, 0, 1), data.test.pixels[row].numpy())
+        assert test[row]["fine_label"] == data.test.labels[row]
+
+
+def _write_bach(root: Path, *, named: bool, rows: list[tuple[str, int]] | None = None) -> None:
+    """A data set in BACH's hub schema: patches of real tissue, smaller than BACH's, each unlike the others."""
+    import datasets
+
+    tissue = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((SHARED / "data/breakhis").glob("*.png"))]
+    random = np.random.RandomState(0)
+    if rows is None:
+        rows = [(f"{BACH_PREFIXES[label]}{number:03}.tif", label) for label in range(4) for number in range(1, 101)]
+        random.shuffle(rows)
+    images = []
+    for name, label in rows:
+        source = tissue[label % 4 * 2 + random.randint(2)]
+        top, left = random.randint(source.shape[0] - 96), random.randint(source.shape[1] - 128)
+        buffer = io.BytesIO()
+        Image.fromarray(source[top : top + 96, left : left + 128]).save(buffer, format="TIFF")
+        images.append({"path": name if named else None, "bytes": buffer.getvalue()})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=BACH_NAMES)})
+    folder = root / "1aurent/BACH/data"
+    folder.mkdir(parents=True)
+    train = datasets.Dataset.from_dict({"image": images, "label": [label for _, label in rows]}, features=features)
+    train.to_parquet(folder / "train-00000-of-00001.parquet")
+    unknown = datasets.Dataset.from_dict({"image": images[:5], "label": [4] * 5}, features=features)
+    unknown.to_parquet(folder / "test-00000-of-00001.parquet")
+
+
+@needs_tissue
+@pytest.mark.parametrize("named", [True, False])
+def test_bach(tmp_path: Path, named: bool) -> None:
+    _write_bach(tmp_path, named=named)
+    data = load("BACH", tmp_path)
+    assert [len(split) for split in (data.train, data.val, data.test)] == [228, 40, 132]
+    assert data.classes == ("Benign", "InSitu", "Invasive", "Normal")
+    assert data.train.pixels.shape[1:] == (3, 512, 512)
+    assert np.bincount(data.val.labels).tolist() == [10] * 4
+    expected = [48, 30, 31, 23] if named else [33] * 4  # eva's held-out patients, or a stratified third
+    assert np.bincount(data.test.labels).tolist() == expected
+    assert ("other patients" in data.notes[0]) == named
+    assert ("stratified" in data.notes[0]) != named
+
+
+@needs_tissue
+def test_bach_by_patient_takes_the_held_out_files(tmp_path: Path) -> None:
+    _write_bach(tmp_path, named=True)
+    raw = dataset._LOADERS["BACH"](tmp_path)
+    import datasets
+
+    stored = datasets.load_dataset(f"{tmp_path}/1aurent/BACH", split="train").cast_column("image", datasets.Image(decode=False))
+    names = np.asarray([image["path"] for image in stored["image"]])
+    files = {split: set(names[rows]) for split, rows in raw.rows.items()}
+    assert not files["train"] & files["test"] and not files["train"] & files["val"] and not files["val"] & files["test"]
+    # Rows 41 to 58 in file-name order are the benign files 42 to 59; 139 to 168 the in-situ files 40 to 69; and so on.
+    expected = [f"b{n:03}.tif" for n in [*range(42, 60), *range(61, 91)]] + [f"is{n:03}.tif" for n in range(40, 70)]
+    expected += [f"iv{n:03}.tif" for n in [*range(41, 59), *range(61, 74)]] + [f"n{n:03}.tif" for n in range(46, 69)]
+    assert files["test"] == set(expected)
+    assert {f"b{n:03}.tif" for n in range(91, 101)} <= files["val"]
+
+
+@needs_tissue
+def test_bachs_unknown_rows_never_enter(tmp_path: Path) -> None:
+    rows = [(f"{BACH_PREFIXES[label]}{number:03}.tif", label) for label in range(4) for number in range(1, 101)]
+    rows[5:5] = [("test01.tif", 4), ("test02.tif", 4)]
+    _write_bach(tmp_path, named=True, rows=rows)
+    data = load("BACH", tmp_path)
+    assert sum(len(split) for split in (data.train, data.val, data.test)) == 400
+    assert set(torch.cat([data.train.labels, data.val.labels, data.test.labels]).tolist()) == {0, 1, 2, 3}
+
+
+def test_a_missing_data_set_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no data set folder"):
+        load("CIFAR-100", tmp_path)
+
+
+@needs_cifar
+def test_a_truncated_file_is_found(tmp_path: Path, data_root: str) -> None:
+    folder = tmp_path / "uoft-cs/cifar100/cifar100"
+    folder.mkdir(parents=True)
+    source = Path(data_root) / "uoft-cs/cifar100/cifar100"
+    for split in ("train", "test"):
+        whole = (source / f"{split}-00000-of-00001.parquet").read_bytes()
+        (folder / f"{split}-00000-of-00001.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load("CIFAR-100", tmp_path)
+
+
+@needs_tissue
+def test_missing_rows_are_found(tmp_path: Path) -> None:
+    _write_bach(tmp_path, named=True, rows=[(f"b{n:03}.tif", 0) for n in range(1, 30)])
+    with pytest.raises(UserError, match="instead of"):
+        load("BACH", tmp_path)
+
+
+@needs_tissue
+def test_another_schema_is_found(tmp_path: Path) -> None:
+    import datasets
+
+    folder = tmp_path / "uoft-cs/cifar100"
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(folder / "train.parquet")
+    with pytest.raises(UserError, match="no split"):
+        load("CIFAR-100", tmp_path)

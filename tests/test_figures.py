@@ -1,0 +1,104 @@
+"""Figures: the ones the user asked for, with the data in them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from diffvit.protocol import MODELS, PROTOCOLS
+from study.figures import _wilson, draw_figures, loss_figure, scaling_figure
+from study.table import COLUMNS
+
+
+def _tables(datasets: tuple[str, ...] = ("digits", "CIFAR-100"), seeds: int = 1) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Made-up results in the shape of the real tables."""
+    random = np.random.RandomState(0)
+    runs: list[dict[str, Any]] = []
+    steps = []
+    for dataset in datasets:
+        for i, size in enumerate(PROTOCOLS[dataset].sizes):
+            for model in MODELS:
+                for seed in range(seeds):
+                    run_id = f"{dataset}{size}{model}{seed}"
+                    row: dict[str, Any] = dict.fromkeys(COLUMNS)
+                    row |= {"run_id": run_id, "model": model, "size": size, "dataset": dataset, "seed": seed, "test_images": 359}
+                    row |= {
+                        "parameters": (i + 1) * 100_000 + (model != "vit_classic") * 200,
+                        "test_accuracy": 0.9 + i / 50 + random.rand() / 50,
+                    }
+                    runs.append(row)
+                    step = np.arange(1, 201)
+                    loss = 2.3 * np.exp(-step / 60) + 0.05 * random.rand(200) + 0.02
+                    steps.append(pd.DataFrame({"run_id": run_id, "step": step, "train_loss": loss, "val_loss": loss + 0.1}))
+    return pd.DataFrame(runs), pd.concat(steps)
+
+
+def test_seven_figures_a_data_set_each_as_png_and_svg(tmp_path: Path) -> None:
+    paths = draw_figures(*_tables(), tmp_path)
+    names = {path.name for path in paths}
+    expected = {
+        f"{dataset}_{what}.{kind}"
+        for dataset in ("digits", "CIFAR-100")
+        for what in ("scaling_overlay", *(f"{model}_{part}" for model in MODELS for part in ("train_loss", "val_loss", "scaling")))
+        for kind in ("png", "svg")
+    }
+    assert names == expected
+    assert len(expected) == 28
+    for path in paths:
+        assert path.read_bytes()[:5] == (b"\x89PNG\r" if path.suffix == ".png" else b"<?xml")
+
+
+def test_the_raw_curve_is_in_the_figure() -> None:
+    runs, steps = _tables(("digits",))
+    of_model = runs[runs["model"] == "vit_classic"]
+    axes = loss_figure(of_model, steps, "val_loss").axes[0]
+    drawn = [line.get_ydata() for line in axes.lines]
+    for run_id in of_model["run_id"]:
+        raw = steps[steps["run_id"] == run_id]["val_loss"].to_numpy()
+        assert any(len(line) == len(raw) and np.allclose(line, raw) for line in drawn)
+    assert axes.get_yscale() == "log"
+    assert len(axes.get_yticks()) >= 3
+    assert {text.get_text() for text in axes.texts} == {"0.1 M", "0.2 M", "0.3 M"}
+
+
+def test_names_at_line_ends_do_not_overlap() -> None:
+    runs, steps = _tables(("digits",))
+    steps["val_loss"] = 1.0  # all lines end at one point
+    figure = loss_figure(runs[runs["model"] == "vit_classic"], steps, "val_loss")
+    figure.canvas.draw()
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert all(upper.y0 >= lower.y1 - 2 for lower, upper in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_scaling_shows_percent_over_millions(seeds: int) -> None:
+    runs, _ = _tables(("digits",), seeds)
+    axes = scaling_figure(runs).axes[0]
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    assert len(lines) == 2
+    for line, (_, of_model) in zip(lines, runs.groupby("model", sort=False), strict=True):
+        np.testing.assert_allclose(line.get_xdata(), np.array([0.1, 0.2, 0.3]), rtol=0.03)
+        np.testing.assert_allclose(line.get_ydata(), 100 * of_model.groupby("parameters")["test_accuracy"].mean())
+    assert axes.get_xscale() == "log"
+
+
+def test_both_architectures_share_a_vertical_range() -> None:
+    runs, _ = _tables(("digits",))
+    ranges = {scaling_figure(of_model, scale_like=runs).axes[0].get_ylim() for _, of_model in runs.groupby("model")}
+    assert len(ranges) == 1
+
+
+def test_wilson_interval() -> None:
+    # 81 of 263: a worked example of Newcombe, Statistics in Medicine 17 (1998), method 3.
+    assert _wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
+
+
+def test_the_same_tables_give_the_same_files(tmp_path: Path) -> None:
+    tables = _tables(("digits",))
+    first, second = (draw_figures(*tables, tmp_path / name) for name in "ab")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]

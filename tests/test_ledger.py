@@ -1,0 +1,119 @@
+"""Identity of runs, names of files, and what becomes of damaged ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffvit import ledger
+from diffvit.errors import UserError
+from diffvit.ledger import RunFiles, RunSpec, load_weights, read_header, read_result, read_results, write_atomically
+
+BASE = RunSpec.of("vit_classic", "10B", "CIFAR-100")
+
+
+def test_everything_that_decides_the_result_is_in_the_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = {BASE.run_id("f")}
+    others = [
+        RunSpec.of("vit_differential", "10B", "CIFAR-100"),
+        RunSpec.of("vit_classic", "25B", "CIFAR-100"),
+        RunSpec.of("vit_classic", "10B", "BACH"),
+        RunSpec.of("vit_classic", "10B", "CIFAR-100", seed=1),
+        RunSpec.of("vit_classic", "10B", "CIFAR-100", precision="bf16"),
+        *(
+            RunSpec.of("vit_classic", "10B", "CIFAR-100", overrides={name: value})
+            for name, value in {
+                "epochs": 49, "batch_size": 256, "lr": 2e-4, "warmup_steps": 100, "max_steps": 10, "dropout": 0.1,
+                "weight_decay": 0.1, "clip_norm": 1.0,
+            }.items()
+        ),
+    ]  # fmt: skip
+    ids |= {spec.run_id("f") for spec in others} | {BASE.run_id("other data")}
+    monkeypatch.setattr(ledger, "SEMANTICS_VERSION", 99)
+    ids.add(BASE.run_id("f"))
+    assert len(ids) == len(others) + 3
+
+
+def test_the_same_work_has_the_same_run_id() -> None:
+    same = [
+        RunSpec.of("vit_classic", "small", "cifar-100"),
+        RunSpec.of("vit_classic", "10M", "CIFAR-100", overrides={"epochs": 50, "lr": 0.0001}),
+        RunSpec.of("vit_classic", "10B", "CIFAR-100", overrides={"epochs": None}),
+    ]
+    assert {spec.run_id("f") for spec in same} == {BASE.run_id("f")}
+
+
+def test_the_run_id_is_the_same_in_every_process() -> None:
+    code = "from diffvit.ledger import RunSpec; print(RunSpec.of('vit_classic', '10B', 'CIFAR-100').run_id('f'))"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert printed.stdout.strip() == BASE.run_id("f")
+
+
+def test_file_names_are_the_users() -> None:
+    files = RunFiles.of(Path("checkpoints"), BASE, "abc")
+    assert str(files.weights) == "checkpoints/vit_classic/model_abc_10B_CIFAR-100.safetensors"
+    assert str(files.log) == "checkpoints/vit_classic/model_abc_10B_CIFAR-100_training.log"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_room)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_damaged_checkpoints_are_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_weights(path)
+    path.write_bytes(b"not a checkpoint at all")
+    with pytest.raises(UserError, match="damaged"):
+        load_weights(path)
+    save_file({"a": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match="not written by diffvit"):
+        load_weights(path)
+    save_file({"a": torch.zeros(3)}, path, metadata={"diffvit": json.dumps({"model": "vit_classic", "protocol": {"images": [1]}})})
+    with pytest.raises(UserError, match="not written by diffvit"):
+        read_header(path)
+
+
+def test_weights_that_do_not_fit_their_header(tmp_path: Path) -> None:
+    from diffvit.dataset import load
+    from diffvit.ledger import save_weights, weight_facts
+    from diffvit.vit import build_model
+
+    small, large = (RunSpec.of("vit_classic", size, "digits") for size in ("0.1M", "0.2M"))
+    path = tmp_path / "x.safetensors"
+    save_weights(path, build_model("vit_classic", "0.1M", small.protocol), weight_facts(large, "id", load("digits")))
+    with pytest.raises(UserError, match="does not fit"):
+        load_weights(path)
+    save_weights(path, build_model("vit_classic", "0.2M", small.protocol), weight_facts(large, "id", load("digits")))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        load_weights(path)
+
+
+def test_damaged_results_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "vit_classic" / "model_x_10B_CIFAR-100_result.json"
+    assert read_result(path) is None
+    path.parent.mkdir()
+    path.write_text('{"run_id": "x", ')
+    with pytest.raises(UserError, match="damaged"):
+        read_results(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(UserError, match="not a result"):
+        read_results(tmp_path)

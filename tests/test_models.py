@@ -1,0 +1,128 @@
+"""Sizes, costs, and equal starts of the two architectures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffvit.protocol import MODELS, PROTOCOLS
+from diffvit.train import make_optimizer
+from diffvit.vit import build_model
+from diffvit.vit_classic import vit_classic_bach, vit_classic_cifar100
+from diffvit.vit_differential import DifferentialAttention, vit_differential_bach, vit_differential_cifar100
+
+# data set, size, classic, differential, forward GFLOP of an image: counted by hand from the protocol
+COUNTS = [
+    ("CIFAR-100", "10B", 9_753_956, 9_756_260, 22.5, 26.3),
+    ("CIFAR-100", "25B", 24_759_396, 24_765_348, 57.9, 67.7),
+    ("CIFAR-100", "50B", 50_031_716, 50_043_812, 117.6, 137.5),
+    ("BACH", "10B", 9_563_908, 9_565_828, 26.8, 30.8),
+    ("BACH", "25B", 25_534_084, 25_539_460, 74.0, 85.3),
+    ("BACH", "50B", 50_376_580, 50_387_332, 147.4, 170.0),
+]
+
+
+@pytest.mark.parametrize(("dataset", "size", "classic", "differential", "classic_gflop", "differential_gflop"), COUNTS)
+def test_parameter_counts_and_flops(dataset, size, classic, differential, classic_gflop, differential_gflop) -> None:
+    models = {name: build_model(name, size, PROTOCOLS[dataset], "meta") for name in MODELS}
+    assert models["vit_classic"].count_parameters() == classic
+    assert models["vit_differential"].count_parameters() == differential
+    assert models["vit_classic"].estimate_flops() / 1e9 == pytest.approx(classic_gflop, abs=0.051)
+    assert models["vit_differential"].estimate_flops() / 1e9 == pytest.approx(differential_gflop, abs=0.051)
+
+
+@pytest.mark.parametrize("dataset", PROTOCOLS)
+def test_the_arms_agree_within_one_percent(dataset: str) -> None:
+    for size in PROTOCOLS[dataset].sizes:
+        counts = [build_model(name, size, PROTOCOLS[dataset], "meta").count_parameters() for name in MODELS]
+        assert max(counts) <= 1.01 * min(counts)
+
+
+@pytest.mark.parametrize("size", PROTOCOLS["digits"].sizes)
+def test_flops_are_those_that_torch_counts(size: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for name in MODELS:
+        model = build_model(name, size, PROTOCOLS["digits"]).eval()
+        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model(torch.randn(1, 1, 8, 8))
+        # On a CPU the differential arm pads queries and keys with zeros, and torch counts these too.
+        padding = len(model.blocks) * 2 * model.tokens**2 * 64 if name == "vit_differential" else 0
+        assert counter.get_total_flops() == model.estimate_flops() + padding
+
+
+def test_named_constructors_are_the_protocols_models() -> None:
+    with torch.device("meta"):
+        for build, count in (
+            (vit_classic_cifar100, 9_753_956),
+            (vit_classic_bach, 9_563_908),
+            (vit_differential_cifar100, 9_756_260),
+            (vit_differential_bach, 9_565_828),
+        ):
+            assert build("small").count_parameters() == count
+
+
+def test_the_arms_start_equal_where_they_share_a_parameter() -> None:
+    states = []
+    for name in MODELS:
+        model = build_model(name, "0.2M", PROTOCOLS["digits"])
+        model.initialise(seed=7)
+        states.append(model.state_dict())
+    classic, differential = states
+    assert set(classic) < set(differential)
+    assert all(torch.equal(classic[name], differential[name]) for name in classic)
+    assert {name.split(".")[-1] for name in set(differential) - set(classic)} == {
+        "lambda_q1",
+        "lambda_k1",
+        "lambda_q2",
+        "lambda_k2",
+        "weight",
+    }
+
+
+def test_initial_values() -> None:
+    model = build_model("vit_differential", "50B", PROTOCOLS["CIFAR-100"])
+    model.initialise(seed=0)
+    state = model.state_dict()
+    assert all((value == 0).all() for name, value in state.items() if name.endswith("bias") or name == "cls_token")
+    assert state["pos_embed"].std() == pytest.approx(0.02, rel=0.02)
+    lambdas = torch.cat([value for name, value in state.items() if "lambda_" in name])
+    assert lambdas.std() == pytest.approx(0.1, rel=0.05)
+    # Query, key and value are three Xavier matrices of 256 x 256, not one of 768 x 256.
+    assert state["blocks.5.attn.qkv.weight"].abs().max() == pytest.approx((6 / 512) ** 0.5, rel=1e-3)
+    assert state["blocks.5.mlp.fc1.weight"].abs().max() == pytest.approx((6 / (256 + 1024)) ** 0.5, rel=1e-3)
+
+
+def test_another_seed_gives_other_weights() -> None:
+    first, second = (build_model("vit_classic", "0.1M", PROTOCOLS["digits"]) for _ in range(2))
+    first.initialise(0)
+    second.initialise(1)
+    assert not torch.equal(first.head.weight, second.head.weight)
+
+
+def test_weight_decay_falls_on_matrices_only() -> None:
+    model = build_model("vit_differential", "0.1M", PROTOCOLS["digits"])
+    decayed, others = make_optimizer(model, PROTOCOLS["digits"]).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.01
+    assert others["weight_decay"] == 0.0
+    kinds = {names[id(parameter)].split(".", 2)[-1] for parameter in decayed["params"]}
+    assert kinds == {
+        "patch_embed.weight",
+        "attn.qkv.weight",
+        "attn.proj.weight",
+        "mlp.fc1.weight",
+        "mlp.fc2.weight",
+        "head.weight",
+        "weight",
+    } - ({"patch_embed.weight", "head.weight"})
+    assert len(decayed["params"]) + len(others["params"]) == len(names)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="odd"):
+        DifferentialAttention(63, 3, 0, 0.0)
+    import dataclasses
+
+    with pytest.raises(ValueError, match="patch size"):
+        build_model("vit_classic", "0.1M", dataclasses.replace(PROTOCOLS["digits"], patch_size=3))

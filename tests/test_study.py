@@ -1,0 +1,272 @@
+"""Studies over a real local Ray: all runs done, reports that agree with the table, failures that stay alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from diffvit.ledger import RunFiles, RunSpec, read_results
+from diffvit.log import read_log
+from study.cluster import Cluster, connect, find_address
+from study.display import StudyDisplay
+from study.grid import GRIDS, Grid, find_grid
+from study.plan import load_fingerprints, plan_runs
+from study.runner import Settings, run_all, slots
+from study.table import prediction_table, run_table, step_table
+
+ROOT = Path(__file__).resolve().parents[1]
+EIGHT = Grid("eight", datasets=("digits", "digits-noisy"), sizes=("small", "medium"), overrides={"max_steps": 4})
+TINY = Grid("tiny", datasets=("digits",), sizes=("small",), overrides={"max_steps": 4})
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with connect("local") as connected:
+        yield connected
+
+
+def _plan(grid: Grid, folder: Path):
+    specs = grid.runs()
+    return plan_runs(specs, folder, load_fingerprints(specs, None, required=True))
+
+
+def _study(grid: Grid, folder: Path, cluster: Cluster, **settings):
+    runs = _plan(grid, folder)
+    with StudyDisplay(runs) as display:
+        return run_all(runs, Settings(checkpoints=str(folder), **settings), cluster, display)
+
+
+def test_the_dashboard_answers(cluster: Cluster) -> None:
+    assert cluster.dashboard is not None
+    with urllib.request.urlopen(f"http://{cluster.dashboard}", timeout=30) as response:
+        assert response.status == 200
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
+    """A finished study of eight runs: its folder and what Tune says of it."""
+    folder = tmp_path_factory.mktemp("study")
+    return folder, _study(EIGHT, folder, cluster)
+
+
+def test_tunes_results_and_the_table_agree(finished) -> None:
+    folder, results = finished
+    assert not results.errors
+    ours = run_table(folder).set_index("run_id")
+    tunes = pd.DataFrame([result.metrics for result in results]).set_index("run_id")
+    assert len(ours) == 8
+    assert set(ours.index) == set(tunes.index)
+    for column in ("test_accuracy", "test_loss", "val_loss", "train_loss", "steps", "parameters", "seconds"):
+        pd.testing.assert_series_equal(ours[column].sort_index(), tunes[column].sort_index(), check_dtype=False)
+    assert (ours["threads"] == 1).all()
+    assert (ours["flags"] == "").all()
+    assert not list((folder / ".state").iterdir())  # Tune's own record is not kept
+
+
+def test_long_forms_have_a_row_a_step_and_a_row_an_image(finished) -> None:
+    folder, _ = finished
+    table = run_table(folder)
+    steps = step_table(folder, table)
+    assert steps.groupby("run_id")["step"].apply(list).map(lambda s: s == [1, 2, 3, 4]).all()
+    predictions = prediction_table(folder, table)
+    assert len(predictions) == table["test_images"].sum()
+    share = predictions.assign(right=predictions["label"] == predictions["predicted"]).groupby("run_id")["right"].mean()
+    pd.testing.assert_series_equal(share.sort_index(), table.set_index("run_id")["test_accuracy"].sort_index(), check_names=False)
+
+
+def test_a_trial_trains_as_a_plain_process_does(finished, tmp_path: Path) -> None:
+    import torch
+
+    from diffvit.train import train
+
+    folder, _ = finished
+    torch.set_num_threads(1)
+    for run in _plan(EIGHT, tmp_path)[:2]:
+        train(run.spec, tmp_path, device="cpu")
+        ours, theirs = (RunFiles.of(place, run.spec, str(run.run_id)).weights for place in (tmp_path, folder))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_flags_name_what_differs(finished, tmp_path: Path) -> None:
+    folder, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    path = next((tmp_path / "copy/vit_classic").glob("*_0.1M_digits_result.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "device_name": "another CPU", "micro_batch": 7}))
+    table = run_table(tmp_path / "copy")
+    flagged = table["flags"] != ""
+    assert (flagged == ((table["dataset"] == "digits") & (table["size"] == "0.1M"))).all()
+    assert table["flags"][flagged].str.contains("device_name").all()
+    assert table["flags"][flagged].str.contains("micro_batch: 32 / 7").all()
+
+
+@pytest.mark.slow
+def test_a_worker_group_gives_the_losses_of_one_worker(cluster: Cluster, finished, tmp_path: Path) -> None:
+    grid = dataclasses.replace(TINY, models=("vit_differential",))
+    results = _study(grid, tmp_path, cluster, workers=2)
+    assert not results.errors
+    two = run_table(tmp_path).iloc[0]
+    one = run_table(finished[0]).set_index("run_id").loc[two.run_id]
+    assert (one.workers, two.workers) == (1, 2)
+    assert results[0].metrics["test_accuracy"] == two.test_accuracy
+    files = [RunFiles(folder, two.model, two.run_id, two["size"], two.dataset) for folder in (finished[0], tmp_path)]
+    logs = [read_log(each.log)[["train_loss", "val_loss"]] for each in files]
+    pd.testing.assert_frame_equal(*logs, rtol=2e-4, atol=1e-5)
+
+
+def test_a_run_that_fails_does_not_stop_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    broken = _plan(TINY, tmp_path)[0]
+    # A folder where its log has to go: a fault that only this run meets, and only when it starts.
+    RunFiles.of(tmp_path, broken.spec, str(broken.run_id)).log.mkdir(parents=True)
+    results = _study(TINY, tmp_path, cluster)
+    assert len(results.errors) == 1
+    assert [result["model"] for result in read_results(tmp_path)] == ["vit_differential"]
+
+
+def test_slots() -> None:
+    def cluster_of(cpus: float, gpus: float) -> Cluster:
+        return Cluster("", True, 1, cpus, gpus, None)
+
+    assert slots(cluster_of(2, 0), Settings("x")) == 2
+    assert slots(cluster_of(16, 4), Settings("x", gpus_per_run=1)) == 4
+    assert slots(cluster_of(16, 1), Settings("x", gpus_per_run=0.25)) == 4
+    assert slots(cluster_of(16, 4), Settings("x", gpus_per_run=1, workers=2)) == 2
+    assert slots(cluster_of(2, 0), Settings("x", cpus_per_run=4)) == 0
+
+
+def test_grids() -> None:
+    assert len(GRIDS["full"].runs()) == len(GRIDS["digits"].runs()) == 12
+    assert len(GRIDS["full"].runs(seeds=3)) == 36
+    full = {(spec.model, spec.size, spec.dataset) for spec in GRIDS["full"].runs()}
+    assert full == {(m, s, d) for m in ("vit_classic", "vit_differential") for s in ("10B", "25B", "50B") for d in ("CIFAR-100", "BACH")}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "models: [vit_classic]\nsizes: [small, 0.1M, large]\ndatasets: [digits]\nseeds: [3, 4]\noverrides: {epochs: 2}\n"),
+        (
+            "a.toml",
+            'models = ["vit_classic"]\nsizes = ["small", "0.1M", "large"]\ndatasets = ["digits"]\nseeds = [3, 4]\noverrides = {epochs = 2}\n',
+        ),
+    ],
+)
+def test_grid_files(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    specs = find_grid(str(tmp_path / name)).runs()
+    assert [(spec.size, spec.seed) for spec in specs] == [("0.1M", 3), ("0.1M", 4), ("0.4M", 3), ("0.4M", 4)]
+    assert specs[0] == RunSpec.of("vit_classic", "0.1M", "digits", seed=3, overrides={"epochs": 2})
+
+
+def test_planned_costs() -> None:
+    runs = {(run.spec.model, run.spec.size, run.spec.dataset): run for run in plan_runs(GRIDS["full"].runs(), Path("nowhere"), {})}
+    total = sum(run.train_flops for run in runs.values())
+    assert 3.7e18 < total < 4.4e18  # about 4e18 by hand: 430 GFLOP over the six models of CIFAR-100, 9 million image passes each
+    run = runs["vit_classic", "10B", "CIFAR-100"]
+    # 50 epochs of 45,000 images at three passes, 4,400 validation batches from 5,000 images, validation and test at the end.
+    per_cycle = -(-5000 // 512)
+    validated = 4_400 // per_cycle * 5_000
+    assert run.train_flops == run.forward_flops * (3 * 50 * 45_000 + validated + 5_000 + 10_000)
+
+
+def test_address_comes_from_option_then_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert find_address() == "local"
+    monkeypatch.setenv("RAY_ADDRESS", "10.9.8.7:6379")
+    assert find_address() == "10.9.8.7:6379"
+    assert find_address("local") == "local"
+    monkeypatch.delenv("RAY_ADDRESS")
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:1")  # what a cluster that is gone leaves behind
+    assert find_address() == "local"
+
+
+TWO_RUNS = "datasets: [digits]\nsizes: [small]\noverrides: {max_steps: 3}\n"
+STUDY = ("study", "--grid", "two.yaml", "--address", "local")
+
+
+def _command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+
+
+def test_the_command_from_start_to_end(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(TWO_RUNS)
+    first = _command(tmp_path, *STUDY)
+    assert first.returncode == 0, first.stderr
+    assert "started a local Ray: 1 node" in first.stderr and "dashboard http://" in first.stderr
+    assert first.stdout.count("vit_") == 2
+    assert len(pd.read_csv(tmp_path / "checkpoints/two_runs.csv")) == 2
+    assert len(pd.read_csv(tmp_path / "checkpoints/two_steps.csv")) == 6
+    assert len(list((tmp_path / "checkpoints/figures").iterdir())) == 14
+
+    again = _command(tmp_path, *STUDY)
+    assert again.returncode == 0
+    assert "all 2 runs are done already" in again.stderr
+    assert again.stdout == first.stdout
+
+
+@pytest.mark.slow
+def test_a_study_with_a_failed_run_says_which_and_carries_on(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text(TWO_RUNS)
+    fault = RunFiles.of(
+        tmp_path / "checkpoints", spec := RunSpec.of("vit_classic", "small", "digits", overrides={"max_steps": 3}), _run_id(spec)
+    ).log
+    fault.mkdir(parents=True)  # a folder where the log has to go
+    failed = _command(tmp_path, *STUDY)
+    assert failed.returncode == 1
+    assert "1 of 2 runs failed" in failed.stderr
+    assert "vit_classic 0.1M digits seed 0" in failed.stderr and "study --grid two.yaml" in failed.stderr
+    assert failed.stdout.count("vit_") == 1
+    fault.rmdir()
+    assert _command(tmp_path, *STUDY).stdout.count("vit_") == 2
+
+
+def _run_id(spec: RunSpec) -> str:
+    return spec.run_id(load_fingerprints([spec], None, required=True)[spec.dataset])
+
+
+@pytest.mark.slow
+def test_a_running_cluster_is_joined_and_left_running(tmp_path: Path) -> None:
+    ray = Path(sys.executable).with_name("ray")
+    # A folder of its own, so that a cluster of the user's is neither found nor touched; short, for the sake of sockets.
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="rt") as folder:
+        environment = {**os.environ, "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        start = [str(ray), "start", "--head", "--port=6397", "--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--block"]
+        head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            _wait_for(Path(folder) / "ray/ray_current_cluster", head)
+            (tmp_path / "one.yaml").write_text("datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\noverrides: {max_steps: 2}\n")
+            outcome = _command(tmp_path, "study", "--grid", "one.yaml", RAY_TMPDIR=folder)
+            assert outcome.returncode == 0, outcome.stderr
+            assert outcome.stderr.startswith("joined the Ray cluster at ")
+            assert "1 node, 0 GPUs, 2 CPUs" in outcome.stderr
+            assert head.poll() is None  # it was not ours to end
+        finally:
+            import signal
+
+            os.killpg(head.pid, signal.SIGTERM)
+            head.wait(30)
+
+
+def _wait_for(path: Path, process: subprocess.Popen) -> None:
+    import time
+
+    for _ in range(600):
+        if path.is_file():
+            return
+        assert process.poll() is None, "ray start ended"
+        time.sleep(0.1)
+    raise AssertionError(f"{path} did not appear")

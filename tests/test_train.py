@@ -1,0 +1,216 @@
+"""The loop: it learns, repeats itself to the bit, and is the same however a step is split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import needs_cifar
+from test_attention import timm_twin
+
+from diffvit.dataset import load
+from diffvit.ledger import RunFiles, RunSpec, load_weights, read_result
+from diffvit.log import read_log
+from diffvit.protocol import PROTOCOLS
+from diffvit.train import affordable_micro_batch, fit, train
+from diffvit.vit import build_model
+
+SHORT = {"max_steps": 12, "batch_size": 32}
+
+
+def _losses(files: RunFiles) -> pd.DataFrame:
+    return read_log(files.log)[["train_loss", "val_loss", "val_accuracy"]]
+
+
+def _run(folder: Path, model: str = "vit_differential", overrides: dict | None = None, **options) -> RunFiles:
+    spec = RunSpec.of(model, "0.1M", "digits", overrides=SHORT if overrides is None else overrides)
+    result = train(spec, folder, device="cpu", **options)
+    return RunFiles.of(folder, spec, result["run_id"])
+
+
+def test_a_run_leaves_its_four_files_and_learns(tmp_path: Path) -> None:
+    files = _run(tmp_path, overrides={"epochs": 4, "lr": 2e-3})
+    assert {path.name for path in files.weights.parent.iterdir()} == {
+        path.name for path in (files.weights, files.log, files.predictions, files.result)
+    }
+    log = pd.read_csv(files.log, comment="#")
+    assert log["step"].tolist() == list(range(1, 161))
+    assert log["train_loss"].tail(20).mean() < 0.6 * log["train_loss"].head(20).mean()
+    result = read_result(files.result)
+    assert result is not None
+    assert result["test_accuracy"] > 0.5
+    predictions = pd.read_csv(files.predictions)
+    assert len(predictions) == 359
+    assert (predictions["label"] == predictions["predicted"]).mean() == pytest.approx(result["test_accuracy"])
+    assert predictions["loss"].mean() == pytest.approx(result["test_loss"], rel=1e-6)
+    assert predictions["label"].tolist() == load("digits").test.labels.tolist()
+
+
+def test_the_saved_model_gives_the_recorded_accuracy(tmp_path: Path) -> None:
+    from diffvit.evaluation import evaluate_checkpoint
+
+    files = _run(tmp_path)
+    result = read_result(files.result)
+    assert result is not None
+    report = evaluate_checkpoint(files.weights, device=torch.device("cpu"), batch_size=50)
+    limited = evaluate_checkpoint(files.weights, device=torch.device("cpu"), limit=result["test_images"])
+    assert limited["accuracy"] == pytest.approx(result["test_accuracy"])
+    assert limited["loss"] == pytest.approx(result["test_loss"], rel=1e-5)
+    assert report["images"] == 359
+    assert sum(row["images"] for row in report["classes"]) == 359
+
+
+@pytest.mark.parametrize("model", ["vit_classic", "vit_differential"])
+def test_same_seed_same_bytes(tmp_path: Path, model: str) -> None:
+    overrides = {**SHORT, "dropout": 0.2}
+    first, second = (_run(tmp_path / name, model, overrides) for name in "ab")
+    assert first.weights.read_bytes() == second.weights.read_bytes()
+    pd.testing.assert_frame_equal(_losses(first), _losses(second), check_exact=True)
+
+
+def test_another_seed_another_run(tmp_path: Path) -> None:
+    first = _run(tmp_path)
+    spec = RunSpec.of("vit_differential", "0.1M", "digits", seed=1, overrides=SHORT)
+    result = train(spec, tmp_path, device="cpu")
+    assert result["run_id"] not in first.weights.name
+    assert first.weights.read_bytes() != RunFiles.of(tmp_path, spec, result["run_id"]).weights.read_bytes()
+
+
+def test_micro_batches_do_not_change_the_losses(tmp_path: Path) -> None:
+    whole, split = _run(tmp_path / "whole"), _run(tmp_path / "split", micro_batch=5)
+    assert whole.weights.name == split.weights.name  # the same work, so the same run_id
+    pd.testing.assert_frame_equal(_losses(whole), _losses(split), rtol=2e-4, atol=1e-5)
+    assert json.loads(split.result.read_text())["micro_batch"] == 5
+
+
+def _worker(rank: int, workers: int, folder: str, overrides: dict) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
+    _run(Path(folder), overrides=overrides)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("batch_size", [32, 1257])  # 1257 leaves a last batch of one image: a worker without any
+def test_two_workers_give_the_losses_of_one(tmp_path: Path, batch_size: int) -> None:
+    # AdamW hides a wrong scale of the gradient; clipping some of the steps does not.
+    overrides = {"max_steps": 3 if batch_size > 32 else 10, "batch_size": batch_size, "clip_norm": 11.0}
+    alone = _run(tmp_path / "alone", overrides=overrides)
+    mp.start_processes(_worker, args=(2, str(tmp_path), overrides), nprocs=2, start_method="spawn")
+    together = RunFiles(tmp_path, "vit_differential", alone.stem.split("_")[1], "0.1M", "digits")
+    pd.testing.assert_frame_equal(_losses(alone), _losses(together), rtol=2e-4, atol=1e-5)
+    result = read_result(together.result)
+    assert result is not None
+    assert result["workers"] == 2
+
+
+def test_both_arms_see_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffvit import dataset
+
+    data = load("digits")
+    seen: dict[str, list] = {}
+    for model in ("vit_classic", "vit_differential"):
+        rows = seen.setdefault(model, [])
+        original = dataset.ImageSet.__getitems__
+        monkeypatch.setattr(
+            dataset.ImageSet, "__getitems__", lambda self, r, rows=rows, original=original: (rows.append(r), original(self, r))[1]
+        )
+        built = build_model(model, "0.1M", PROTOCOLS["digits"])
+        fit(built, data, PROTOCOLS["digits"].with_overrides({"max_steps": 45}), seed=5)
+        monkeypatch.undo()
+    assert len(seen["vit_classic"]) == 90
+    assert seen["vit_classic"] == seen["vit_differential"]
+
+
+def test_done_is_not_done_again(tmp_path: Path) -> None:
+    files = _run(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in files.weights.parent.iterdir()}
+    steps: list = []
+    _run(tmp_path, on_steps=lambda some, total: steps.extend(some))
+    assert not steps
+    assert before == {path: path.stat().st_mtime_ns for path in files.weights.parent.iterdir()}
+
+
+def test_a_run_without_its_result_file_is_done_again(tmp_path: Path) -> None:
+    files = _run(tmp_path)
+    weights = files.weights.read_bytes()
+    files.result.unlink()
+    files.weights.write_bytes(b"half a file")
+    _run(tmp_path)
+    assert files.weights.read_bytes() == weights
+
+
+def test_the_log_says_what_a_reader_must_know(tmp_path: Path) -> None:
+    files = _run(tmp_path, overrides={"max_steps": 3})
+    text = files.log.read_text()
+    assert "warning: warm-up (50 steps) is not shorter than the run (3 steps)" in text
+    assert "# test_accuracy=" in text
+    result = read_result(files.result)
+    assert result is not None
+    assert any("warm-up" in note for note in result["notes"])
+
+
+def test_clipping_is_an_option(tmp_path: Path) -> None:
+    free = _losses(_run(tmp_path))
+    clipped_files = _run(tmp_path, overrides={**SHORT, "clip_norm": 1e-3})
+    assert not free.equals(_losses(clipped_files))
+    assert json.loads(clipped_files.result.read_text())["identity"]["protocol"]["clip_norm"] == 1e-3
+
+
+def test_the_header_rebuilds_the_model(tmp_path: Path) -> None:
+    files = _run(tmp_path)
+    model, facts = load_weights(files.weights)
+    assert facts["run_id"] in files.weights.name
+    assert facts["protocol"].with_overrides({}) == PROTOCOLS["digits"].with_overrides(SHORT)
+    assert model.count_parameters() == 102_410
+
+
+def test_micro_batch_fits_the_memory() -> None:
+    protocol = PROTOCOLS["CIFAR-100"]
+    sizes = [
+        affordable_micro_batch(build_model("vit_classic", size, protocol, "meta"), protocol, torch.device("cpu"), "fp32", 0.5)
+        for size in protocol.sizes
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert 1 <= sizes[-1] < sizes[0] <= 512
+
+
+@needs_cifar
+def test_a_small_model_learns_from_real_cifar100(data_root: str) -> None:
+    data = load("CIFAR-100", data_root)
+    protocol = PROTOCOLS["CIFAR-100"].with_overrides({"max_steps": 60, "batch_size": 128, "lr": 1e-3, "warmup_steps": 10, "dropout": 0.0})
+    import dataclasses
+
+    small = dataclasses.replace(protocol, image_size=32, d_model=64, heads=4, depths={"10B": 2})
+    for name in ("vit_classic", "vit_differential"):
+        model = build_model(name, "10B", small)
+        model.initialise(0)
+        losses: list[float] = []
+        fit(model, data, small, seed=0, on_steps=lambda steps, total, losses=losses: losses.extend(s.train_loss for s in steps))
+        assert sum(losses[-10:]) / 10 < sum(losses[:5]) / 5 - 0.3
+
+
+@pytest.mark.slow
+def test_timms_vit_in_the_same_loop_is_as_good() -> None:
+    data, protocol = load("digits"), PROTOCOLS["digits"]
+    from diffvit.dataset import Prepare
+    from diffvit.evaluation import evaluate
+
+    torch.set_num_threads(1)
+    accuracies: dict[str, list[float]] = {"ours": [], "timm": []}
+    for seed in range(3):
+        ours = build_model("vit_classic", "0.1M", protocol)
+        ours.initialise(seed)
+        torch.manual_seed(seed)
+        for name, model in (("ours", ours), ("timm", timm_twin("digits", "0.1M"))):
+            fit(model, data, protocol, seed=seed)
+            prepare = Prepare(8, data.mean, data.std)
+            accuracies[name].append(evaluate(model, data.test, prepare=prepare, batch_size=64).accuracy)
+    means = {name: sum(values) / 3 for name, values in accuracies.items()}
+    print(f"test accuracy over 3 seeds: {means}")
+    assert abs(means["ours"] - means["timm"]) < 0.015
