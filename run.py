@@ -114,7 +114,7 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
     click.echo(f"run_id         {result['run_id']}")
     click.echo(f"parameters     {result['parameters']:,}")
     click.echo(
-        f"steps          {result['steps']} in {result['seconds']:.1f} s, {result['images_per_second']:.0f} images/s, {result['device_name']}"
+        f"steps          {result['steps']} in {result['seconds']:.1f} s, {result['images_per_second']:.0f}/s, {result['device_name']}"
     )
     click.echo(f"train loss     {result['train_loss']:.4f} (last batch)")
     click.echo(f"val loss       {result['val_loss']:.4f}, accuracy {100 * result['val_accuracy']:.2f} %")
