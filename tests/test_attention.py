@@ -123,7 +123,7 @@ def timm_twin(dataset: str, size: str) -> TimmViT:
     )
 
 
-def _timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.replace("patch_embed.", "patch_embed.proj."): value for name, value in state.items()}
 
 
@@ -136,7 +136,7 @@ def test_classic_model_equals_timms(dataset: str, size: str) -> None:
         for parameter in ours.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     timms = timm_twin(dataset, size).eval()
-    timms.load_state_dict(_timm_names(ours.state_dict()))
+    timms.load_state_dict(timm_names(ours.state_dict()))
     images = torch.randn(2, protocol.channels, protocol.image_size, protocol.image_size)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), timms(images), rtol=1e-5, atol=1e-5)
@@ -149,7 +149,7 @@ def test_differential_model_with_timms_attention_in_every_block() -> None:
     timms = timm_twin("digits", "0.4M").eval()
     for layer, block in enumerate(timms.blocks):
         block.attn = DiffAttention(protocol.d_model, num_heads=protocol.heads // 2, qkv_bias=True, depth=layer).eval()
-    timms.load_state_dict(_timm_names(ours.state_dict()))
+    timms.load_state_dict(timm_names(ours.state_dict()))
     images = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), timms(images), rtol=1e-5, atol=1e-5)

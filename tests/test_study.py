@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -255,10 +256,18 @@ def test_a_running_cluster_is_joined_and_left_running(tmp_path: Path) -> None:
             assert "1 node, 0 GPUs, 2 CPUs" in outcome.stderr
             assert head.poll() is None  # it was not ours to end
         finally:
-            import signal
+            _end(head)
 
-            os.killpg(head.pid, signal.SIGTERM)
-            head.wait(30)
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a `ray start --block` with all that it started, and nothing else (`ray stop` would end every Ray there is)."""
+    import psutil
+
+    started = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
+    for each in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait(30)
 
 
 def _wait_for(path: Path, process: subprocess.Popen) -> None:
