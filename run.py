@@ -69,6 +69,8 @@ _compute_options = _options(
     click.option("--precision", default="auto", show_default=True, help="fp32, bf16, or auto: bf16 where the GPU has it."),
     click.option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images computed at once. [default: what fits]"),
     click.option("--deterministic", is_flag=True, help="On a GPU too, give the same bits every time."),
+    click.option("--save_every", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, metavar="SECONDS",
+                 help="How often the state of training is saved: what a kill costs at most."),
 )  # fmt: skip
 _EPOCHS = click.option("--epochs", type=int, metavar="N", help="Override the protocol's epochs.")
 _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]")
@@ -91,24 +93,32 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 @_compute_options
 @click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
 def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_root: str | None, checkpoints: Path, precision: str,
-          micro_batch: int | None, deterministic: bool, device: str | None, **overrides: Any) -> None:  # fmt: skip
-    """Train one model and measure its test accuracy. A run that is done already is not done again."""
+          micro_batch: int | None, deterministic: bool, save_every: float, device: str | None, **overrides: Any) -> None:  # fmt: skip
+    """Train one model and measure its test accuracy.
+
+    A run that is done already is not done again; one that was interrupted goes on where its state was last saved.
+    """
     from diffvit.ledger import RunSpec
 
     RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
     _check_upload(upload)
-    from diffvit.train import default_precision, resolve_device
+    from diffvit.signals import StopSignals
+    from diffvit.train import Stopped, default_precision, resolve_device
     from diffvit.train import train as train_run
 
     place = resolve_device(device)
     if precision == "auto":
         precision = default_precision(place)
     spec = RunSpec.of(model, size, dataset, seed, precision, overrides)
-    with _StepProgress(spec.title) as progress:
-        result = train_run(
-            spec, checkpoints, data_root=data_root, device=place, micro_batch=micro_batch,
-            deterministic=deterministic, on_steps=progress, on_warning=_warn,
-        )  # fmt: skip
+    with _StepProgress(spec.title) as progress, StopSignals() as signals:
+        try:
+            result = train_run(
+                spec, checkpoints, data_root=data_root, device=place, micro_batch=micro_batch, deterministic=deterministic,
+                on_steps=progress, on_warning=_warn, save_every=save_every, should_stop=signals.seen,
+            )  # fmt: skip
+        except Stopped as stopped:
+            click.echo(f"{stopped}; its state is saved\nhint: carry on with {_own_command()}", err=True)
+            sys.exit(signals.exit_code)
     if not progress.steps:
         click.echo(f"this run is done already: {result['finished']}", err=True)
     click.echo(f"run_id         {result['run_id']}")

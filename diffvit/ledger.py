@@ -16,10 +16,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from diffvit.errors import UserError, unknown_name
 from diffvit.protocol import Protocol, protocol_of, resolve_dataset, resolve_model, resolve_size
@@ -142,13 +142,20 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old file or the whole new one."""
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write aside, flush to disk, rename: a reader sees the old file or the whole new one.
+
+    Args:
+        content: the bytes, or a function that writes them to the open file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o666 & ~_umask())
@@ -161,6 +168,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def file_sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask() -> int:

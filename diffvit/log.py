@@ -10,6 +10,7 @@ step,epoch,learning_rate,train_loss,val_loss,val_accuracy,seconds
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -49,10 +50,16 @@ class TrainingLog:
         path: the file; an existing one is replaced.
         facts: what stands in the first line.
         notes: sentences for the lines after it.
+        keep: bytes of an existing log to go on from, as `position` gave them; what follows them is cut off.
     """
 
-    def __init__(self, path: Path, facts: dict[str, object], notes: Iterable[str] = ()):
+    def __init__(self, path: Path, facts: dict[str, object], notes: Iterable[str] = (), keep: int | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if keep is not None:
+            self._file = open(path, "r+", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
+            self._file.truncate(keep)
+            self._file.seek(keep)
+            return
         self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
         self.note(" ".join(f"{key}={value}" for key, value in facts.items()))
         for note in notes:
@@ -65,6 +72,12 @@ class TrainingLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
+
+    def position(self) -> int:
+        """Bytes written so far, all of them on disk when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def note(self, text: str) -> None:
         """A comment line."""

@@ -16,7 +16,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,40 @@ import diffvit
 from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader
 from diffvit.errors import UserError
 from diffvit.evaluation import Evaluation, autocast, evaluate
-from diffvit.ledger import RunFiles, RunSpec, check_writable, read_result, save_weights, weight_facts, write_atomically, write_result
+from diffvit.ledger import (
+    RunFiles,
+    RunSpec,
+    check_writable,
+    file_sha256,
+    read_result,
+    save_weights,
+    weight_facts,
+    write_atomically,
+    write_result,
+)
 from diffvit.log import Step, TrainingLog
 from diffvit.protocol import Protocol, stable_seed
+from diffvit.state import StateFolder
 from diffvit.vit import VisionTransformer, attention_class, build_model
 
 # Called with the steps since the last call and the number of all steps; at most about once a second.
 Progress = Callable[[list[Step], int], None]
 _FLUSH_SECONDS = 1.0
+
+# Seconds of training between two resume states: what a kill costs at most.
+SAVE_EVERY = 60.0
+
+
+class RunIsBusyError(UserError):
+    """Another process trains this run."""
+
+
+class Stopped(Exception):  # noqa: N818 (nothing went wrong)
+    """Training was asked to stop, and its state is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -58,6 +84,10 @@ def fit(
     precision: str = "fp32",
     micro_batch: int | None = None,
     on_steps: Progress | None = None,
+    resume: Mapping[str, Any] | None = None,
+    on_save: Callable[[dict[str, Any]], None] | None = None,
+    save_every: float = SAVE_EVERY,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Fit:
     """Train `model` in place, on the device it is on, by `protocol`.
 
@@ -67,14 +97,26 @@ def fit(
         model: images -> logits.
         micro_batch: images a process computes at once; None is the whole batch. It does not change the result, to rounding.
         on_steps: hears of every step, on the first process only.
+        resume: what on_save was given by an earlier process; training goes on after its step, to the same bits.
+        on_save: takes a resume state, on the first process, every `save_every` seconds and when stopped. When it is called, on_steps
+            has heard of every step up to the state's.
+        should_stop: asked after each step; if true, the state is saved and Stopped raised.
+
+    Raises:
+        Stopped: should_stop said so.
     """
     rank, workers = _group()
     device = next(model.parameters()).device
     total = protocol.total_steps(len(data.train))
     train_set, val_set = (_to_device(split, device) for split in (data.train, data.val))
-    train_batches = StepBatches(len(train_set), protocol.batch_size, seed, (1, total), (rank, workers), "train")
-    val_batches = StepBatches(len(val_set), protocol.batch_size, seed, (1, total), (rank, workers), "val")
     optimizer = make_optimizer(model, protocol)
+    done = 0
+    if resume is not None:
+        done = resume["step"]
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+    train_batches = StepBatches(len(train_set), protocol.batch_size, seed, (done + 1, total), (rank, workers), "train")
+    val_batches = StepBatches(len(val_set), protocol.batch_size, seed, (done + 1, total), (rank, workers), "val")
     parallel = model
     wait_with_exchange: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     if workers > 1:
@@ -121,10 +163,17 @@ def fit(
         model.train()
         return loss, right
 
-    recorder = _Recorder(protocol, total, train_batches.per_epoch, on_steps if rank == 0 else None)
+    def state() -> dict[str, Any]:
+        """All that the next step depends on."""
+        last = recorder.flush()
+        return {"step": last.step, "last": list(last), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+    last = Step(*resume["last"]) if resume else None
+    recorder = _Recorder(protocol, total, train_batches.per_epoch, on_steps if rank == 0 else None, last)
+    saved = time.monotonic()
     steps = zip(make_loader(train_set, train_batches), make_loader(val_set, val_batches), strict=True)
     model.train()
-    for step, (train_batch, val_batch) in enumerate(steps, start=1):
+    for step, (train_batch, val_batch) in enumerate(steps, start=done + 1):
         torch.manual_seed(stable_seed("dropout", seed, step, rank))
         train_loss = update(step, *train_batch)
         val_loss, val_accuracy = validate(step, *val_batch)
@@ -132,9 +181,15 @@ def fit(
         if workers > 1:
             dist.all_reduce(record)
         recorder.add(step, record)
-    assert recorder.last is not None
+        stop = should_stop()
+        if rank == 0 and on_save and (stop or time.monotonic() - saved >= save_every) and step < total:
+            on_save(state())
+            saved = time.monotonic()
+        if stop and step < total:
+            raise Stopped(step)
+    last = recorder.flush()
     images = sum(train_batches.batch_length(step) for step in range(1, total + 1))
-    return Fit(recorder.last, images, recorder.last.seconds)
+    return Fit(last, images, last.seconds)
 
 
 def make_optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
@@ -151,20 +206,25 @@ def make_optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
 class _Recorder:
     """Keeps the steps' numbers on the device and fetches them about once a second, so that a step need not wait for them."""
 
-    def __init__(self, protocol: Protocol, total: int, per_epoch: int, on_steps: Progress | None):
+    def __init__(self, protocol: Protocol, total: int, per_epoch: int, on_steps: Progress | None, last: Step | None):
         self._protocol, self._total, self._per_epoch, self._on_steps = protocol, total, per_epoch, on_steps
         self._waiting: list[tuple[int, float, Tensor]] = []
-        self._start = self._flushed = time.perf_counter()
-        self.last: Step | None = None
+        self._last = last
+        self._flushed = time.perf_counter()
+        self._start = self._flushed - (last.seconds if last else 0.0)
 
     def add(self, step: int, record: Tensor) -> None:
         """Takes a step's [train loss, validation loss, validation accuracy]."""
         now = time.perf_counter()
         self._waiting.append((step, now - self._start, record))
         if now - self._flushed >= _FLUSH_SECONDS or step == self._total:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> Step:
+        """Hands all waiting steps on. Returns the last step of all."""
+        if not self._waiting:
+            assert self._last is not None
+            return self._last
         rows = torch.stack([record for _, _, record in self._waiting]).tolist()
         # The last step's time is taken now: on a GPU its work has only just ended.
         self._flushed = time.perf_counter()
@@ -172,10 +232,11 @@ class _Recorder:
             Step(step, (step - 1) // self._per_epoch + 1, self._protocol.learning_rate(step, self._total), row[0], row[1], row[2], seconds)
             for (step, seconds, _), row in zip(self._waiting, rows, strict=True)
         ]
-        self.last = steps[-1] = steps[-1]._replace(seconds=self._flushed - self._start)
+        self._last = steps[-1] = steps[-1]._replace(seconds=self._flushed - self._start)
         self._waiting.clear()
         if self._on_steps:
             self._on_steps(steps, self._total)
+        return self._last
 
 
 def _group() -> tuple[int, int]:
@@ -207,8 +268,12 @@ def train(
     deterministic: bool = False,
     on_steps: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
+    save_every: float = SAVE_EVERY,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """One run, from its specification to its result file. A run that is done already is not done again.
+    """One run, from its specification to its result file.
+
+    A run that is done already is not done again; one that was interrupted goes on after its last saved state.
 
     Args:
         device: default: the first GPU, or the CPU.
@@ -217,19 +282,21 @@ def train(
         deterministic: on a GPU, choose algorithms that give the same bits every time (the CPU's always do).
         on_steps: hears of every step, about once a second.
         on_warning: hears, before the first step, what a reader of the result must know.
+        save_every: seconds of training between two resume states.
+        should_stop: asked after each step; if true, the state is saved and Stopped raised.
 
     Returns:
         The content of the result file.
 
     Raises:
-        UserError: bad input, before anything is written.
+        UserError: bad input, before anything is written; RunIsBusyError where another process trains this run.
+        Stopped: should_stop said so.
     """
-    rank, workers = _group()
+    rank, _ = _group()
     place = torch.device(device) if device else resolve_device()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    protocol = spec.protocol
     data = load(spec.dataset, data_root)
     run_id = spec.run_id(data.fingerprint)
     files = RunFiles.of(checkpoints, spec, run_id)
@@ -237,12 +304,46 @@ def train(
     if done is not None:
         return done
     check_writable(files.weights.parent)
+    states = StateFolder(checkpoints, run_id, on_warning)
+    with states.lock() if rank == 0 else contextlib.nullcontext(True) as mine:
+        if not mine:
+            raise RunIsBusyError(f"another process is training {spec.title}.", "let it finish; the same command then finds it done.")
+        done = read_result(files.result)  # it may have been finished while we came here
+        if done is not None:
+            return done
+        result = _train_locked(
+            spec, files, states, data, place,
+            micro_batch=micro_batch, memory_share=memory_share, deterministic=deterministic,
+            on_steps=on_steps, on_warning=on_warning, save_every=save_every, should_stop=should_stop,
+        )  # fmt: skip
+        if rank == 0:
+            states.remove()
+    return result
 
+
+def _train_locked(
+    spec: RunSpec,
+    files: RunFiles,
+    states: StateFolder,
+    data: Dataset,
+    device: torch.device,
+    *,
+    micro_batch: int | None,
+    memory_share: float,
+    deterministic: bool,
+    on_steps: Progress | None,
+    on_warning: Callable[[str], None] | None,
+    save_every: float,
+    should_stop: Callable[[], bool],
+) -> dict[str, Any]:
+    """`train` from the lock on: resume or begin, fit, evaluate, write the files."""
+    rank, workers = _group()
+    protocol = spec.protocol
     model = build_model(spec.model, spec.size, protocol)
     model.initialise(spec.seed)
-    model.to(place)
+    model.to(device)
     if micro_batch is None:
-        micro_batch = affordable_micro_batch(model, protocol, place, spec.precision, memory_share)
+        micro_batch = affordable_micro_batch(model, protocol, device, spec.precision, memory_share)
     if micro_batch >= -(-protocol.batch_size // workers):
         micro_batch = None
     total = protocol.total_steps(len(data.train))
@@ -250,10 +351,15 @@ def train(
     if warning and on_warning and rank == 0:
         on_warning(warning)
     notes = [*([f"warning: {warning}"] if warning else []), *(f"data: {note}" for note in data.notes)]
-    started = _utc_now()
-    facts = {"run_id": run_id, "model": spec.model, "size": spec.size, "dataset": spec.dataset, "seed": spec.seed, "steps": total}
+    resume = states.load(usable=lambda state: files.log.is_file() and files.log.stat().st_size >= state["log_bytes"])
+    started = resume["started"] if resume else _utc_now()
+    facts = {"run_id": states.path.name, "model": spec.model, "size": spec.size, "dataset": spec.dataset, "seed": spec.seed, "steps": total}
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(TrainingLog(files.log, facts, notes)) if rank == 0 else None
+        log = None
+        if rank == 0:
+            log = stack.enter_context(TrainingLog(files.log, facts, notes, keep=resume["log_bytes"] if resume else None))
+            if resume:
+                log.note(f"resumed after step {resume['step']}")
 
         def record(steps: list[Step], total: int) -> None:
             if log:
@@ -261,33 +367,42 @@ def train(
             if on_steps:
                 on_steps(steps, total)
 
-        fitted = fit(model, data, protocol, seed=spec.seed, precision=spec.precision, micro_batch=micro_batch, on_steps=record)
+        def save(state: dict[str, Any]) -> None:
+            if log:
+                states.save(state["step"], {**state, "log_bytes": log.position(), "started": started})
+
+        fitted = fit(
+            model, data, protocol, seed=spec.seed, precision=spec.precision, micro_batch=micro_batch, on_steps=record,
+            resume=resume, on_save=save, save_every=save_every, should_stop=should_stop,
+        )  # fmt: skip
         if log is None:
-            return {"run_id": run_id}
+            return {"run_id": states.path.name}
         # A run cut short by max_steps is a trial: its evaluation shall not cost more than its training.
         limit = None if protocol.max_steps is None else max(64, fitted.images)
-        prepare = Prepare(protocol.image_size, data.mean, data.std, place)
+        prepare = Prepare(protocol.image_size, data.mean, data.std, device)
         batch = micro_batch or protocol.batch_size
         val, test = (
             evaluate(model, split.head(limit), prepare=prepare, batch_size=batch, precision=spec.precision)
             for split in (data.val, data.test)
         )
         log.note(f"test_accuracy={test.accuracy:.6f} test_loss={test.loss:.6f} test_images={len(test.labels)}")
+        log.position()  # on disk before the result says so
 
-    save_weights(files.weights, model, weight_facts(spec, run_id, data))
+    save_weights(files.weights, model, weight_facts(spec, states.path.name, data))
     write_atomically(files.predictions, test.to_csv().encode())
     result = {
-        **spec_facts(spec, run_id, data),
+        **spec_facts(spec, states.path.name, data),
         **model_facts(model, protocol, spec),
         **_outcome(fitted, val, test),
         "workers": workers,
         "micro_batch": micro_batch or -(-protocol.batch_size // workers),
-        "attention": attention_class(spec.model).form(place.type),
-        "deterministic": deterministic or place.type == "cpu",
-        **machine_facts(place),
+        "attention": attention_class(spec.model).form(device.type),
+        "deterministic": deterministic or device.type == "cpu",
+        **machine_facts(device),
         "started": started,
         "finished": _utc_now(),
         "notes": notes,
+        "sha256": {path.name: file_sha256(path) for path in (files.weights, files.log, files.predictions)},
     }
     write_result(files, result)
     return result

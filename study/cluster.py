@@ -14,6 +14,8 @@ from pathlib import Path
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+# Signals are ours: a study saves its states before it ends.
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
 import ray
 

@@ -74,6 +74,12 @@ class StudyDisplay(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         row = self._row(trial)
+        if "failed" in (trial.last_result or {}):
+            self.on_trial_error(iteration, trials, trial)
+            return
+        if row.accuracy is None:  # stopped
+            row.state = "waiting"
+            return
         row.state, row.step = "done", row.run.steps
         if not self._live:
             accuracy = f"test accuracy {100 * row.accuracy:.1f} %" if row.accuracy is not None else ""
@@ -86,7 +92,7 @@ class StudyDisplay(Callback):
             self.console.print(f"failed  {row.run.spec.title}", highlight=False)
 
     def _row(self, trial: Any) -> _Row:
-        return self._rows[_key(RunSpec(**trial.config["spec"]))]
+        return self._rows[_key(RunSpec(**trial.config["run"]["spec"]))]
 
     # The picture
 

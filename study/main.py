@@ -37,6 +37,7 @@ class StudyOptions:
     precision: str = "auto"
     micro_batch: int | None = None
     deterministic: bool = False
+    save_every: float = 60.0
     command: str = "run.py study"
 
     def runs(self, precision: str) -> list[RunSpec]:
@@ -85,12 +86,18 @@ def run_study(options: StudyOptions) -> int:
         for warning in warmup_warnings(specs):
             _say(f"warning: {warning}")
         pending = [run for run in runs if not run.done]
-        failures = []
+        failures: list[tuple[str, str]] = []
+        signal_code = None
         if pending:
-            failures = _train(runs, pending, options, cluster or _connect(stack, options))
+            failures, signal_code = _train(runs, pending, options, cluster or _connect(stack, options))
         else:
             _say(f"all {len(runs)} runs are done already")
-    _report(options, specs, redraw=len(failures) < len(pending))
+    _report(options, specs, redraw=signal_code is None and len(failures) < len(pending))
+    if signal_code is not None:
+        done = sum(_has_result(run, options) for run in runs)
+        _say(f"\nstopped: {done} of {len(runs)} runs are done, the states of the others are saved")
+        _say(f"hint: carry on with {options.command}")
+        return signal_code
     if failures:
         _say(f"\nerror: {len(failures)} of {len(runs)} runs failed:")
         for title, reason in failures:
@@ -100,8 +107,10 @@ def run_study(options: StudyOptions) -> int:
     return 0
 
 
-def _train(runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOptions, cluster: Cluster) -> list[tuple[str, str]]:
-    """Train the pending runs. Returns (title, reason) of those that failed."""
+def _train(
+    runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOptions, cluster: Cluster
+) -> tuple[list[tuple[str, str]], int | None]:
+    """Train the pending runs. Returns (title, reason) of those that failed, and the exit code if a signal ended the study."""
     from study.display import StudyDisplay
     from study.runner import run_all, slots
 
@@ -117,14 +126,13 @@ def _train(runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOpti
         )
     _say(f"{len(pending)} of {len(runs)} runs to train, {at_once} at a time")
     with StudyDisplay(runs) as display:
-        results = run_all(pending, settings, cluster, display)
-    # Tune's own results are in its order; what failed is known by its spec.
-    errors = [(RunSpec(**result.config["spec"]).title, _reason(result.error)) for result in results if result.error and result.config]
-    known = {title for title, _ in errors}
-    lost = [
-        (run.spec.title, "it ended without a result") for run in pending if not _has_result(run, options) and run.spec.title not in known
+        results, signal_code = run_all(pending, settings, cluster, display)
+    reasons = {str(result.metrics.get("run_id")): str(result.metrics.get("failed")) for result in results if result.metrics}
+    reasons |= {result.config["run"]["run_id"]: _reason(result.error) for result in results if result.error and result.config}
+    failures = [
+        (run.spec.title, reasons.get(str(run.run_id), "it ended without a result")) for run in pending if not _has_result(run, options)
     ]
-    return errors + lost
+    return failures, signal_code
 
 
 def _has_result(run: PlannedRun, options: StudyOptions) -> bool:
@@ -143,6 +151,7 @@ def _settings(options: StudyOptions, cluster: Cluster) -> Settings:
         workers=options.workers,
         micro_batch=options.micro_batch,
         deterministic=options.deterministic,
+        save_every=options.save_every,
     )
 
 
