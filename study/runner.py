@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import logging
 import os
 import shutil
 import time
@@ -44,6 +45,9 @@ from study.plan import PlannedRun
 
 # What a trial that only waits for its workers takes of a CPU, and what is left for each worker.
 _WAITING_CPU = 0.01
+
+# What Tune logs of a failed try is a traceback of its own; the study reports the run's reason.
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
 # A run that dies this often at the same step has failed. The pause before a try doubles from a second to a minute.
 _TRIES = 3

@@ -43,7 +43,7 @@ def _plan(grid: Grid, folder: Path):
 def _study(grid: Grid, folder: Path, cluster: Cluster, **settings):
     runs = _plan(grid, folder)
     with StudyDisplay(runs) as display:
-        return run_all(runs, Settings(checkpoints=str(folder), **settings), cluster, display)
+        return run_all(runs, Settings(checkpoints=str(folder), **settings), cluster, display)[0]
 
 
 def test_the_dashboard_answers(cluster: Cluster) -> None:
@@ -70,7 +70,7 @@ def test_tunes_results_and_the_table_agree(finished) -> None:
         pd.testing.assert_series_equal(ours[column].sort_index(), tunes[column].sort_index(), check_dtype=False)
     assert (ours["threads"] == 1).all()
     assert (ours["flags"] == "").all()
-    assert not list((folder / ".state").iterdir())  # Tune's own record is not kept
+    assert not list((folder / ".state").iterdir())  # neither Tune's record nor states of finished runs are kept
 
 
 def test_long_forms_have_a_row_a_step_and_a_row_an_image(finished) -> None:
@@ -128,7 +128,10 @@ def test_a_run_that_fails_does_not_stop_the_others(cluster: Cluster, tmp_path: P
     # A folder where its log has to go: a fault that only this run meets, and only when it starts.
     RunFiles.of(tmp_path, broken.spec, str(broken.run_id)).log.mkdir(parents=True)
     results = _study(TINY, tmp_path, cluster)
-    assert len(results.errors) == 1
+    failed = [result.metrics["failed"] for result in results if "failed" in result.metrics]
+    assert len(failed) == 1
+    assert "IsADirectoryError" in failed[0]
+    assert "3 times" in failed[0]
     assert [result["model"] for result in read_results(tmp_path)] == ["vit_differential"]
 
 

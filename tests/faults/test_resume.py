@@ -1,0 +1,187 @@
+"""Real processes, killed with real signals: what they were doing goes on, to the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from diffvit.ledger import RunFiles, RunSpec, read_result
+from diffvit.log import read_log
+from diffvit.state import StateFolder
+from diffvit.train import RunIsBusyError, Stopped, train
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 3, "dropout": 0.1})
+COLUMNS = ["step", "epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    torch.set_num_threads(1)
+    return RunFiles.of(folder, SPEC, train(SPEC, folder, device="cpu")["run_id"])
+
+
+def _files(folder: Path, undisturbed: RunFiles) -> RunFiles:
+    return RunFiles(folder, undisturbed.model, undisturbed.run_id, undisturbed.size, undisturbed.dataset)
+
+
+def _same(ours: RunFiles, undisturbed: RunFiles) -> None:
+    assert ours.weights.read_bytes() == undisturbed.weights.read_bytes()
+    assert ours.predictions.read_bytes() == undisturbed.predictions.read_bytes()
+    pd.testing.assert_frame_equal(read_log(ours.log)[COLUMNS], read_log(undisturbed.log)[COLUMNS], check_exact=True)
+    assert not (ours.checkpoints / ".state" / ours.run_id).exists()
+
+
+def _stop_after(step: int):
+    """A should_stop that says yes after so many steps."""
+    asked = iter(range(1, 10_000))
+    return lambda: next(asked) >= step
+
+
+def _train(folder: Path, **options) -> dict:
+    torch.set_num_threads(1)
+    return train(SPEC, folder, device="cpu", **options)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, undisturbed: RunFiles) -> None:
+    for _ in range(3):
+        with pytest.raises(Stopped):
+            _train(tmp_path, should_stop=_stop_after(30))
+    _train(tmp_path)
+    files = _files(tmp_path, undisturbed)
+    _same(files, undisturbed)
+    resumed = [line for line in files.log.read_text().splitlines() if line.startswith("# resumed")]
+    assert resumed == [f"# resumed after step {step}" for step in (30, 60, 90)]
+
+
+def test_steps_after_the_last_state_are_not_in_the_log_twice(tmp_path: Path, undisturbed: RunFiles) -> None:
+    with pytest.raises(Stopped):
+        _train(tmp_path, should_stop=_stop_after(40))
+    files = _files(tmp_path, undisturbed)
+    with files.log.open("a") as log:  # what a killed process wrote after its last state, the last line half
+        log.write("41,2,1e-3,0.5,0.5,0.9,1.0\n42,2,1e-3,0.")
+    _train(tmp_path)
+    _same(files, undisturbed)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, undisturbed: RunFiles, damage: str) -> None:
+    with pytest.raises(Stopped):
+        _train(tmp_path, should_stop=_stop_after(50), save_every=1e-9)
+    states = sorted((tmp_path / ".state" / undisturbed.run_id).glob("*.state"))
+    assert [int(path.stem) for path in states] == [49, 50]
+    content = bytearray(states[-1].read_bytes())
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    states[-1].write_bytes({"truncated": content[:-1000], "flipped": content, "empty": b""}[damage])
+    warnings: list[str] = []
+    _train(tmp_path, on_warning=warnings.append)
+    assert any("damaged" in warning for warning in warnings)
+    _same(_files(tmp_path, undisturbed), undisturbed)
+    assert "# resumed after step 49" in _files(tmp_path, undisturbed).log.read_text()
+
+
+def test_without_a_whole_state_or_log_the_run_begins_again(tmp_path: Path, undisturbed: RunFiles) -> None:
+    for lost in ("*.state", "log"):
+        with pytest.raises(Stopped):
+            _train(tmp_path, should_stop=_stop_after(20))
+        if lost == "log":
+            _files(tmp_path, undisturbed).log.write_text("# run_id")
+        for path in (tmp_path / ".state" / undisturbed.run_id).glob(lost):
+            path.write_bytes(b"x" * 100)
+    _train(tmp_path)
+    _same(_files(tmp_path, undisturbed), undisturbed)
+
+
+def test_a_failed_save_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = StateFolder(tmp_path, "run")
+    states.save(1, {"step": 1, "tensor": torch.ones(3)})
+
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError, match="No space"):
+        states.save(2, {"step": 2})
+    monkeypatch.undo()
+    loaded = states.load()
+    assert loaded is not None
+    assert loaded["step"] == 1
+    assert [path.name for path in states.path.iterdir()] == ["000000001.state"]
+
+
+def _start(folder: Path, *arguments: str) -> subprocess.Popen:
+    overrides = [f"--{name}={value}" for name, value in SPEC.overrides.items() if name != "dropout"]
+    command = [sys.executable, str(ROOT / "run.py"), "train", "--model", SPEC.model, "--size", SPEC.size, "--dataset", SPEC.dataset]
+    return subprocess.Popen(
+        [*command, *overrides, "--device", "cpu", "--save_every", "0.2", *arguments],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _last_state(folder: Path) -> int:
+    return max((int(path.stem) for path in folder.glob("checkpoints/.state/*/*.state")), default=0)
+
+
+def _wait_for_state(folder: Path, process: subprocess.Popen, after: int) -> None:
+    """Waits until a state of a later step is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if _last_state(folder) > after:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("no state appeared")
+
+
+def test_killed_three_ways_the_command_carries_on(tmp_path: Path) -> None:
+    # The command has no option for dropout: a run of its own to compare with.
+    spec = RunSpec.of(SPEC.model, SPEC.size, SPEC.dataset, overrides={"epochs": 3})
+    torch.set_num_threads(1)
+    whole = RunFiles.of(tmp_path / "whole", spec, train(spec, tmp_path / "whole", device="cpu")["run_id"])
+    step = 0
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = _start(tmp_path)
+        _wait_for_state(tmp_path, process, step)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        step = _last_state(tmp_path)
+        assert process.returncode == code
+        if code > 0:
+            assert "carry on with" in errors
+            assert "Traceback" not in errors
+    assert _start(tmp_path).wait(120) == 0
+    files = RunFiles(tmp_path / "checkpoints", whole.model, whole.run_id, whole.size, whole.dataset)
+    _same(files, whole)
+    assert files.log.read_text().count("# resumed after step") == 3
+
+
+def test_two_processes_do_not_train_the_same_run(tmp_path: Path) -> None:
+    process = _start(tmp_path, "--epochs", "200")
+    _wait_for_state(tmp_path, process, 0)
+    spec = RunSpec.of(SPEC.model, SPEC.size, SPEC.dataset, overrides={"epochs": 200})
+    with pytest.raises(RunIsBusyError):
+        train(spec, tmp_path / "checkpoints", device="cpu")
+    process.kill()
+    process.communicate()
+    with pytest.raises(Stopped) as stopped:  # a dead holder does not keep the lock
+        train(spec, tmp_path / "checkpoints", device="cpu", should_stop=_stop_after(1))
+    assert stopped.value.step > 1
+
+
+def test_the_result_names_the_hashes_of_its_files(undisturbed: RunFiles) -> None:
+    import hashlib
+
+    result = read_result(undisturbed.result)
+    assert result is not None
+    for path in (undisturbed.weights, undisturbed.log, undisturbed.predictions):
+        assert result["sha256"][path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
