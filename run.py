@@ -307,6 +307,9 @@ def main() -> None:
         code = cli.main(prog_name="run.py", standalone_mode=False)
     except UserError as error:
         _fail(error.message, error.hint)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "")
+        sys.exit(0)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "run.py"
         _fail(error.format_message(), f"`{command} --help` shows the options.")

@@ -104,13 +104,16 @@ class _Raw:
 
 
 _LOADERS: dict[str, Callable[[Path | None], _Raw]] = {}
+_HUB_NAMES: dict[str, str] = {}
 
 
-def loader(name: str) -> Callable[[Callable[[Path | None], _Raw]], Callable[[Path | None], _Raw]]:
-    """Marks the function that loads a data set; it takes the data root."""
+def loader(name: str, hub: str | None = None) -> Callable[[Callable[[Path | None], _Raw]], Callable[[Path | None], _Raw]]:
+    """Marks the function that loads a data set; it takes the data root. `hub` is where the Hugging Face hub has it."""
 
     def mark(function: Callable[[Path | None], _Raw]) -> Callable[[Path | None], _Raw]:
         _LOADERS[name] = function
+        if hub:
+            _HUB_NAMES[name] = hub
         return function
 
     return mark
@@ -126,8 +129,20 @@ def load(name: str, data_root: str | Path | None = None) -> Dataset:
     Raises:
         UserError: the data are missing, unreadable or not what the protocol says.
     """
-    root = data_root or os.environ.get("DIFFVIT_DATA") or None
-    return _load(name, Path(root).expanduser().resolve() if root else None)
+    return _load(name, _data_root(data_root))
+
+
+def at_hand(name: str, data_root: str | Path | None = None) -> bool:
+    """Whether a data set can be loaded without the hub. Raises UserError for a data root that does not exist."""
+    root = _data_root(data_root)
+    if root is not None and not root.is_dir():
+        raise UserError(f"there is no data folder {root}.", "check --data_root or DIFFVIT_DATA.")
+    return name not in _HUB_NAMES or (root is not None and (root / _HUB_NAMES[name]).is_dir())
+
+
+def _data_root(given: str | Path | None) -> Path | None:
+    root = given or os.environ.get("DIFFVIT_DATA")
+    return Path(root).expanduser().resolve() if root else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -141,7 +156,7 @@ def _load(name: str, data_root: Path | None) -> Dataset:
             f"{expected[0]}, {expected[1]} and {expected[2]}.",
             "the copy is truncated or another data set: download it again.",
         )
-    arrays, facts = _cached_arrays(name, raw) if raw.cache_key else _arrays(raw)
+    arrays, facts = _cached_arrays(name, raw) if raw.cache_key else _arrays(name, raw)
     splits = {
         split: ImageSet(torch.from_numpy(arrays[f"{split}_pixels"]), torch.from_numpy(arrays[f"{split}_labels"])) for split in _SPLITS
     }
@@ -156,10 +171,15 @@ def _load(name: str, data_root: Path | None) -> Dataset:
     )
 
 
-def _arrays(raw: _Raw) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _arrays(name: str, raw: _Raw) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     arrays = {}
     for split in _SPLITS:
-        arrays[f"{split}_pixels"] = np.ascontiguousarray(raw.decode(raw.rows[split]))
+        try:
+            arrays[f"{split}_pixels"] = np.ascontiguousarray(raw.decode(raw.rows[split]))
+        except Exception as error:  # decoders raise errors of many kinds
+            raise UserError(
+                f"an image of {name}'s {split} split cannot be decoded: {_first_sentence(error)}.", "download the data again."
+            ) from error
         arrays[f"{split}_labels"] = raw.labels[raw.rows[split]].astype(np.int64)
     digest = hashlib.sha256()
     for key, array in arrays.items():
@@ -196,7 +216,7 @@ def _cached_arrays(name: str, raw: _Raw) -> tuple[dict[str, np.ndarray], dict[st
         except OSError as error:
             raise UserError(f"the cache folder {folder.parent} cannot be written: {error.strerror}.", "set DIFFVIT_CACHE.") from error
         try:
-            arrays, facts = _arrays(raw)
+            arrays, facts = _arrays(name, raw)
             for key, array in arrays.items():
                 np.save(aside / f"{key}.npy", array)
             (aside / "facts.json").write_text(json.dumps(facts))
@@ -219,7 +239,7 @@ def _cached_arrays(name: str, raw: _Raw) -> tuple[dict[str, np.ndarray], dict[st
 # ---------------------------------------------------------------------------------------------------- the data sets
 
 
-@loader("CIFAR-100")
+@loader("CIFAR-100", hub="uoft-cs/cifar100")
 def _cifar100(data_root: Path | None) -> _Raw:
     """uoft-cs/cifar100: 50 of each class's 500 training images become validation."""
     parts = _load_hub("uoft-cs/cifar100", data_root, columns={"img", "fine_label"})
@@ -254,7 +274,7 @@ _BACH_CLASSES = ("Benign", "InSitu", "Invasive", "Normal")
 _BACH_FILE = re.compile(r"^(b|is|iv|n)(\d{3})\.\w+$")
 
 
-@loader("BACH")
+@loader("BACH", hub="1aurent/BACH")
 def _bach(data_root: Path | None) -> _Raw:
     """1aurent/BACH: the 400 labelled images; its own test split has no labels and is not used.
 
@@ -267,8 +287,8 @@ def _bach(data_root: Path | None) -> _Raw:
     known = np.asarray([names[label] in _BACH_CLASSES for label in stored])
     part_rows = np.flatnonzero(known)
     labels = np.asarray([_BACH_CLASSES.index(names[label]) for label in stored[part_rows]], dtype=np.int64)
-    encoded = [image["bytes"] for image in part.select(part_rows)["image"]]
-    files = [Path(image["path"] or "").name for image in part.select(part_rows)["image"]]
+    paths = part.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist()  # the images stay on disk
+    files = [Path(paths[row] or "").name for row in part_rows]
 
     notes = []
     order = np.lexsort((np.asarray(files), labels))
@@ -293,7 +313,7 @@ def _bach(data_root: Path | None) -> _Raw:
         out = np.empty((len(rows), 3, size, size), dtype=np.uint8)
         for i, row in enumerate(rows):
             # The whole slide, squeezed to a square: its label holds for all of it, so nothing is cropped away.
-            with Image.open(io.BytesIO(encoded[row])) as image:
+            with Image.open(io.BytesIO(part[int(part_rows[row])]["image"]["bytes"])) as image:
                 resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
             out[i] = np.asarray(resized).transpose(2, 0, 1)
         return out
@@ -301,7 +321,8 @@ def _bach(data_root: Path | None) -> _Raw:
     return _Raw(
         classes=_BACH_CLASSES,
         labels=labels,
-        rows={"train": train_rows, "val": val_rows, "test": test_rows},
+        # Not in class order: the first rows of a split shall stand for all of it.
+        rows={"train": _mixed(train_rows), "val": _mixed(val_rows), "test": _mixed(test_rows)},
         decode=decode,
         notes=notes,
         cache_key=f"{part._fingerprint}-{size}",
@@ -373,6 +394,10 @@ def _first_sentence(error: BaseException) -> str:
     root = error.__cause__ or error
     text = " ".join(str(root).split()) or type(root).__name__
     return text.split(". ")[0].rstrip(".")[:200]
+
+
+def _mixed(rows: np.ndarray) -> np.ndarray:
+    return np.asarray(sorted(rows.tolist(), key=lambda row: stable_seed("mixed", row)))
 
 
 def split_rows(labels: np.ndarray, fractions: Sequence[float], salt: str) -> list[np.ndarray]:

@@ -263,6 +263,10 @@ def write_result(files: RunFiles, result: Mapping[str, Any]) -> None:
     write_atomically(files.result, (json.dumps(dict(result), indent=1) + "\n").encode())
 
 
+# What tables and messages read of every result.
+_RESULT_KEYS = {"run_id", "model", "size", "dataset", "seed", "identity", "overrides", "versions", "notes", "finished", "test_accuracy"}
+
+
 def read_result(path: Path) -> dict[str, Any] | None:
     """A result file's content, or None where it is missing. Raises UserError where it is damaged."""
     try:
@@ -271,7 +275,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}.", "delete it, and the same command trains the run again.") from error
-    if not isinstance(result, dict) or "run_id" not in result:
+    if not isinstance(result, dict) or not set(result) >= _RESULT_KEYS:
         raise UserError(f"{path} is not a result of diffvit.", "move it out of the checkpoints folder.")
     return result
 

@@ -161,7 +161,7 @@ def check_override(name: str, value: Any) -> Any:
     if name not in OVERRIDES:
         raise unknown_name("override", name, OVERRIDES)
     kind, low, high, closed = OVERRIDES[name]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
     in_range = is_number and (value >= low if closed else value > low) and (high is None or value <= high)
     if not in_range or (kind is int and value != int(value)):
         bound = f"{'at least' if closed else 'above'} {low:g}" + (f" and at most {high:g}" if high is not None else "")

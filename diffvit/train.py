@@ -465,9 +465,12 @@ def resolve_device(name: str | None = None) -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"there is no device {name!r} here.", "use --device cpu, or leave it out.") from error
+        usable = device.type in ("cpu", "cuda")
+        torch.empty(0, device=device if usable else "cpu")
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise UserError(f"there is no device {name!r} here.", "use --device cpu, or leave it out.")
     return device
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +54,11 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
         UserError: there is no cluster at the address.
     """
     chosen = find_address(address)
+    if chosen.startswith("ray://"):
+        raise UserError(
+            f"{chosen} is an address for Ray's client, which cannot run a study.",
+            "run the study on the cluster, with host:port of its head.",
+        )
     own = chosen == "local"
     if not own and not _answers(chosen):
         raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
@@ -81,7 +85,8 @@ def find_address(address: str | None = None) -> str:
 
     What is given comes first, then $RAY_ADDRESS, then a cluster that `ray start` or `ray up` left on this host.
     """
-    return address or os.environ.get("RAY_ADDRESS") or _cluster_on_this_host() or "local"
+    given = address or os.environ.get("RAY_ADDRESS")
+    return given if given and given != "auto" else _cluster_on_this_host() or "local"
 
 
 def _cluster_on_this_host() -> str | None:
@@ -98,11 +103,19 @@ def _cluster_on_this_host() -> str | None:
 
 
 def _answers(address: str) -> bool:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdigit():
-        return address == "auto"
-    try:
-        with socket.create_connection((host or "127.0.0.1", int(port)), timeout=2):
-            return True
-    except OSError:
-        return False
+    """Whether a gRPC server, which a cluster's head is, and not just any program answers at host:port."""
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=3)
+        except grpc.FutureTimeoutError:
+            return False
+    return True
+
+
+def gpu_precision() -> str:
+    """The precision that the connected cluster's GPUs train in."""
+    from diffvit.train import default_precision, resolve_device
+
+    return ray.get(ray.remote(num_gpus=0.01, num_cpus=0)(lambda: default_precision(resolve_device())).remote())

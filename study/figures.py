@@ -83,12 +83,15 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str) -> Figure:
     ends = []
     for size, of_size in runs.groupby("size", sort=False):
         colour = _size_colour(dataset, size)
-        curves = steps[steps["run_id"].isin(of_size["run_id"])].pivot_table(index="step", columns="run_id", values=loss)
+        curves = steps[steps["run_id"].isin(of_size["run_id"])].pivot(index="step", columns="run_id", values=loss)
         for run_id in curves:
             axes.plot(curves.index, curves[run_id], color=colour, linewidth=0.5, alpha=0.4)
         smooth = _running_mean(curves.mean(axis=1))
         axes.plot(smooth.index, smooth, color=colour, linewidth=2.0)
-        ends.append((smooth.index[-1], smooth.iloc[-1], _millions(of_size["parameters"].iloc[0]), colour))
+        drawn = smooth.dropna()
+        name = _millions(of_size["parameters"].iloc[0]) + ("" if len(drawn) == len(smooth) else " (diverged)")
+        if len(drawn):
+            ends.append((drawn.index[-1], drawn.iloc[-1], name, colour))
     _log_loss_axis(axes)
     axes.set_xlim(left=0)
     axes.set_xlabel("training step (one batch each)")
@@ -119,7 +122,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
         # The two arms have nearly the same sizes: intervals side by side, not on top of each other.
         x = np.asarray(mean.index, dtype=float) / 1e6 * (1 + 0.012 * (2 * models.index(model) - 1) * several)
         low, high = np.asarray(
-            [_wilson(100 * accuracy, n) for accuracy, n in zip(cells["test_accuracy"].mean(), cells["test_images"].sum(), strict=True)]
+            [_wilson(100 * accuracy, n) for accuracy, n in zip(cells["test_accuracy"].mean(), cells["test_images"].min(), strict=True)]
         ).T
         axes.plot(x, mean, linewidth=2.0, markersize=7, **style)
         axes.vlines(x, low, high, color=style["color"], linewidth=1.2, alpha=0.75)
@@ -140,7 +143,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
     seeds = int(runs.groupby(["model", "parameters"])["seed"].nunique().min())
     images = int(runs["test_images"].min())
     note = "no interval over seeds (1 seed)" if seeds == 1 else f"dots: {seeds} seeds"
-    _caption(figure, f"bars: 95 % Wilson interval for {images:,} test images{'' if seeds == 1 else ' x seeds'}; {note}; only depth varies")
+    _caption(figure, f"bars: 95 % Wilson interval for {images:,} test images; {note}; only depth varies")
     return figure
 
 
@@ -151,7 +154,7 @@ def _axes() -> tuple[Figure, Axes]:
 
 def _log_loss_axis(axes: Axes) -> None:
     """A log axis with plain numbers, closer together where the range is short."""
-    axes.set_yscale("log")
+    axes.set_yscale("log", nonpositive="mask")
     low, high = axes.get_ylim()
     steps = (1,) if high / low > 1e4 else (1, 3) if high / low > 100 else (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 8)
     axes.yaxis.set_major_locator(LogLocator(subs=steps))

@@ -88,7 +88,7 @@ def read_grid(path: Path) -> Grid:
     if "datasets" not in content:
         raise UserError(f"the grid file {path} names no datasets.", "add a line such as `datasets: [digits]`.")
     return Grid(
-        path.stem,
+        path.stem if path.stem not in GRIDS else f"{path.stem}-file",
         datasets=_names(path, content, "datasets"),
         models=_names(path, content, "models") if "models" in content else tuple(MODELS),
         sizes=_names(path, content, "sizes") if "sizes" in content else _ALL_SIZES,
@@ -126,4 +126,12 @@ def _seeds(path: Path, value: Any) -> tuple[int, ...]:
 def _overrides(path: Path, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"overrides in {path} is {value!r}.", "give names and values, such as {epochs: 5}.")
-    return value
+    return {name: _number(entry) for name, entry in value.items()}
+
+
+def _number(entry: Any) -> Any:
+    """YAML reads 1e-3 as text."""
+    try:
+        return float(entry) if isinstance(entry, str) else entry
+    except ValueError:
+        return entry

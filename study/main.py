@@ -74,11 +74,13 @@ def run_study(options: StudyOptions) -> int:
     """
     with contextlib.ExitStack() as stack:
         cluster = None
-        if options.precision == "auto" and _may_join(options):
+        precision = _local_precision(options)
+        if _may_join(options):
             cluster = _connect(stack, options)
-            precision = "bf16" if cluster.gpus and options.gpus_per_run != 0 else "fp32"
-        else:
-            precision = _local_precision(options)
+            if options.precision == "auto" and cluster.gpus and options.gpus_per_run != 0:
+                from study.cluster import gpu_precision
+
+                precision = gpu_precision()
         specs = options.runs(precision)
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
         runs = plan_runs(specs, options.checkpoints, fingerprints)
@@ -92,7 +94,7 @@ def run_study(options: StudyOptions) -> int:
             failures, signal_code = _train(runs, pending, options, cluster or _connect(stack, options))
         else:
             _say(f"all {len(runs)} runs are done already")
-    _report(options, specs, redraw=signal_code is None and len(failures) < len(pending))
+    _report(options, specs, draw=signal_code is None)
     if signal_code is not None:
         done = sum(_has_result(run, options) for run in runs)
         _say(f"\nstopped: {done} of {len(runs)} runs are done, the states of the others are saved")
@@ -142,6 +144,8 @@ def _has_result(run: PlannedRun, options: StudyOptions) -> bool:
 def _settings(options: StudyOptions, cluster: Cluster) -> Settings:
     from study.runner import Settings
 
+    if options.gpus_per_run and options.gpus_per_run > 1 and options.gpus_per_run != int(options.gpus_per_run):
+        raise UserError(f"gpus_per_run is {options.gpus_per_run:g}.", "give a fraction below 1, or a whole number.")
     gpus = options.gpus_per_run if options.gpus_per_run is not None else (1.0 if cluster.gpus else 0.0)
     return Settings(
         checkpoints=str(options.checkpoints.resolve()),
@@ -179,7 +183,7 @@ def _local_precision(options: StudyOptions) -> str:
 
 
 def _check_folders(checkpoints: Path, runs: list[PlannedRun]) -> None:
-    for folder in {checkpoints, *(checkpoints / run.spec.model for run in runs)}:
+    for folder in {checkpoints, checkpoints / "figures", *(checkpoints / run.spec.model for run in runs)}:
         check_writable(folder)
 
 
@@ -194,7 +198,7 @@ def _reason(error: BaseException | None) -> str:
     return lines[-1][:300] if lines else type(error).__name__
 
 
-def _report(options: StudyOptions, specs: list[RunSpec], redraw: bool) -> None:
+def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> None:
     """The table to stdout and as CSV, and the figures."""
     from study.table import run_table, step_table, write_csv
 
@@ -205,8 +209,10 @@ def _report(options: StudyOptions, specs: list[RunSpec], redraw: bool) -> None:
     for name, content in (("runs", table), ("steps", step_table(options.checkpoints, table))):
         write_csv(content, options.checkpoints / f"{options.grid.name}_{name}.csv")
     out = options.checkpoints / "figures"
-    if redraw or not out.is_dir():
+    drawn, now = out / ".drawn", "\n".join(table["run_id"])
+    if draw and not (drawn.is_file() and drawn.read_text() == now):
         _draw(options.checkpoints, table, out)
+        drawn.write_text(now)
     _say(f"\ntable    {options.checkpoints / (options.grid.name + '_runs.csv')}\nfigures  {out}")
 
 
@@ -263,6 +269,7 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
             f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid."
         )
     check_writable(out)
+    (out / ".drawn").unlink(missing_ok=True)
     return _draw(checkpoints, table, out)
 
 
@@ -290,12 +297,14 @@ def ledger_rows(
             row | {"files": [str(path) for path in paths if path.is_file()], "missing": [str(path) for path in paths if not path.is_file()]}
         )
     if specs:
-        done = {(row["model"], row["size"], row["dataset"], row["seed"]) for row in rows}
         fingerprints = load_fingerprints(specs, data_root, required=False)
+        cells_done = {(row["model"], row["size"], row["dataset"], row["seed"]) for row in rows}
+        ids_done = {row["run_id"] for row in rows}
         for spec in specs:
-            if (spec.model, spec.size, spec.dataset, spec.seed) in done:
-                continue
             run_id = spec.run_id(fingerprints[spec.dataset]) if spec.dataset in fingerprints else None
+            # Without the data at hand, a run of the cell counts; with them, only this very run.
+            if run_id in ids_done if run_id else (spec.model, spec.size, spec.dataset, spec.seed) in cells_done:
+                continue
             started = bool(run_id) and RunFiles.of(checkpoints, spec, str(run_id)).log.is_file()
             rows.append(
                 {

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffvit.errors import UserError
 from diffvit.ledger import RunFiles, RunSpec, read_result
 from diffvit.protocol import Protocol
 
@@ -79,15 +78,12 @@ def load_fingerprints(specs: Iterable[RunSpec], data_root: str | None, required:
     """Data set -> fingerprint, loading each data set of the runs once.
 
     Args:
-        required: raise the UserError of a data set that is not at hand, instead of leaving it out.
-    """
-    from diffvit.dataset import load
+        required: load what is on the hub too; otherwise data sets that are not at hand are left out.
 
-    fingerprints = {}
-    for dataset in dict.fromkeys(spec.dataset for spec in specs):
-        try:
-            fingerprints[dataset] = load(dataset, data_root).fingerprint
-        except UserError:
-            if required:
-                raise
-    return fingerprints
+    Raises:
+        UserError: a data set cannot be loaded.
+    """
+    from diffvit.dataset import at_hand, load
+
+    names = dict.fromkeys(spec.dataset for spec in specs)
+    return {name: load(name, data_root).fingerprint for name in names if required or at_hand(name, data_root)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from diffvit.errors import UserError
 from diffvit.ledger import RunFiles, RunSpec, read_results, write_atomically
 from diffvit.log import read_log
 
@@ -21,7 +22,7 @@ COLUMNS = (
 )  # fmt: skip
 
 # What should be alike for all runs of a cell (one size of one data set); recorded, and no part of a run's identity.
-_SHOULD_AGREE = ("precision", "device", "device_name", "threads", "workers", "micro_batch", "attention", "torch", "diffvit", "git_commit")
+_SHOULD_AGREE = ("fingerprint", "precision", "device", "device_name", "threads", "workers", "micro_batch", "torch", "diffvit", "git_commit")
 
 
 def run_table(checkpoints: Path, grid: Iterable[RunSpec] | None = None) -> pd.DataFrame:
@@ -39,7 +40,8 @@ def run_table(checkpoints: Path, grid: Iterable[RunSpec] | None = None) -> pd.Da
         results = [result for result in results if _cell_key(result["identity"]) in cells]
     table = pd.DataFrame([_row(result) for result in results], columns=list(COLUMNS))
     table = table.sort_values(["dataset", "parameters", "model", "seed", "run_id"], ignore_index=True)
-    table["flags"] = _flags(table)
+    cell_of = {result["run_id"]: _cell_key({**result["identity"], "model": ""}) for result in results}
+    table["flags"] = _flags(table, [cell_of[run_id] for run_id in table["run_id"]])
     return table
 
 
@@ -58,19 +60,26 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
     return {column: row.get(column) for column in COLUMNS}
 
 
-def _flags(table: pd.DataFrame) -> list[str]:
-    """For each run, what differs between the runs of its cell although it should not."""
+def _flags(table: pd.DataFrame, cells: list[str]) -> list[str]:
+    """For each run, what differs between the runs of its cell although it should not.
+
+    Args:
+        cells: for each run, what names its cell: data set, size and protocol.
+    """
     flags = pd.Series("", index=table.index)
-    comparable = table.assign(attention=table["attention"].astype(str).str.split(",").str[0])
-    for _, cell in comparable.groupby(["dataset", "size", "overrides"], dropna=False):
-        differing = [
-            f"{column}: {' / '.join(map(str, values))}"
-            for column in _SHOULD_AGREE
-            if len(values := cell[column].drop_duplicates().sort_values(key=lambda s: s.astype(str))) > 1
-        ]
+    for _, cell in table.groupby(pd.Series(cells, index=table.index)):
+        differing = [f"{column}: {_listed(cell[column])}" for column in _SHOULD_AGREE if cell[column].astype(str).nunique() > 1]
+        # Each architecture computes attention in a form of its own ("sdpa, padded"): alike within it, and of one kind in all.
+        forms, kinds = cell["attention"], cell["attention"].str.split(",").str[0]
+        if kinds.nunique() > 1 or cell.groupby("model")["attention"].nunique().max() > 1:
+            differing.append(f"attention: {_listed(forms)}")
         if differing:
             flags[cell.index] = "runs of this cell differ in " + ", ".join(differing)
     return flags.tolist()
+
+
+def _listed(values: pd.Series) -> str:
+    return " / ".join(sorted(values.astype(str).unique()))
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
@@ -85,14 +94,24 @@ def files_of(checkpoints: Path, run: Any) -> RunFiles:
 
 def step_table(checkpoints: Path, table: pd.DataFrame) -> pd.DataFrame:
     """The long form: one row a step of every run, with the run's id, model, size, data set and seed in front."""
-    parts = [_with_run(read_log(files_of(checkpoints, run).log), run) for run in table.itertuples()]
+    parts = [_with_run(_read(files_of(checkpoints, run).log), run) for run in table.itertuples()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def prediction_table(checkpoints: Path, table: pd.DataFrame) -> pd.DataFrame:
     """One row a test image of every run: label, predicted label, loss, probability of the true label."""
-    parts = [_with_run(pd.read_csv(files_of(checkpoints, run).predictions), run) for run in table.itertuples()]
+    parts = [_with_run(_read(files_of(checkpoints, run).predictions), run) for run in table.itertuples()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        return read_log(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(
+            f"{path} cannot be read: {reason}.", "delete the run's _result.json, and the same command trains it again."
+        ) from error
 
 
 def _with_run(frame: pd.DataFrame, run: Any) -> pd.DataFrame:

@@ -121,7 +121,7 @@ def test_real_cifar100(data_root: str) -> None:
         assert test[row]["fine_label"] == data.test.labels[row]
 
 
-def _write_bach(root: Path, *, named: bool, rows: list[tuple[str, int]] | None = None) -> None:
+def _write_bach(root: Path, *, named: bool, rows: list[tuple[str, int]] | None = None, cut_image: int | None = None) -> None:
     """A data set in BACH's hub schema: patches of real tissue, smaller than BACH's, each unlike the others."""
     import datasets
 
@@ -136,7 +136,8 @@ def _write_bach(root: Path, *, named: bool, rows: list[tuple[str, int]] | None =
         top, left = random.randint(source.shape[0] - 96), random.randint(source.shape[1] - 128)
         buffer = io.BytesIO()
         Image.fromarray(source[top : top + 96, left : left + 128]).save(buffer, format="TIFF")
-        images.append({"path": name if named else None, "bytes": buffer.getvalue()})
+        content = buffer.getvalue()[:40] if len(images) == cut_image else buffer.getvalue()
+        images.append({"path": name if named else None, "bytes": content})
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=BACH_NAMES)})
     folder = root / "1aurent/BACH/data"
     folder.mkdir(parents=True)
@@ -155,6 +156,7 @@ def test_bach(tmp_path: Path, named: bool) -> None:
     assert data.classes == ("Benign", "InSitu", "Invasive", "Normal")
     assert data.train.pixels.shape[1:] == (3, 512, 512)
     assert np.bincount(data.val.labels).tolist() == [10] * 4
+    assert len(set(data.test.labels[:40].tolist())) == 4  # the first rows stand for all
     expected = [48, 30, 31, 23] if named else [33] * 4  # eva's held-out patients, or a stratified third
     assert np.bincount(data.test.labels).tolist() == expected
     assert ("other patients" in data.notes[0]) == named
@@ -203,6 +205,14 @@ def test_a_truncated_file_is_found(tmp_path: Path, data_root: str) -> None:
         (folder / f"{split}-00000-of-00001.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="cannot be loaded"):
         load("CIFAR-100", tmp_path)
+
+
+@needs_tissue
+def test_a_truncated_image_is_found(tmp_path: Path) -> None:
+    _write_bach(tmp_path, named=True, cut_image=7)
+    with pytest.raises(UserError, match="cannot be decoded"):
+        load("BACH", tmp_path)
+    assert not list((tmp_path / "cache").iterdir())
 
 
 @needs_tissue

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -188,9 +189,13 @@ def test_address_comes_from_option_then_environment(monkeypatch: pytest.MonkeyPa
     assert find_address() == "10.9.8.7:6379"
     assert find_address("local") == "local"
     monkeypatch.delenv("RAY_ADDRESS")
+    assert find_address("auto") == "local"  # a Ray that another program runs for itself is not ours to join
     (tmp_path / "ray").mkdir()
-    (tmp_path / "ray/ray_current_cluster").write_text("127.0.0.1:1")  # what a cluster that is gone leaves behind
-    assert find_address() == "local"
+    with socket.create_server(("127.0.0.1", 0)) as another_program:
+        # What a cluster that is gone leaves behind: an address that nobody has, or somebody else by now.
+        for address in ("127.0.0.1:1", f"127.0.0.1:{another_program.getsockname()[1]}"):
+            (tmp_path / "ray/ray_current_cluster").write_text(address)
+            assert find_address() == "local"
 
 
 TWO_RUNS = "datasets: [digits]\nsizes: [small]\noverrides: {max_steps: 3}\n"
@@ -230,6 +235,7 @@ def test_a_study_with_a_failed_run_says_which_and_carries_on(tmp_path: Path) -> 
     failed = _command(tmp_path, *STUDY)
     assert failed.returncode == 1
     assert "1 of 2 runs failed" in failed.stderr
+    assert "IsADirectoryError" in failed.stderr
     assert "vit_classic 0.1M digits seed 0" in failed.stderr and "study --grid two.yaml" in failed.stderr
     assert failed.stdout.count("vit_") == 1
     fault.rmdir()

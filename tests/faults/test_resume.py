@@ -143,6 +143,7 @@ def _wait_for_state(folder: Path, process: subprocess.Popen, after: int) -> None
     raise AssertionError("no state appeared")
 
 
+@pytest.mark.slow
 def test_killed_three_ways_the_command_carries_on(tmp_path: Path) -> None:
     # The command has no option for dropout: a run of its own to compare with.
     spec = RunSpec.of(SPEC.model, SPEC.size, SPEC.dataset, overrides={"epochs": 3})
