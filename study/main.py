@@ -209,11 +209,17 @@ def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> None:
     for name, content in (("runs", table), ("steps", step_table(options.checkpoints, table))):
         write_csv(content, options.checkpoints / f"{options.grid.name}_{name}.csv")
     out = options.checkpoints / "figures"
-    drawn, now = out / ".drawn", "\n".join(table["run_id"])
+    drawn, now = _drawn_file(options.checkpoints), "\n".join(table["run_id"])
     if draw and not (drawn.is_file() and drawn.read_text() == now):
         _draw(options.checkpoints, table, out)
+        drawn.parent.mkdir(exist_ok=True)
         drawn.write_text(now)
     _say(f"\ntable    {options.checkpoints / (options.grid.name + '_runs.csv')}\nfigures  {out}")
+
+
+def _drawn_file(checkpoints: Path) -> Path:
+    """Says which runs a study's figures were last drawn of."""
+    return checkpoints / ".state" / "drawn"
 
 
 def _draw(checkpoints: Path, table: pd.DataFrame, out: Path) -> list[Path]:
@@ -269,7 +275,7 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
             f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid."
         )
     check_writable(out)
-    (out / ".drawn").unlink(missing_ok=True)
+    _drawn_file(checkpoints).unlink(missing_ok=True)
     return _draw(checkpoints, table, out)
 
 
