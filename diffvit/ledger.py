@@ -73,6 +73,11 @@ class RunSpec:
         """For a person: model, size, data set, seed."""
         return f"{self.model} {self.size} {self.dataset} seed {self.seed}"
 
+    def names(self, run_id: str) -> dict[str, Any]:
+        """What the run is called, as files say it."""
+        named = {key: getattr(self, key) for key in ("model", "size", "dataset", "seed", "precision")}
+        return {"run_id": run_id, **named}
+
     def identity(self, fingerprint: str) -> dict[str, Any]:
         """Everything that decides the result, given the data's fingerprint."""
         return {
@@ -240,12 +245,7 @@ def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
 def weight_facts(spec: RunSpec, run_id: str, data: Any) -> dict[str, Any]:
     """What a checkpoint's header says: enough to rebuild the model and to feed it, and nothing of time or machine."""
     return {
-        "run_id": run_id,
-        "model": spec.model,
-        "size": spec.size,
-        "dataset": spec.dataset,
-        "seed": spec.seed,
-        "precision": spec.precision,
+        **spec.names(run_id),
         "protocol": dataclasses.asdict(spec.protocol),
         "fingerprint": data.fingerprint,
         "classes": list(data.classes),

@@ -338,7 +338,7 @@ def _train_locked(
 ) -> dict[str, Any]:
     """`train` from the lock on: resume or begin, fit, evaluate, write the files."""
     rank, workers = _group()
-    protocol = spec.protocol
+    protocol, run_id = spec.protocol, files.run_id
     model = build_model(spec.model, spec.size, protocol)
     model.initialise(spec.seed)
     model.to(device)
@@ -353,7 +353,7 @@ def _train_locked(
     notes = [*([f"warning: {warning}"] if warning else []), *(f"data: {note}" for note in data.notes)]
     resume = states.load(usable=lambda state: files.log.is_file() and files.log.stat().st_size >= state["log_bytes"])
     started = resume["started"] if resume else _utc_now()
-    facts = {"run_id": states.path.name, "model": spec.model, "size": spec.size, "dataset": spec.dataset, "seed": spec.seed, "steps": total}
+    facts = {"run_id": run_id, "model": spec.model, "size": spec.size, "dataset": spec.dataset, "seed": spec.seed, "steps": total}
     with contextlib.ExitStack() as stack:
         log = None
         if rank == 0:
@@ -376,7 +376,7 @@ def _train_locked(
             resume=resume, on_save=save, save_every=save_every, should_stop=should_stop,
         )  # fmt: skip
         if log is None:
-            return {"run_id": states.path.name}
+            return {"run_id": run_id}
         # A run cut short by max_steps is a trial: its evaluation shall not cost more than its training.
         limit = None if protocol.max_steps is None else max(64, fitted.images)
         prepare = Prepare(protocol.image_size, data.mean, data.std, device)
@@ -388,11 +388,15 @@ def _train_locked(
         log.note(f"test_accuracy={test.accuracy:.6f} test_loss={test.loss:.6f} test_images={len(test.labels)}")
         log.position()  # on disk before the result says so
 
-    save_weights(files.weights, model, weight_facts(spec, states.path.name, data))
+    save_weights(files.weights, model, weight_facts(spec, run_id, data))
     write_atomically(files.predictions, test.to_csv().encode())
     result = {
-        **spec_facts(spec, states.path.name, data),
-        **model_facts(model, protocol, spec),
+        **spec.names(run_id),
+        "overrides": dict(spec.overrides),
+        "identity": spec.identity(data.fingerprint),
+        "depth": protocol.depths[spec.size],
+        "parameters": model.count_parameters(),
+        "forward_flops": model.estimate_flops(),
         **_outcome(fitted, val, test),
         "workers": workers,
         "micro_batch": micro_batch or -(-protocol.batch_size // workers),
@@ -406,29 +410,6 @@ def _train_locked(
     }
     write_result(files, result)
     return result
-
-
-def spec_facts(spec: RunSpec, run_id: str, data: Dataset) -> dict[str, Any]:
-    """What was asked for, as the result file says it."""
-    return {
-        "run_id": run_id,
-        "model": spec.model,
-        "size": spec.size,
-        "dataset": spec.dataset,
-        "seed": spec.seed,
-        "precision": spec.precision,
-        "overrides": dict(spec.overrides),
-        "identity": spec.identity(data.fingerprint),
-    }
-
-
-def model_facts(model: VisionTransformer, protocol: Protocol, spec: RunSpec) -> dict[str, Any]:
-    """The model's size and cost."""
-    return {
-        "depth": protocol.depths[spec.size],
-        "parameters": model.count_parameters(),
-        "forward_flops": model.estimate_flops(),
-    }
 
 
 def _outcome(fitted: Fit, val: Evaluation, test: Evaluation) -> dict[str, Any]:

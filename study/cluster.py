@@ -16,8 +16,6 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 # Signals are ours: a study saves its states before it ends.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 
-import ray
-
 from diffvit.errors import UserError
 
 # No object of a study is larger than a report of a few numbers.
@@ -53,6 +51,8 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     Raises:
         UserError: there is no cluster at the address.
     """
+    import ray  # two seconds that a study with nothing to train does not need
+
     chosen = find_address(address)
     if chosen.startswith("ray://"):
         raise UserError(
@@ -116,6 +116,8 @@ def _answers(address: str) -> bool:
 
 def gpu_precision() -> str:
     """The precision that the connected cluster's GPUs train in."""
+    import ray
+
     from diffvit.train import default_precision, resolve_device
 
     return ray.get(ray.remote(num_gpus=0.01, num_cpus=0)(lambda: default_precision(resolve_device())).remote())

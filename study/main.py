@@ -206,12 +206,15 @@ def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> None:
     if table.empty:
         return
     print(table_text(table))
-    for name, content in (("runs", table), ("steps", step_table(options.checkpoints, table))):
+    steps = step_table(options.checkpoints, table)
+    for name, content in (("runs", table), ("steps", steps)):
         write_csv(content, options.checkpoints / f"{options.grid.name}_{name}.csv")
     out = options.checkpoints / "figures"
     drawn, now = _drawn_file(options.checkpoints), "\n".join(table["run_id"])
     if draw and not (drawn.is_file() and drawn.read_text() == now):
-        _draw(options.checkpoints, table, out)
+        from study.figures import draw_figures
+
+        draw_figures(table, steps, out)
         drawn.parent.mkdir(exist_ok=True)
         drawn.write_text(now)
     _say(f"\ntable    {options.checkpoints / (options.grid.name + '_runs.csv')}\nfigures  {out}")
@@ -220,13 +223,6 @@ def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> None:
 def _drawn_file(checkpoints: Path) -> Path:
     """Says which runs a study's figures were last drawn of."""
     return checkpoints / ".state" / "drawn"
-
-
-def _draw(checkpoints: Path, table: pd.DataFrame, out: Path) -> list[Path]:
-    from study.figures import draw_figures
-    from study.table import step_table
-
-    return draw_figures(table, step_table(checkpoints, table), out)
 
 
 def table_text(table: pd.DataFrame) -> str:
@@ -264,7 +260,8 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
     Raises:
         UserError: there is nothing to draw, or the folder cannot be written.
     """
-    from study.table import run_table
+    from study.figures import draw_figures
+    from study.table import run_table, step_table
 
     grids = [find_grid(grid)] if grid else list(GRIDS.values())
     specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]
@@ -276,7 +273,7 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
         )
     check_writable(out)
     _drawn_file(checkpoints).unlink(missing_ok=True)
-    return _draw(checkpoints, table, out)
+    return draw_figures(table, step_table(checkpoints, table), out)
 
 
 def ledger_rows(
