@@ -215,14 +215,19 @@ def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> None:
         from study.figures import draw_figures
 
         draw_figures(table, steps, out)
-        drawn.parent.mkdir(exist_ok=True)
-        drawn.write_text(now)
+        _note_drawn(options.checkpoints, table)
     _say(f"\ntable    {options.checkpoints / (options.grid.name + '_runs.csv')}\nfigures  {out}")
 
 
 def _drawn_file(checkpoints: Path) -> Path:
     """Says which runs a study's figures were last drawn of."""
     return checkpoints / ".state" / "drawn"
+
+
+def _note_drawn(checkpoints: Path, table: pd.DataFrame) -> None:
+    drawn = _drawn_file(checkpoints)
+    drawn.parent.mkdir(exist_ok=True)
+    drawn.write_text("\n".join(table["run_id"]))
 
 
 def table_text(table: pd.DataFrame) -> str:
@@ -272,8 +277,10 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
             f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid."
         )
     check_writable(out)
-    _drawn_file(checkpoints).unlink(missing_ok=True)
-    return draw_figures(table, step_table(checkpoints, table), out)
+    paths = draw_figures(table, step_table(checkpoints, table), out)
+    if out == checkpoints / "figures":
+        _note_drawn(checkpoints, table)
+    return paths
 
 
 def ledger_rows(
