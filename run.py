@@ -17,6 +17,8 @@ import click
 
 from diffvit import __version__
 from diffvit.errors import UserError
+from diffvit.ledger import disk_faults
+from diffvit.saving import DEFAULT_SAVING, Every, Saving
 
 # --batch-size and --batch_size are the same option.
 _SETTINGS = {
@@ -69,8 +71,15 @@ _compute_options = _options(
     click.option("--precision", default="auto", show_default=True, help="fp32, bf16, or auto: bf16 where the GPU has it."),
     click.option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images computed at once. [default: what fits]"),
     click.option("--deterministic", is_flag=True, help="On a GPU too, give the same bits every time."),
-    click.option("--save_every", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True, metavar="SECONDS",
-                 help="How often the state of training is saved: what a kill costs at most."),
+    click.option("--save_every", default=str(DEFAULT_SAVING.every), show_default=True, metavar="INTERVAL",
+                 help="How often the state of training is saved, such as 60s or 500steps: what a kill costs at most."),
+    click.option("--storage", envvar="DIFFVIT_STORAGE", metavar="URL",
+                 help="Path or fsspec URL (s3://…) off this machine: runs are copied there and can be taken over from there. "
+                      "[env: DIFFVIT_STORAGE]"),
+    click.option("--sync_every", default=f"{DEFAULT_SAVING.sync_every:g}s", show_default=True, metavar="TIME",
+                 help="How often the state is copied to the storage: what the loss of this machine costs at most."),
+    click.option("--lease", default=f"{DEFAULT_SAVING.lease_seconds:g}s", show_default=True, metavar="TIME",
+                 help="How long after this machine's last sign of life another one may take its runs over."),
 )  # fmt: skip
 _EPOCHS = click.option("--epochs", type=int, metavar="N", help="Override the protocol's epochs.")
 _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]")
@@ -93,7 +102,8 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 @_compute_options
 @click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
 def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_root: str | None, checkpoints: Path, precision: str,
-          micro_batch: int | None, deterministic: bool, save_every: float, device: str | None, **overrides: Any) -> None:  # fmt: skip
+          micro_batch: int | None, deterministic: bool, save_every: str, storage: str | None, sync_every: str, lease: str,
+          device: str | None, **overrides: Any) -> None:  # fmt: skip
     """Train one model and measure its test accuracy.
 
     A run that is done already is not done again; one that was interrupted goes on where its state was last saved.
@@ -101,6 +111,7 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
     from diffvit.ledger import RunSpec
 
     RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
+    saving = _saving(save_every, storage, sync_every, lease)
     _check_upload(upload)
     from diffvit.signals import StopSignals
     from diffvit.train import Stopped, default_precision, resolve_device
@@ -114,13 +125,17 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
         try:
             result = train_run(
                 spec, checkpoints, data_root=data_root, device=place, micro_batch=micro_batch, deterministic=deterministic,
-                on_steps=progress, on_warning=_warn, save_every=save_every, should_stop=signals.seen,
+                on_steps=progress, on_warning=_warn, saving=saving, should_stop=signals.seen,
             )  # fmt: skip
         except Stopped as stopped:
             click.echo(f"{stopped}; its state is saved\nhint: carry on with {_own_command()}", err=True)
             sys.exit(signals.exit_code)
     if not progress.steps:
         click.echo(f"this run is done already: {result['finished']}", err=True)
+    if result["status"] == "diverged":
+        _fail(
+            f"the run {result['diverged']['message']}.", "try a lower --lr, a longer --warmup_steps or --clip_norm 1; its log is kept.", 1
+        )
     click.echo(f"run_id         {result['run_id']}")
     click.echo(f"parameters     {result['parameters']:,}")
     click.echo(
@@ -187,11 +202,15 @@ def evaluate(model: str, size: str, dataset: str, run_id: str | None, limit: int
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Processes that train one run together."
 )
+@click.option(
+    "--resource", multiple=True, metavar="NAME=X", help="A custom Ray resource that each run takes X of; limits it to nodes that have it."
+)
 @click.option("--upload", type=bool, default=False, metavar="BOOL", help="Send finished runs to the Hugging Face hub.")
 @_data_option
 @_checkpoints_option
 @_compute_options
-def study(grid: str, seeds: int | None, epochs: int | None, dry_run: bool, upload: bool, checkpoints: Path, **options: Any) -> None:
+def study(grid: str, seeds: int | None, epochs: int | None, dry_run: bool, upload: bool, checkpoints: Path, save_every: str,
+          storage: str | None, sync_every: str, lease: str, resource: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
 
     Finished runs are skipped, so the same command carries on. Without arguments: both architectures in three sizes on two
@@ -201,10 +220,15 @@ def study(grid: str, seeds: int | None, epochs: int | None, dry_run: bool, uploa
 
     chosen = find_grid(grid)
     chosen.runs(seeds=seeds, overrides={"epochs": epochs})  # names and values first
+    saving = _saving(save_every, storage, sync_every, lease)
+    resources = dict(_resource(text) for text in resource)
     _check_upload(upload)
     from study.main import StudyOptions, dry_run_table, run_study
 
-    settings = StudyOptions(grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, command=_own_command(), **options)
+    settings = StudyOptions(
+        grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources,
+        command=_own_command(), **options,
+    )  # fmt: skip
     if dry_run:
         click.echo(dry_run_table(settings))
         return
@@ -228,12 +252,19 @@ def plot(grid: str | None, epochs: int | None, out: Path | None, checkpoints: Pa
 @click.option("--grid", metavar="digits|full|FILE", help="Also list this grid's runs that are not done. [default: what is there]")
 @_SEEDS
 @_EPOCHS
+@click.option("--verify", is_flag=True, help="Re-read every file of every run and name what is damaged; exit code 1 if anything is.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_data_option
 @_checkpoints_option
-def list_runs(grid: str | None, seeds: int | None, epochs: int | None, as_json: bool, data_root: str | None, checkpoints: Path) -> None:
+def list_runs(grid: str | None, seeds: int | None, epochs: int | None, verify: bool, as_json: bool, data_root: str | None,
+              checkpoints: Path) -> None:  # fmt: skip
     """Show the ledger: each run, done or not, its accuracy and its files."""
-    from study.main import ledger_rows, ledger_text
+    from study.main import ledger_rows, ledger_text, verify_ledger
+
+    if verify:
+        report = verify_ledger(checkpoints)
+        click.echo(json.dumps(report, indent=1) if as_json else "\n".join([*report["damaged"], report["summary"]]))
+        sys.exit(1 if report["damaged"] else 0)
 
     rows = ledger_rows(checkpoints, grid, seeds=seeds, epochs=epochs, data_root=data_root)
     click.echo(json.dumps(rows, indent=1) if as_json else ledger_text(rows))
@@ -246,6 +277,30 @@ def _files(checkpoints: Path, result: dict[str, Any]) -> Any:
     from diffvit.ledger import RunFiles
 
     return RunFiles(checkpoints, result["model"], result["run_id"], result["size"], result["dataset"])
+
+
+def _saving(save_every: str, storage: str | None, sync_every: str, lease: str) -> Saving:
+    if storage and "://" not in storage:
+        storage = str(Path(storage).expanduser().resolve())  # workers have folders of their own
+    return Saving(Every.parse(save_every), storage or None, _seconds(sync_every), _seconds(lease))
+
+
+def _seconds(text: str) -> float:
+    seconds = Every.parse(text).seconds
+    if seconds is None:
+        raise UserError(f"{text!r} is not a time.", "give a time such as 60s, 10m or 1h.")
+    return seconds
+
+
+def _resource(text: str) -> tuple[str, float]:
+    name, _, amount = text.partition("=")
+    try:
+        number = float(amount or 1)
+    except ValueError:
+        number = 0.0
+    if not name or not 0 < number < 1e9:
+        raise UserError(f"--resource is {text!r}.", "give a name and an amount, such as big_gpu=1.")
+    return name, number
 
 
 def _check_upload(upload: bool) -> None:
@@ -302,11 +357,12 @@ class _StepProgress:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 a run, a disk or a storage failed, 2 bad input, 130 interrupted."""
     try:
-        code = cli.main(prog_name="run.py", standalone_mode=False)
+        with disk_faults(Path.cwd()):
+            code = cli.main(prog_name="run.py", standalone_mode=False)
     except UserError as error:
-        _fail(error.message, error.hint)
+        _fail(error.message, error.hint, error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "")
         sys.exit(0)
@@ -322,10 +378,10 @@ def main() -> None:
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, hint: str) -> None:
+def _fail(message: str, hint: str, code: int = 2) -> None:
     message = message[:1].lower() + message[1:]
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}\n{click.style('hint:', bold=True)} {hint}", err=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

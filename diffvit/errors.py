@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right: a sentence, and what to do next."""
+"""What a user can put right: a sentence, and what to do next."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input. The command line prints it as `error: …` and `hint: …` and exits with code 2.
+    """Bad input. The command line prints it as `error: …` and `hint: …` and exits with `exit_code`.
 
     Args:
         message: one sentence that says what is wrong.
         hint: one sentence that says what to do about it.
     """
+
+    exit_code = 2
 
     def __init__(self, message: str, hint: str):
         super().__init__(message)
@@ -21,10 +23,20 @@ class UserError(Exception):
 
     def __reduce__(self):
         # Exceptions are rebuilt from their args when they cross processes; ours has two.
-        return (UserError, (self.message, self.hint))
+        return (type(self), (self.message, self.hint))
 
     def __str__(self) -> str:
         return f"{self.message} (hint: {self.hint})"
+
+
+class StorageError(UserError):
+    """A place for files failed in the middle of the work: a full disk, a storage that does not answer. Trying again may help."""
+
+    exit_code = 1
+
+
+class RunIsBusyError(UserError):
+    """Another process, here or on another machine, trains this run."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

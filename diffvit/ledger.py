@@ -6,22 +6,27 @@ has the same id on every machine. Its files lie in checkpoints/{model}/:
     model_{run_id}_{size}_{dataset}.safetensors       the final weights; the header rebuilds the model
     model_{run_id}_{size}_{dataset}_training.log      one line a step
     model_{run_id}_{size}_{dataset}_predictions.csv   one row a test image
-    model_{run_id}_{size}_{dataset}_result.json       written last, and atomically: where it is, the run is done
+    model_{run_id}_{size}_{dataset}_result.json       written last, and atomically: where it is, the run has ended
+
+A run ends "done", or "diverged" where a loss or gradient was not a number: then there are only a log and a result.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from glob import escape as glob_escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from diffvit.errors import UserError, unknown_name
+from diffvit.errors import StorageError, UserError, unknown_name
 from diffvit.protocol import Protocol, protocol_of, resolve_dataset, resolve_model, resolve_size
 
 if TYPE_CHECKING:
@@ -93,8 +98,11 @@ class RunSpec:
 
     def run_id(self, fingerprint: str) -> str:
         """Ten hexadecimal digits."""
-        text = json.dumps(self.identity(fingerprint), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:10]
+        return _run_id(self.identity(fingerprint))
+
+
+def _run_id(identity: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,11 @@ class RunFiles:
         return f"model_{self.run_id}_{self.size}_{self.dataset}"
 
     def _path(self, suffix: str) -> Path:
-        return self.checkpoints / self.model / (self.stem + suffix)
+        return self.folder / (self.stem + suffix)
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoints / self.model
 
     @property
     def weights(self) -> Path:
@@ -147,6 +159,24 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
+# What a disk or a file system says when it, and not the program, is at fault.
+_FAULTS_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOTCONN}
+
+
+@contextlib.contextmanager
+def disk_faults(place: Path) -> Iterator[None]:
+    """Turns a full, read-only or failing disk into a StorageError that names the place."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FAULTS_OF_DISKS:
+            raise
+        raise StorageError(
+            f"{error.filename or place} cannot be written: {error.strerror}.",
+            "make room or mend the folder; nothing finished is lost, and the same command carries on.",
+        ) from error
+
+
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
     """Write aside, flush to disk, rename: a reader sees the old file or the whole new one.
 
@@ -154,7 +184,7 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
         content: the bytes, or a function that writes them to the open file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_ASIDE, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             if callable(content):
@@ -173,6 +203,15 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+_ASIDE = ".aside"
+
+
+def sweep_asides(folder: Path, stem: str) -> None:
+    """Removes what writers of files that begin with `stem` left aside when they were killed. Nobody may be writing them."""
+    for aside in folder.glob(f".{glob_escape(stem)}*{_ASIDE}"):
+        aside.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -259,12 +298,21 @@ def weight_facts(spec: RunSpec, run_id: str, data: Any) -> dict[str, Any]:
 
 
 def write_result(files: RunFiles, result: Mapping[str, Any]) -> None:
-    """Marks a run as done: everything else is on disk when this is called."""
-    write_atomically(files.result, (json.dumps(dict(result), indent=1) + "\n").encode())
+    """Marks a run as ended: everything else is on disk when this is called."""
+    write_atomically(files.result, (json.dumps({**result, "checksum": _checksum(result)}, indent=1) + "\n").encode())
+
+
+def _checksum(result: Mapping[str, Any]) -> str:
+    """SHA-256 over a result's content, its own checksum left out."""
+    text = json.dumps({key: value for key, value in result.items() if key != "checksum"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # What tables and messages read of every result.
-_RESULT_KEYS = {"run_id", "model", "size", "dataset", "seed", "identity", "overrides", "versions", "notes", "finished", "test_accuracy"}
+_RESULT_KEYS = {
+    "run_id", "status", "model", "size", "dataset", "seed", "identity", "overrides", "versions", "notes", "finished",
+    "test_accuracy", "sha256",
+}  # fmt: skip
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
@@ -275,12 +323,74 @@ def read_result(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}.", "delete it, and the same command trains the run again.") from error
+    if isinstance(result, dict):
+        result.setdefault("status", "done")  # results of versions that knew no other end
     if not isinstance(result, dict) or not set(result) >= _RESULT_KEYS:
         raise UserError(f"{path} is not a result of diffvit.", "move it out of the checkpoints folder.")
     return result
 
 
+def result_paths(checkpoints: Path) -> list[Path]:
+    """The result files under a checkpoints folder, in order of path."""
+    return sorted(Path(checkpoints).glob("*/model_*_result.json"))
+
+
 def read_results(checkpoints: Path) -> list[dict[str, Any]]:
-    """All finished runs under a checkpoints folder, in order of path."""
-    results = (read_result(path) for path in sorted(Path(checkpoints).glob("*/model_*_result.json")))
+    """All ended runs under a checkpoints folder, in order of path."""
+    results = (read_result(path) for path in result_paths(checkpoints))
     return [result for result in results if result is not None]
+
+
+def verify_run(path: Path) -> list[str]:
+    """Re-reads all files of an ended run and returns what is wrong with them, a sentence each.
+
+    Checked are the result's own checksum, the SHA-256 of every file, the run_id against what it is a hash of, the weights' header and
+    shapes against the result, and the steps in the log.
+
+    Args:
+        path: the run's result file.
+    """
+    try:
+        result = read_result(path)
+    except UserError as error:
+        return [error.message]
+    if result is None:
+        return [f"{path} is gone."]
+    files = RunFiles(path.parent.parent, result["model"], result["run_id"], result["size"], result["dataset"])
+    wrong = []
+    if files.result != path:
+        wrong.append(f"{path} has the result of another run, {files.result.name}.")
+    if result.get("checksum") != _checksum(result):
+        wrong.append(f"{path} was changed after it was written.")
+    if result["run_id"] != _run_id(result["identity"]):
+        wrong.append(f"{path} has a run_id that does not belong to its identity.")
+    for name, expected in result["sha256"].items():
+        file = path.parent / name
+        if not file.is_file():
+            wrong.append(f"{file} is missing.")
+        elif file_sha256(file) != expected:
+            wrong.append(f"{file} was changed after it was written.")
+    if not wrong:
+        wrong += [*_verify_log(files, result), *(_verify_weights(files, result) if result["status"] == "done" else [])]
+    return wrong
+
+
+def _verify_log(files: RunFiles, result: Mapping[str, Any]) -> list[str]:
+    lines = [line for line in files.log.read_text().splitlines() if not line.startswith("#")]
+    steps = [line.partition(",")[0] for line in lines[1:]]
+    if steps != [str(step) for step in range(1, result["steps"] + 1)]:
+        return [f"{files.log} does not have each of the {result['steps']} steps once, in order."]
+    return []
+
+
+def _verify_weights(files: RunFiles, result: Mapping[str, Any]) -> list[str]:
+    try:
+        model, facts = load_weights(files.weights)
+    except UserError as error:
+        return [error.message]
+    wrong = [key for key in ("run_id", "model", "size", "dataset", "seed", "precision") if facts[key] != result[key]]
+    if facts["fingerprint"] != result["identity"]["fingerprint"]:
+        wrong.append("fingerprint")
+    if model.count_parameters() != result["parameters"]:
+        wrong.append("parameters")
+    return [f"{files.weights} and the result differ in {', '.join(wrong)}."] if wrong else []

@@ -2,14 +2,17 @@
 
 # run_id=3f0a… model=vit_classic size=10B dataset=CIFAR-100 …
 # warning: warm-up (500 steps) is not shorter than the run …
-step,epoch,learning_rate,train_loss,val_loss,val_accuracy,seconds
-1,1,2.000e-07,4.8163,4.8020,0.0098,0.41
+step,epoch,learning_rate,train_loss,val_loss,val_accuracy,grad_norm,seconds
+1,1,2.000e-07,4.8163,4.8020,0.0098,1.93,0.41
 …
 # test_accuracy=0.4312 test_loss=2.1310
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +27,7 @@ class Step(NamedTuple):
         step, epoch: counted from 1.
         train_loss: mean cross-entropy (nats) of the step's batch, with dropout, before the update.
         val_loss, val_accuracy: of one validation batch, without dropout, after the update.
+        grad_norm: L2 norm of the whole gradient, before clipping.
         seconds: training time so far.
     """
 
@@ -33,14 +37,36 @@ class Step(NamedTuple):
     train_loss: float
     val_loss: float
     val_accuracy: float
+    grad_norm: float
     seconds: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether training still works: a loss or a gradient that is not a number spoils all weights for good."""
+        return all(map(math.isfinite, (self.train_loss, self.val_loss, self.grad_norm)))
 
     def line(self) -> str:
         """The step as a line of the log. Losses keep nine digits: enough to give an fp32 back exactly."""
         return (
             f"{self.step},{self.epoch},{self.learning_rate:.6e},{self.train_loss:.9g},{self.val_loss:.9g},"
-            f"{self.val_accuracy:.6g},{self.seconds:.3f}"
+            f"{self.val_accuracy:.6g},{self.grad_norm:.6g},{self.seconds:.3f}"
         )
+
+
+class LogPosition(NamedTuple):
+    """A length of a log, and the SHA-256 of that much of it."""
+
+    bytes: int
+    sha256: str
+
+    def fits(self, path: Path) -> bool:
+        """Whether the file begins with what the position was taken of."""
+        try:
+            with open(path, "rb") as file:
+                content = file.read(self.bytes)
+        except OSError:
+            return False
+        return len(content) == self.bytes and hashlib.sha256(content).hexdigest() == self.sha256
 
 
 class TrainingLog:
@@ -50,44 +76,47 @@ class TrainingLog:
         path: the file; an existing one is replaced.
         facts: what stands in the first line.
         notes: sentences for the lines after it.
-        keep: bytes of an existing log to go on from, as `position` gave them; what follows them is cut off.
+        keep: go on after so much of an existing log; what follows is cut off.
     """
 
-    def __init__(self, path: Path, facts: dict[str, object], notes: Iterable[str] = (), keep: int | None = None):
+    def __init__(self, path: Path, facts: dict[str, object], notes: Iterable[str] = (), keep: LogPosition | None = None):
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "w+b" if keep is None else "r+b", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        self._digest = hashlib.sha256()
         if keep is not None:
-            self._file = open(path, "r+", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
-            self._file.truncate(keep)
-            self._file.seek(keep)
+            self._digest.update(self._file.read(keep.bytes) or b"")
+            self._file.truncate(keep.bytes)
             return
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
         self.note(" ".join(f"{key}={value}" for key, value in facts.items()))
         for note in notes:
             self.note(note)
-        self._file.write(",".join(Step._fields) + "\n")
-        self._file.flush()
+        self._append(",".join(Step._fields) + "\n")
 
     def __enter__(self) -> TrainingLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # nothing is buffered; on some network file systems a full disk shows here again
+            self._file.close()
 
-    def position(self) -> int:
-        """Bytes written so far, all of them on disk when this returns."""
-        self._file.flush()
+    def position(self) -> LogPosition:
+        """What is written so far, all of it on disk when this returns."""
         os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
+        return LogPosition(self._file.tell(), self._digest.hexdigest())
 
     def note(self, text: str) -> None:
         """A comment line."""
-        self._file.write(f"# {text}\n")
-        self._file.flush()
+        self._append(f"# {text}\n")
 
     def write(self, steps: Iterable[Step]) -> None:
         """A line for each step."""
-        self._file.write("".join(step.line() + "\n" for step in steps))
-        self._file.flush()
+        self._append("".join(step.line() + "\n" for step in steps))
+
+    def _append(self, text: str) -> None:
+        rest = memoryview(text.encode())
+        self._digest.update(rest)
+        while rest:  # a nearly full disk takes a part, and then raises
+            rest = rest[self._file.write(rest) :]
 
 
 def read_log(path: Path):

@@ -206,6 +206,12 @@ def resolve_size(size: str, dataset: str) -> str:
     return aliases[key]
 
 
+def images_in_steps(rows: int, batch_size: int, steps: int) -> int:
+    """Images seen in so many steps over a set of `rows`, whose last batch in each round is what is left."""
+    rounds, rest = divmod(steps, math.ceil(rows / batch_size))
+    return rounds * rows + min(rest * batch_size, rows)
+
+
 def stable_seed(*parts: object) -> int:
     """A 63-bit seed from any printable parts: the same on every machine and in every Python process."""
     import hashlib

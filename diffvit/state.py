@@ -10,37 +10,57 @@ the step itself.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import io
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from diffvit.ledger import write_atomically
+from diffvit.ledger import sweep_asides, write_atomically
 
-_KEPT = 2
+# How many states are kept, here and in a remote storage.
+KEPT = 2
+
+# Raise it when the content of a state changes: states of other versions are passed over.
+_FORMAT = 2
 _DIGEST_BYTES = 32
 
 
 class _HashingWriter(io.RawIOBase):
-    """Passes bytes on to a file and hashes them: a large state is never held twice."""
+    """Passes bytes on to a file and hashes them: a large state is never held twice.
+
+    An error is kept until `finish`: torch's writer ends the process when one is raised under it.
+    """
 
     def __init__(self, file: BinaryIO):
         self._file = file
-        self.digest = hashlib.sha256()
+        self._error: OSError | None = None
+        self._digest = hashlib.sha256()
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self._file.write(data)
+        if self._error is None:
+            try:
+                self._file.write(data)
+                self._digest.update(data)
+            except OSError as error:
+                self._error = error
+        return len(data)
 
     def writable(self) -> bool:
         return True
+
+    def finish(self) -> None:
+        """Ends the file with its hash. Raises the OSError of any write."""
+        if self._error:
+            raise self._error
+        self._file.write(self._digest.digest())
 
 
 class StateFolder:
@@ -55,39 +75,40 @@ class StateFolder:
         self.path = Path(checkpoints) / ".state" / run_id
         self._warn = on_warning or (lambda text: None)
 
-    def save(self, step: int, content: dict[str, Any]) -> None:
-        """Keep `content` (tensors, numbers, strings, and dicts and lists of them) as the state after `step`."""
+    def save(self, step: int, content: dict[str, Any]) -> Path:
+        """Keep `content` (tensors, numbers, strings, and dicts and lists of them) as the state after `step`. Returns its file."""
 
         def write(file: BinaryIO) -> None:
             hashing = _HashingWriter(file)
-            torch.save(content, cast(IO[bytes], hashing))
-            file.write(hashing.digest.digest())
+            torch.save({"format": _FORMAT, **content}, cast(IO[bytes], hashing))
+            hashing.finish()
 
-        write_atomically(self.path / f"{step:09d}.state", write)
-        for old in self._files()[_KEPT:]:
+        path = self.file(step)
+        write_atomically(path, write)
+        for old in self._files()[KEPT:]:
             old.unlink(missing_ok=True)
+        return path
 
     def load(self, usable: Callable[[dict[str, Any]], bool] = lambda content: True) -> dict[str, Any] | None:
         """The newest state that is whole and usable, on the CPU; None where there is none."""
         for path in self._files():
-            try:
-                stored = path.read_bytes()
-            except OSError as error:
-                self._warn(f"the resume state {path} cannot be read: {error.strerror}")
-                continue
-            payload, digest = stored[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
-            if hashlib.sha256(payload).digest() == digest:
-                content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-                if usable(content):
-                    return content
-                self._warn(f"the resume state {path} does not fit the run's log; the one before is used")
-                continue
-            self._warn(f"the resume state {path} is damaged; the one before is used")
+            content, wrong = _read(path)
+            if content is not None and usable(content):
+                return content
+            self._warn(f"the resume state {path} {wrong or 'does not fit the log of its run'}; the one before is used")
         return None
+
+    def file(self, step: int) -> Path:
+        """Where the state after a step lies."""
+        return self.path / f"{step:09d}.state"
 
     def steps(self) -> list[int]:
         """Steps of the states there are, newest first, damaged ones too."""
         return [int(path.stem) for path in self._files()]
+
+    def damaged(self) -> list[str]:
+        """A sentence for each state that cannot be used."""
+        return [f"{path} {wrong}." for path in self._files() if (wrong := _read(path)[1])]
 
     def remove(self) -> None:
         """Forget the run's states: it has ended."""
@@ -96,7 +117,7 @@ class StateFolder:
     def _files(self) -> list[Path]:
         return sorted(self.path.glob("*.state"), reverse=True)
 
-    @contextmanager
+    @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
         """Whether this process may train the run. The kernel gives the lock back when its holder dies, however it dies.
 
@@ -110,6 +131,33 @@ class StateFolder:
             except BlockingIOError:
                 yield False
                 return
+            sweep_asides(self.path, "")
             yield True
         finally:
             os.close(handle)
+
+
+def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """A state's content, or None and what is wrong with the file."""
+    try:
+        stored = path.read_bytes()
+    except OSError as error:
+        return None, f"cannot be read: {error.strerror}"
+    payload, digest = memoryview(stored)[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
+    if hashlib.sha256(payload).digest() != digest:
+        return None, "is damaged"
+    content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    return (content, "") if content.get("format") == _FORMAT else (None, "was written by another version")
+
+
+def folder_id(checkpoints: Path) -> str:
+    """A name for this copy of the ledger that moves with it and that no other has: who holds its locks holds its leases."""
+    path = Path(checkpoints) / ".state" / "folder"
+    if not path.is_file():
+        name = uuid.uuid4().hex
+        aside = path.with_name(f".folder.{name}")
+        write_atomically(aside, name.encode())
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)  # unlike a rename, it does not replace another process's
+        aside.unlink()
+    return path.read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import math
 import os
 import platform
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,34 +29,20 @@ from torch import Tensor, nn
 
 import diffvit
 from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader
-from diffvit.errors import UserError
+from diffvit.errors import RunIsBusyError, UserError
 from diffvit.evaluation import Evaluation, autocast, evaluate
-from diffvit.ledger import (
-    RunFiles,
-    RunSpec,
-    check_writable,
-    file_sha256,
-    read_result,
-    save_weights,
-    weight_facts,
-    write_atomically,
-    write_result,
-)
-from diffvit.log import Step, TrainingLog
-from diffvit.protocol import Protocol, stable_seed
-from diffvit.state import StateFolder
+from diffvit.keeper import RunKeeper
+from diffvit.ledger import RunFiles, RunSpec, disk_faults, file_sha256, save_weights, weight_facts, write_atomically, write_result
+from diffvit.log import LogPosition, Step, TrainingLog
+from diffvit.protocol import Protocol, images_in_steps, stable_seed
+from diffvit.saving import DEFAULT_SAVING, Every, Saving
 from diffvit.vit import VisionTransformer, attention_class, build_model
 
 # Called with the steps since the last call and the number of all steps; at most about once a second.
 Progress = Callable[[list[Step], int], None]
 _FLUSH_SECONDS = 1.0
 
-# Seconds of training between two resume states: what a kill costs at most.
-SAVE_EVERY = 60.0
-
-
-class RunIsBusyError(UserError):
-    """Another process trains this run."""
+T = TypeVar("T")
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
@@ -63,6 +50,21 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
 
     def __init__(self, step: int):
         super().__init__(f"stopped after step {step}")
+        self.step = step
+
+
+class Diverged(Exception):  # noqa: N818 (an outcome, not a fault of the program)
+    """A loss or the gradient is not a number: no later step could mend the weights.
+
+    Attributes:
+        step: the record of the step where it was first seen.
+    """
+
+    def __init__(self, step: Step):
+        super().__init__(
+            f"diverged at step {step.step}: training loss {step.train_loss:.4g}, validation loss {step.val_loss:.4g}, "
+            f"gradient norm {step.grad_norm:.4g}, learning rate {step.learning_rate:.3g}"
+        )
         self.step = step
 
 
@@ -86,7 +88,7 @@ def fit(
     on_steps: Progress | None = None,
     resume: Mapping[str, Any] | None = None,
     on_save: Callable[[dict[str, Any]], None] | None = None,
-    save_every: float = SAVE_EVERY,
+    save_every: Every = DEFAULT_SAVING.every,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Fit:
     """Train `model` in place, on the device it is on, by `protocol`.
@@ -98,12 +100,13 @@ def fit(
         micro_batch: images a process computes at once; None is the whole batch. It does not change the result, to rounding.
         on_steps: hears of every step, on the first process only.
         resume: what on_save was given by an earlier process; training goes on after its step, to the same bits.
-        on_save: takes a resume state, on the first process, every `save_every` seconds and when stopped. When it is called, on_steps
-            has heard of every step up to the state's.
-        should_stop: asked after each step; if true, the state is saved and Stopped raised.
+        on_save: takes a resume state, on the first process, at every `save_every` and when stopped. When it is called, on_steps has
+            heard of every step up to the state's.
+        should_stop: asked after each step; if true on any process, the state is saved and Stopped raised on all.
 
     Raises:
         Stopped: should_stop said so.
+        Diverged: a loss or the gradient is not a number.
     """
     rank, workers = _group()
     device = next(model.parameters()).device
@@ -130,8 +133,8 @@ def fit(
             logits = net(prepare(pixels)).float()
         return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
 
-    def update(step: int, pixels: Tensor, labels: Tensor) -> Tensor:
-        """One optimiser update. Returns this process's part of the batch's mean loss."""
+    def update(step: int, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One optimiser update. Returns this process's part of the batch's mean loss, and the gradient's norm."""
         images = train_batches.batch_length(step)
         loss = torch.zeros((), device=device)
         if not len(labels):  # a last batch smaller than the group: take part in the exchange of gradients with zeros
@@ -143,13 +146,15 @@ def fit(
                 part = loss_sum(parallel, some_pixels, some_labels)[0] / images
                 (part * workers).backward()  # the group takes the mean of its gradients; a step wants their sum
             loss += part.detach()
+        # Without a clip_norm this only measures.
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if protocol.clip_norm is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), protocol.clip_norm)
+            nn.utils.clip_grads_with_norm_(model.parameters(), protocol.clip_norm, norm)
         for group in optimizer.param_groups:
             group["lr"] = protocol.learning_rate(step, total)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss
+        return loss, norm
 
     @torch.no_grad()
     def validate(step: int, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,33 +168,38 @@ def fit(
         model.train()
         return loss, right
 
-    def state() -> dict[str, Any]:
-        """All that the next step depends on."""
-        last = recorder.flush()
-        return {"step": last.step, "last": list(last), "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-
     last = Step(*resume["last"]) if resume else None
     recorder = _Recorder(protocol, total, train_batches.per_epoch, on_steps if rank == 0 else None, last)
-    saved = time.monotonic()
+    saved_at, saved_step = time.monotonic(), done
     steps = zip(make_loader(train_set, train_batches), make_loader(val_set, val_batches), strict=True)
     model.train()
     for step, (train_batch, val_batch) in enumerate(steps, start=done + 1):
         torch.manual_seed(stable_seed("dropout", seed, step, rank))
-        train_loss = update(step, *train_batch)
+        train_loss, norm = update(step, *train_batch)
         val_loss, val_accuracy = validate(step, *val_batch)
-        record = torch.stack([train_loss, val_loss, val_accuracy])
+        stop = should_stop()
+        # The workers' losses are parts of a sum; the gradient is the same on all of them.
+        record = torch.stack([train_loss, val_loss, val_accuracy, norm / workers, torch.full_like(norm, float(stop))])
         if workers > 1:
             dist.all_reduce(record)
+            # What all do alike follows from what all have seen: the record before this one, so that no step waits for its own.
+            stop = recorder.asked_to_stop()
         recorder.add(step, record)
-        stop = should_stop()
-        if rank == 0 and on_save and (stop or time.monotonic() - saved >= save_every) and step < total:
-            on_save(state())
-            saved = time.monotonic()
-        if stop and step < total:
+        if workers == 1:
+            recorder.flush_if_due()
+        if step == total:
+            break
+        if rank == 0 and on_save and (stop or save_every.over(time.monotonic() - saved_at, step - saved_step)):
+            last = recorder.flush()
+            if last:  # else the next step finds that training has diverged
+                on_save({"step": step, "last": list(last), "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            saved_at, saved_step = time.monotonic(), step
+        if stop:
             raise Stopped(step)
     last = recorder.flush()
-    images = sum(train_batches.batch_length(step) for step in range(1, total + 1))
-    return Fit(last, images, last.seconds)
+    recorder.check()
+    assert last
+    return Fit(last, images_in_steps(len(train_set), protocol.batch_size, total), last.seconds)
 
 
 def make_optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
@@ -204,39 +214,68 @@ def make_optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
 
 
 class _Recorder:
-    """Keeps the steps' numbers on the device and fetches them about once a second, so that a step need not wait for them."""
+    """Keeps the steps' numbers on the device and fetches them about once a second, so that a step need not wait for them.
+
+    In a group all processes must do the same at the same step, so there the numbers are looked at one step late, each time.
+    """
 
     def __init__(self, protocol: Protocol, total: int, per_epoch: int, on_steps: Progress | None, last: Step | None):
         self._protocol, self._total, self._per_epoch, self._on_steps = protocol, total, per_epoch, on_steps
         self._waiting: list[tuple[int, float, Tensor]] = []
         self._last = last
+        self._bad: Step | None = None
+        self._newest: Tensor | None = None
         self._flushed = time.perf_counter()
         self._start = self._flushed - (last.seconds if last else 0.0)
 
     def add(self, step: int, record: Tensor) -> None:
-        """Takes a step's [train loss, validation loss, validation accuracy]."""
-        now = time.perf_counter()
-        self._waiting.append((step, now - self._start, record))
-        if now - self._flushed >= _FLUSH_SECONDS or step == self._total:
-            self.flush()
+        """Takes a step's [train loss, validation loss, validation accuracy, gradient norm, wishes to stop]."""
+        self._newest = record
+        self._waiting.append((step, time.perf_counter() - self._start, record))
 
-    def flush(self) -> Step:
-        """Hands all waiting steps on. Returns the last step of all."""
-        if not self._waiting:
-            assert self._last is not None
-            return self._last
-        rows = torch.stack([record for _, _, record in self._waiting]).tolist()
-        # The last step's time is taken now: on a GPU its work has only just ended.
-        self._flushed = time.perf_counter()
-        steps = [
-            Step(step, (step - 1) // self._per_epoch + 1, self._protocol.learning_rate(step, self._total), row[0], row[1], row[2], seconds)
-            for (step, seconds, _), row in zip(self._waiting, rows, strict=True)
-        ]
-        self._last = steps[-1] = steps[-1]._replace(seconds=self._flushed - self._start)
+    def flush_if_due(self) -> None:
+        """Hands steps on about once a second. Raises Diverged."""
+        if time.perf_counter() - self._flushed >= _FLUSH_SECONDS:
+            self.flush()
+        self.check()
+
+    def asked_to_stop(self) -> bool:
+        """Whether anyone in the group wished to stop at the newest step. Raises Diverged."""
+        if self._newest is None:
+            return False
+        self.flush()
+        self.check()
+        return self._newest[-1].item() > 0
+
+    def check(self) -> None:
+        """Raises Diverged if a step that was handed on is not finite."""
+        if self._bad is not None:
+            raise Diverged(self._bad)
+
+    def flush(self) -> Step | None:
+        """Hands all waiting steps on, up to the first that is not finite. Returns the last, or None after one that is not finite."""
+        if self._waiting and self._bad is None:
+            rows = torch.stack([record for _, _, record in self._waiting]).tolist()
+            # The last step's time is taken now: on a GPU its work has only just ended.
+            self._flushed = time.perf_counter()
+            steps = [
+                Step(
+                    step, self._epoch(step), self._protocol.learning_rate(step, self._total), train_loss, val_loss, accuracy, norm, seconds
+                )
+                for (step, seconds, _), (train_loss, val_loss, accuracy, norm, _) in zip(self._waiting, rows, strict=True)
+            ]
+            steps[-1] = steps[-1]._replace(seconds=self._flushed - self._start)
+            finite = list(itertools.takewhile(lambda step: step.is_finite, steps))
+            self._bad = steps[len(finite)] if len(finite) < len(steps) else None
+            steps = steps[: len(finite) + 1]
+            self._last = steps[-1]
+            if self._on_steps:
+                self._on_steps(steps, self._total)
         self._waiting.clear()
-        if self._on_steps:
-            self._on_steps(steps, self._total)
-        return self._last
+        return self._last if self._bad is None else None
+
+    def _epoch(self, step: int) -> int:
+        return (step - 1) // self._per_epoch + 1
 
 
 def _group() -> tuple[int, int]:
@@ -244,6 +283,22 @@ def _group() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def _on_first_worker(make: Callable[[], T]) -> T:
+    """What `make` gives or raises on the group's first process, on all of them."""
+    rank, workers = _group()
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = make()
+        except UserError as error:
+            outcome[1] = error
+    if workers > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return cast(T, outcome[0])
 
 
 def _split(batch: Tensor, micro_batch: int | None) -> tuple[Tensor, ...]:
@@ -268,12 +323,12 @@ def train(
     deterministic: bool = False,
     on_steps: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
-    save_every: float = SAVE_EVERY,
+    saving: Saving = DEFAULT_SAVING,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """One run, from its specification to its result file.
 
-    A run that is done already is not done again; one that was interrupted goes on after its last saved state.
+    A run that has ended already is not done again; one that was interrupted goes on after its last saved state.
 
     Args:
         device: default: the first GPU, or the CPU.
@@ -281,62 +336,66 @@ def train(
         memory_share: the part of the device's memory that this run may use.
         deterministic: on a GPU, choose algorithms that give the same bits every time (the CPU's always do).
         on_steps: hears of every step, about once a second.
-        on_warning: hears, before the first step, what a reader of the result must know.
-        save_every: seconds of training between two resume states.
+        on_warning: hears what a reader of the result must know, of damaged states and of a storage that does not answer.
+        saving: how the state survives.
         should_stop: asked after each step; if true, the state is saved and Stopped raised.
 
     Returns:
-        The content of the result file.
+        The content of the result file. Its "status" is "done", or "diverged" where a loss or gradient was not a number.
 
     Raises:
-        UserError: bad input, before anything is written; RunIsBusyError where another process trains this run.
+        UserError: bad input, before anything is written.
+        RunIsBusyError: another process or machine trains this run.
+        StorageError: the disk or the storage failed. Trying again goes on after the last saved state.
         Stopped: should_stop said so.
     """
-    rank, _ = _group()
     place = torch.device(device) if device else resolve_device()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     data = load(spec.dataset, data_root)
-    run_id = spec.run_id(data.fingerprint)
-    files = RunFiles.of(checkpoints, spec, run_id)
-    done = read_result(files.result)
-    if done is not None:
-        return done
-    check_writable(files.weights.parent)
-    states = StateFolder(checkpoints, run_id, on_warning)
-    with states.lock() if rank == 0 else contextlib.nullcontext(True) as mine:
-        if not mine:
-            raise RunIsBusyError(f"another process is training {spec.title}.", "let it finish; the same command then finds it done.")
-        done = read_result(files.result)  # it may have been finished while we came here
-        if done is not None:
-            return done
-        result = _train_locked(
-            spec, files, states, data, place,
-            micro_batch=micro_batch, memory_share=memory_share, deterministic=deterministic,
-            on_steps=on_steps, on_warning=on_warning, save_every=save_every, should_stop=should_stop,
-        )  # fmt: skip
-        if rank == 0:
-            states.remove()
-    return result
+    files = RunFiles.of(checkpoints, spec, spec.run_id(data.fingerprint))
+    with disk_faults(files.checkpoints), contextlib.ExitStack() as stack:
+        keeper = RunKeeper(files, saving, on_warning)
+
+        def begin() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+            stack.enter_context(keeper)
+            return keeper.result, None if keeper.result else keeper.load_state()
+
+        ended, resume = _on_first_worker(begin)
+        if ended is not None:
+            return ended
+        try:
+            return _train(
+                spec, files, keeper, data, place, resume,
+                micro_batch=micro_batch, memory_share=memory_share, deterministic=deterministic,
+                on_steps=on_steps, on_warning=on_warning, save_every=saving.every, should_stop=lambda: should_stop() or keeper.lost,
+            )  # fmt: skip
+        except Stopped:
+            if keeper.lost and not should_stop():
+                raise RunIsBusyError(
+                    f"another machine has taken over the run {files.run_id}.", "the same command finds it done when that one is."
+                ) from None
+            raise
 
 
-def _train_locked(
+def _train(
     spec: RunSpec,
     files: RunFiles,
-    states: StateFolder,
+    keeper: RunKeeper,
     data: Dataset,
     device: torch.device,
+    resume: dict[str, Any] | None,
     *,
     micro_batch: int | None,
     memory_share: float,
     deterministic: bool,
     on_steps: Progress | None,
     on_warning: Callable[[str], None] | None,
-    save_every: float,
+    save_every: Every,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
-    """`train` from the lock on: resume or begin, fit, evaluate, write the files."""
+    """`train` once the run is ours: resume or begin, fit, evaluate, write the files."""
     rank, workers = _group()
     protocol, run_id = spec.protocol, files.run_id
     model = build_model(spec.model, spec.size, protocol)
@@ -351,13 +410,12 @@ def _train_locked(
     if warning and on_warning and rank == 0:
         on_warning(warning)
     notes = [*([f"warning: {warning}"] if warning else []), *(f"data: {note}" for note in data.notes)]
-    resume = states.load(usable=lambda state: files.log.is_file() and files.log.stat().st_size >= state["log_bytes"])
     started = resume["started"] if resume else _utc_now()
     facts = {"run_id": run_id, "model": spec.model, "size": spec.size, "dataset": spec.dataset, "seed": spec.seed, "steps": total}
     with contextlib.ExitStack() as stack:
         log = None
         if rank == 0:
-            log = stack.enter_context(TrainingLog(files.log, facts, notes, keep=resume["log_bytes"] if resume else None))
+            log = stack.enter_context(TrainingLog(files.log, facts, notes, keep=LogPosition(*resume["log"]) if resume else None))
             if resume:
                 log.note(f"resumed after step {resume['step']}")
 
@@ -369,27 +427,37 @@ def _train_locked(
 
         def save(state: dict[str, Any]) -> None:
             if log:
-                states.save(state["step"], {**state, "log_bytes": log.position(), "started": started})
+                keeper.save({**state, "started": started}, log)
 
-        fitted = fit(
-            model, data, protocol, seed=spec.seed, precision=spec.precision, micro_batch=micro_batch, on_steps=record,
-            resume=resume, on_save=save, save_every=save_every, should_stop=should_stop,
-        )  # fmt: skip
-        if log is None:
-            return {"run_id": run_id}
-        # A run cut short by max_steps is a trial: its evaluation shall not cost more than its training.
-        limit = None if protocol.max_steps is None else max(64, fitted.images)
-        prepare = Prepare(protocol.image_size, data.mean, data.std, device)
-        batch = micro_batch or protocol.batch_size
-        val, test = (
-            evaluate(model, split.head(limit), prepare=prepare, batch_size=batch, precision=spec.precision)
-            for split in (data.val, data.test)
-        )
-        log.note(f"test_accuracy={test.accuracy:.6f} test_loss={test.loss:.6f} test_images={len(test.labels)}")
+        try:
+            fitted = fit(
+                model, data, protocol, seed=spec.seed, precision=spec.precision, micro_batch=micro_batch, on_steps=record,
+                resume=resume, on_save=save, save_every=save_every, should_stop=should_stop,
+            )  # fmt: skip
+        except Diverged as diverged:
+            if log is None:
+                return {"run_id": run_id}
+            log.note(str(diverged))
+            notes.append(str(diverged))
+            images = images_in_steps(len(data.train), protocol.batch_size, diverged.step.step)
+            outcome, written = _diverged_outcome(diverged, images), [files.log]
+        else:
+            if log is None:
+                return {"run_id": run_id}
+            # A run cut short by max_steps is a trial: its evaluation shall not cost more than its training.
+            limit = None if protocol.max_steps is None else max(64, fitted.images)
+            prepare = Prepare(protocol.image_size, data.mean, data.std, device)
+            batch = micro_batch or protocol.batch_size
+            val, test = (
+                evaluate(model, split.head(limit), prepare=prepare, batch_size=batch, precision=spec.precision)
+                for split in (data.val, data.test)
+            )
+            log.note(f"test_accuracy={test.accuracy:.6f} test_loss={test.loss:.6f} test_images={len(test.labels)}")
+            save_weights(files.weights, model, weight_facts(spec, run_id, data))
+            write_atomically(files.predictions, test.to_csv().encode())
+            outcome, written = _outcome(fitted, val, test), [files.weights, files.log, files.predictions]
         log.position()  # on disk before the result says so
 
-    save_weights(files.weights, model, weight_facts(spec, run_id, data))
-    write_atomically(files.predictions, test.to_csv().encode())
     result = {
         **spec.names(run_id),
         "overrides": dict(spec.overrides),
@@ -397,7 +465,7 @@ def _train_locked(
         "depth": protocol.depths[spec.size],
         "parameters": model.count_parameters(),
         "forward_flops": model.estimate_flops(),
-        **_outcome(fitted, val, test),
+        **outcome,
         "workers": workers,
         "micro_batch": micro_batch or -(-protocol.batch_size // workers),
         "attention": attention_class(spec.model).form(device.type),
@@ -406,18 +474,17 @@ def _train_locked(
         "started": started,
         "finished": _utc_now(),
         "notes": notes,
-        "sha256": {path.name: file_sha256(path) for path in (files.weights, files.log, files.predictions)},
+        "sha256": {path.name: file_sha256(path) for path in written},
     }
     write_result(files, result)
+    keeper.finish(result)
     return result
 
 
 def _outcome(fitted: Fit, val: Evaluation, test: Evaluation) -> dict[str, Any]:
     return {
-        "steps": fitted.last.step,
-        "images": fitted.images,
-        "seconds": round(fitted.seconds, 3),
-        "images_per_second": round(fitted.images / fitted.seconds, 2),
+        "status": "done",
+        **_pace(fitted.last, fitted.images),
         "train_loss": fitted.last.train_loss,
         "val_loss_last_batch": fitted.last.val_loss,
         "val_loss": val.loss,
@@ -425,6 +492,28 @@ def _outcome(fitted: Fit, val: Evaluation, test: Evaluation) -> dict[str, Any]:
         "test_loss": test.loss,
         "test_accuracy": test.accuracy,
         "test_images": len(test.labels),
+    }
+
+
+def _diverged_outcome(diverged: Diverged, images: int) -> dict[str, Any]:
+    """What there is to say of a run that diverged; numbers that JSON does not have are left to the message."""
+    step = diverged.step
+    unknown = ("train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_images")
+    at = {"step": step.step, "learning_rate": step.learning_rate, "grad_norm": str(step.grad_norm), "message": str(diverged)}
+    return {
+        "status": "diverged",
+        **_pace(step, images),
+        **dict.fromkeys(unknown),
+        "diverged": at,
+    }
+
+
+def _pace(last: Step, images: int) -> dict[str, Any]:
+    return {
+        "steps": last.step,
+        "images": images,
+        "seconds": round(last.seconds, 3),
+        "images_per_second": round(images / last.seconds, 2),
     }
 
 

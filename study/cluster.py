@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 # Before ray is imported: no usage reports, no rebuilding of the environment in every worker under `uv run`,
 # no CSV, JSON and TensorBoard files per trial (the ledger has it all).
@@ -32,6 +38,7 @@ class Cluster:
     cpus: float
     gpus: float
     dashboard: str | None
+    resources: dict[str, float] = field(default_factory=dict)
 
     def sentence(self) -> str:
         """For the first line of a study."""
@@ -74,7 +81,7 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
         nodes = sum(node["Alive"] for node in ray.nodes())
         yield Cluster(
             str(context.address_info["address"]), own, nodes,
-            resources.get("CPU", 0), resources.get("GPU", 0), context.dashboard_url or None,
+            resources.get("CPU", 0), resources.get("GPU", 0), context.dashboard_url or None, resources,
         )  # fmt: skip
     finally:
         ray.shutdown()
@@ -121,3 +128,179 @@ def gpu_precision() -> str:
     from diffvit.train import default_precision, resolve_device
 
     return ray.get(ray.remote(num_gpus=0.01, num_cpus=0)(lambda: default_precision(resolve_device())).remote())
+
+
+# ------------------------------------------------------------------------------------------------ what all nodes reach
+
+
+def unreachable(address_of: Callable[[], str], seconds: float = 120.0) -> dict[str, str]:
+    """Runs a check on each living node; address -> why it failed there, for the nodes where it did.
+
+    Args:
+        address_of: the check; what it raises, or "" if nothing.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    check = ray.remote(num_cpus=0, max_retries=0)(address_of)
+    asked = {
+        node["NodeManagerAddress"] + f" ({node['NodeID'][:8]})": check.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] != here
+    }
+    failed = {}
+    for name, answer in asked.items():
+        try:
+            reason = ray.get(answer, timeout=seconds)
+        except Exception as error:
+            reason = type(error).__name__
+        if reason:
+            failed[name] = reason
+    return failed
+
+
+def check_shared_folder(checkpoints: Path, data_root: str | None) -> None:
+    """Finds out whether all nodes see the same checkpoints folder and data. Raises UserError."""
+    mark = checkpoints.resolve() / ".state" / f"reach-{uuid.uuid4().hex}"
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    data = str(Path(data_root).resolve()) if data_root else None
+    try:
+        failed = unreachable(lambda: _cannot_see(str(mark), data))
+    finally:
+        mark.unlink(missing_ok=True)
+    if failed:
+        listed = "; ".join(f"{node}: {reason}" for node, reason in failed.items())
+        raise UserError(
+            f"not every node can use the folders of this study: {listed}.",
+            "put them where all nodes mount them (NFS), or give --storage URL and data that are on each node.",
+        )
+
+
+def check_storage_and_data(storage: str, data_root: str | None) -> None:
+    """Finds out whether all nodes reach the storage and the data. Raises UserError."""
+    data = str(Path(data_root).resolve()) if data_root else None
+    failed = unreachable(lambda: _cannot_reach(storage, data))
+    if failed:
+        listed = "; ".join(f"{node}: {reason}" for node, reason in failed.items())
+        raise UserError(f"not every node can reach the storage and the data: {listed}.", "check the address and access on these nodes.")
+
+
+def _cannot_see(mark: str, data_root: str | None) -> str:
+    if not os.path.exists(mark):
+        return f"{Path(mark).parent.parent} is another folder there"
+    if not os.access(mark, os.W_OK):
+        return f"{Path(mark).parent.parent} cannot be written"
+    return _no_data(data_root)
+
+
+def _cannot_reach(storage: str, data_root: str | None) -> str:
+    from diffvit.storage import Storage
+
+    try:
+        Storage(storage).check()
+    except UserError as error:
+        return error.message
+    return _no_data(data_root)
+
+
+def _no_data(data_root: str | None) -> str:
+    return f"there is no data folder {data_root}" if data_root and not os.path.isdir(data_root) else ""
+
+
+# ------------------------------------------------------------------------------------------------------ asking to stop
+
+
+class StopFlag:
+    """An actor that says whether runs shall save their states and end; all nodes can ask it."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def set(self) -> None:
+        """From now on, yes."""
+        self._is_set = True
+
+    def is_set(self) -> bool:
+        """The answer."""
+        return self._is_set
+
+
+def make_stop_flag() -> Any:
+    """A StopFlag that is started again if its process dies; who set it must then set it again."""
+    import ray
+
+    return ray.remote(num_cpus=0, max_restarts=-1)(StopFlag).remote()
+
+
+# ------------------------------------------------------------------------------------------- when Ray itself is killed
+
+_WATCH_SECONDS = 2.0
+_MISSES = 3
+_RESTARTS = "DIFFVIT_RESTARTS"
+_MOST_RESTARTS = 5
+
+
+@contextlib.contextmanager
+def watch(cluster: Cluster, say: Callable[[str], None], command: str) -> Iterator[None]:
+    """While the block runs, notices when Ray's own processes on this host die, upon which a study would wait forever.
+
+    With a Ray of our own, what is left of it is ended, and this process starts over: finished runs are skipped, others resumed. With a
+    cluster that was joined, the process ends with code 1 and the command that carries on.
+    """
+    import ray
+
+    here = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    head, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    places = [(head, int(port)), (here["NodeManagerAddress"], here["NodeManagerPort"])]
+    over = threading.Event()
+
+    def look() -> None:
+        import psutil
+
+        misses, family = 0, {}
+        me = psutil.Process()
+        while not over.wait(_WATCH_SECONDS):
+            misses = 0 if all(_listens(place) for place in places) else misses + 1
+            if not misses:  # once Ray is dead, its processes are no longer our children
+                family = {child.pid: child for child in me.children(recursive=True)}
+            if misses >= _MISSES:
+                _start_over(cluster, list(family.values()), say, command)
+
+    thread = threading.Thread(target=look, name="watch-ray", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _listens(place: tuple[str, int]) -> bool:
+    try:
+        with socket.create_connection(place, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def _start_over(cluster: Cluster, family: list[Any], say: Callable[[str], None], command: str) -> None:
+    import psutil
+
+    restarts = int(os.environ.get(_RESTARTS, "0"))
+    if not cluster.own or restarts >= _MOST_RESTARTS:
+        say(f"error: the Ray cluster at {cluster.address} is gone\nhint: carry on with {command}")
+        os._exit(1)
+    say("warning: a process of Ray died; starting over with the runs that are not done")
+    for each in family:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(family, timeout=10)
+    time.sleep(2.0**restarts)
+    os.environ[_RESTARTS] = str(restarts + 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, sys.orig_argv)

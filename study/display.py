@@ -40,7 +40,7 @@ class StudyDisplay(Callback):
 
     def __init__(self, runs: list[PlannedRun], console: Console | None = None):
         self.console = console or Console(file=sys.stderr)
-        self._rows = {_key(run.spec): _Row(run, "done before" if run.done else "waiting") for run in runs}
+        self._rows = {_key(run.spec): _Row(run, f"{run.status} before" if run.status else "waiting") for run in runs}
         self._start = self._beat = time.monotonic()
         self._live: Live | None = None
 
@@ -77,7 +77,12 @@ class StudyDisplay(Callback):
         if "failed" in (trial.last_result or {}):
             self.on_trial_error(iteration, trials, trial)
             return
-        if row.accuracy is None:  # stopped
+        if (trial.last_result or {}).get("status") == "diverged":
+            row.state = "diverged"
+            if not self._live:
+                self.console.print(f"diverged  {row.run.spec.title} at step {row.step}", highlight=False)
+            return
+        if row.accuracy is None:  # stopped, or another study trains it
             row.state = "waiting"
             return
         row.state, row.step = "done", row.run.steps
@@ -104,13 +109,13 @@ class StudyDisplay(Callback):
         for header in ("step", "train loss", "val loss", "images/s", "test"):
             table.add_column(header, justify="right", no_wrap=True)
         for row in self._rows.values():
-            table.add_row(*self._cells(row), style="dim" if row.state in ("waiting", "done before") else None)
+            table.add_row(*self._cells(row), style="dim" if row.state == "waiting" or row.state.endswith("before") else None)
         return Group(table, Text(self._summary()))
 
     def _cells(self, row: _Row) -> list[Any]:
         spec, steps = row.run.spec, row.run.steps
         done = row.state.startswith("done")
-        bar: Any = Text(row.state, style="red" if row.state == "failed" else "")
+        bar: Any = Text(row.state, style="red" if row.state in ("failed", "diverged") else "")
         if row.state == "training":
             bar = ProgressBar(total=steps, completed=row.step, width=16)
         test = "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %"
@@ -121,17 +126,17 @@ class StudyDisplay(Callback):
         elapsed = time.monotonic() - self._start
         rows = list(self._rows.values())
         finished = sum(row.state.startswith("done") for row in rows)
-        failed = sum(row.state == "failed" for row in rows)
         text = f"{finished} of {len(rows)} runs done"
-        if failed:
-            text += f", {failed} failed"
+        for state in ("diverged", "failed"):
+            if count := sum(row.state.startswith(state) for row in rows):
+                text += f", {count} {state}"
         text += f", {_clock(elapsed)} elapsed"
         left = self._seconds_left(elapsed)
         return text + (f", about {_clock(left)} left" if left is not None else "")
 
     def _seconds_left(self, elapsed: float) -> float | None:
         """From the FLOPs done so far in this study; None until there is something to go by."""
-        now = [row for row in self._rows.values() if row.state not in ("done before", "failed")]
+        now = [row for row in self._rows.values() if not row.state.endswith("before") and row.state not in ("failed", "diverged")]
         work = sum(row.run.train_flops for row in now)
         done = sum(row.run.train_flops * row.step / row.run.steps for row in now)
         return elapsed * (work - done) / done if done > 0.02 * work else None

@@ -64,12 +64,15 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path) -> list[Pat
         for dataset, of_dataset in runs.groupby("dataset", sort=False):
             figures: dict[str, Figure] = {}
             models = [model for model in MODELS if (of_dataset["model"] == model).any()]
+            have_accuracy = []
             for model in models:
                 of_model = of_dataset[of_dataset["model"] == model]
                 for loss in _LOSSES:
                     figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss)
-                figures[f"{model}_scaling"] = scaling_figure(of_model, scale_like=of_dataset)
-            if len(models) > 1:
+                if (of_model["status"] == "done").any():
+                    have_accuracy.append(model)
+                    figures[f"{model}_scaling"] = scaling_figure(of_model, scale_like=of_dataset)
+            if len(have_accuracy) > 1:
                 figures["scaling_overlay"] = scaling_figure(of_dataset)
             for name, figure in figures.items():
                 written += _save(figure, out / f"{dataset}_{name}")
@@ -84,12 +87,15 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str) -> Figure:
     for size, of_size in runs.groupby("size", sort=False):
         colour = _size_colour(dataset, size)
         curves = steps[steps["run_id"].isin(of_size["run_id"])].pivot(index="step", columns="run_id", values=loss)
+        curves = curves.replace([np.inf, -np.inf], np.nan)
         for run_id in curves:
             axes.plot(curves.index, curves[run_id], color=colour, linewidth=0.5, alpha=0.4)
         smooth = _running_mean(curves.mean(axis=1))
         axes.plot(smooth.index, smooth, color=colour, linewidth=2.0)
         drawn = smooth.dropna()
-        name = _millions(of_size["parameters"].iloc[0]) + ("" if len(drawn) == len(smooth) else " (diverged)")
+        diverged = int((of_size["status"] == "diverged").sum())
+        of_several = f"{diverged} of {len(of_size)} " if len(of_size) > 1 else ""
+        name = _millions(of_size["parameters"].iloc[0]) + (f" ({of_several}diverged)" if diverged else "")
         if len(drawn):
             ends.append((drawn.index[-1], drawn.iloc[-1], name, colour))
     _log_loss_axis(axes)
@@ -107,10 +113,14 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str) -> Figure:
 def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -> Figure:
     """Test accuracy in % over model size in millions of parameters, a line an architecture, with 95 % Wilson intervals.
 
+    Runs that diverged have no accuracy and are named in the caption.
+
     Args:
         scale_like: runs whose accuracies set the vertical range, so that two figures can be compared.
     """
     dataset = runs["dataset"].iloc[0]
+    diverged = runs[runs["status"] == "diverged"]
+    runs = runs[runs["status"] == "done"]
     figure, axes = _axes()
     ends = []
     models = list(dict.fromkeys(runs["model"]))
@@ -137,13 +147,17 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
     axes.set_ylabel("test accuracy (%)")
     title = "Both architectures" if several else _model_title(models[0])
     axes.set_title(f"{title} on {dataset}: test accuracy over model size")
-    axes.set_ylim(*_accuracy_range(runs if scale_like is None else scale_like))
+    axes.set_ylim(*_accuracy_range(runs if scale_like is None else scale_like[scale_like["status"] == "done"]))
     if several:
         _name_ends(axes, ends)
     seeds = int(runs.groupby(["model", "parameters"])["seed"].nunique().min())
     images = int(runs["test_images"].min())
     note = "no interval over seeds (1 seed)" if seeds == 1 else f"dots: {seeds} seeds"
-    _caption(figure, f"bars: 95 % Wilson interval for {images:,} test images; {note}; only depth varies")
+    caption = f"bars: 95 % Wilson interval for {images:,} test images; {note}; only depth varies"
+    if len(diverged):
+        named = ", ".join(f"{_model_title(run.model)} {_millions(run.parameters)} seed {run.seed}" for run in diverged.itertuples())
+        caption += f"\ndiverged, and so without an accuracy: {named}"
+    _caption(figure, caption)
     return figure
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffvit.errors import UserError
-from diffvit.ledger import RunFiles, RunSpec, check_writable
+from diffvit.errors import StorageError, UserError
+from diffvit.ledger import RunFiles, RunSpec, check_writable, read_result
+from diffvit.saving import DEFAULT_SAVING, Saving
 from study.grid import GRIDS, Grid, find_grid
 from study.plan import PlannedRun, load_fingerprints, plan_runs
 
@@ -34,10 +36,11 @@ class StudyOptions:
     gpus_per_run: float | None = None
     cpus_per_run: int = 1
     workers: int = 1
+    resources: Mapping[str, float] = field(default_factory=dict)
     precision: str = "auto"
     micro_batch: int | None = None
     deterministic: bool = False
-    save_every: float = 60.0
+    saving: Saving = DEFAULT_SAVING
     command: str = "run.py study"
 
     def runs(self, precision: str) -> list[RunSpec]:
@@ -55,15 +58,15 @@ def dry_run_table(options: StudyOptions) -> str:
         (
             run.spec.model, run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "data not here",
             f"{run.parameters:,}", str(run.spec.protocol.batch_size), f"{run.steps:,}",
-            _significant(run.forward_flops / 1e9), _significant(run.train_flops / 1e18), "done" if run.done else "to do",
+            _significant(run.forward_flops / 1e9), _significant(run.train_flops / 1e18), run.status or "to do",
         )
         for run in runs
     ]  # fmt: skip
     total = sum(run.train_flops for run in runs)
     lines = [_columns([header, *rows], right=range(5, 10)), ""]
     lines += [f"note: {warning}" for warning in warmup_warnings(specs)]
-    done = sum(run.done for run in runs)
-    return "\n".join([*lines, f"{len(runs)} runs, {done} done, {_significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
+    ended = sum(run.ended for run in runs)
+    return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {_significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
 
 
 def run_study(options: StudyOptions) -> int:
@@ -83,23 +86,26 @@ def run_study(options: StudyOptions) -> int:
                 precision = gpu_precision()
         specs = options.runs(precision)
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
+        _check_folders(options.checkpoints, specs)
+        unsent = _exchange(options, specs, fingerprints)
         runs = plan_runs(specs, options.checkpoints, fingerprints)
-        _check_folders(options.checkpoints, runs)
         for warning in warmup_warnings(specs):
             _say(f"warning: {warning}")
-        pending = [run for run in runs if not run.done]
+        pending = [run for run in runs if not run.ended]
         failures: list[tuple[str, str]] = []
         signal_code = None
         if pending:
             failures, signal_code = _train(runs, pending, options, cluster or _connect(stack, options))
+            unsent = _exchange(options, specs, fingerprints, strict=False)
         else:
             _say(f"all {len(runs)} runs are done already")
     _report(options, specs, draw=signal_code is None)
     if signal_code is not None:
-        done = sum(_has_result(run, options) for run in runs)
-        _say(f"\nstopped: {done} of {len(runs)} runs are done, the states of the others are saved")
+        ended = sum(_has_result(run, options) for run in runs)
+        _say(f"\nstopped: {ended} of {len(runs)} runs are done, the states of the others are saved")
         _say(f"hint: carry on with {options.command}")
         return signal_code
+    failures += [(title, f"the storage {options.saving.storage} could not be reached") for title in unsent]
     if failures:
         _say(f"\nerror: {len(failures)} of {len(runs)} runs failed:")
         for title, reason in failures:
@@ -109,31 +115,70 @@ def run_study(options: StudyOptions) -> int:
     return 0
 
 
+def _exchange(options: StudyOptions, specs: list[RunSpec], fingerprints: dict[str, str], strict: bool = True) -> list[str]:
+    """With a storage: brings ended runs that are only there, and sends those that are only here.
+
+    Args:
+        strict: a storage that does not answer is an error.
+
+    Returns:
+        Titles of the runs that could not be exchanged.
+    """
+    if not options.saving.storage:
+        return []
+    from diffvit.storage import Storage, fetch_run, push_run
+
+    storage, unsent = Storage(options.saving.storage), []
+    if strict:
+        storage.check()
+    for spec in specs:
+        files = RunFiles.of(options.checkpoints, spec, spec.run_id(fingerprints[spec.dataset]))
+        try:
+            result = read_result(files.result)
+            if result is None:
+                fetch_run(storage, files)
+            elif not storage.has(f"{files.model}/{files.result.name}"):
+                push_run(storage, files, result)
+        except StorageError:
+            if strict:
+                raise
+            unsent.append(spec.title)
+    return unsent
+
+
 def _train(
     runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOptions, cluster: Cluster
 ) -> tuple[list[tuple[str, str]], int | None]:
     """Train the pending runs. Returns (title, reason) of those that failed, and the exit code if a signal ended the study."""
+    from study.cluster import check_shared_folder, check_storage_and_data, watch
     from study.display import StudyDisplay
     from study.runner import run_all, slots
 
     settings = _settings(options, cluster)
     at_once = slots(cluster, settings)
     if at_once < 1:
-        needs = f"{settings.workers} x {settings.cpus_per_run} CPUs" + (
-            f" and {settings.gpus_per_run:g} GPUs" if settings.gpus_per_run else ""
-        )
+        needs = f"{settings.workers} x {settings.cpus_per_run} CPUs"
+        needs += f" and {settings.gpus_per_run:g} GPUs" if settings.gpus_per_run else ""
+        needs += "".join(f" and {amount:g} {name}" for name, amount in settings.resources.items())
         raise UserError(
             f"a run needs {needs}, and the cluster has {cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs.",
-            "lower --cpus_per_run, --gpus_per_run or --workers.",
+            "lower --cpus_per_run, --gpus_per_run, --resource or --workers.",
         )
+    if cluster.nodes > 1:
+        if settings.saving.storage:
+            check_storage_and_data(settings.saving.storage, settings.data_root)
+        else:
+            check_shared_folder(options.checkpoints, settings.data_root)
     _say(f"{len(pending)} of {len(runs)} runs to train, {at_once} at a time")
-    with StudyDisplay(runs) as display:
-        results, signal_code = run_all(pending, settings, cluster, display)
-    reasons = {str(result.metrics.get("run_id")): str(result.metrics.get("failed")) for result in results if result.metrics}
-    reasons |= {result.config["run"]["run_id"]: _reason(result.error) for result in results if result.error and result.config}
-    failures = [
-        (run.spec.title, reasons.get(str(run.run_id), "it ended without a result")) for run in pending if not _has_result(run, options)
-    ]
+    with watch(cluster, _say, options.command), StudyDisplay(runs) as display:
+        reports, signal_code = run_all(pending, settings, cluster, display)
+    with_storage = bool(settings.saving.storage)  # then another node may have it, and it is brought here in a moment
+    failures = []
+    for run in pending:
+        report = reports.get(str(run.run_id), {})
+        ended = _has_result(run, options) or (with_storage and "status" in report)
+        if not ended:
+            failures.append((run.spec.title, str(report.get("failed", "it ended without a result"))))
     return failures, signal_code
 
 
@@ -153,9 +198,10 @@ def _settings(options: StudyOptions, cluster: Cluster) -> Settings:
         gpus_per_run=gpus,
         cpus_per_run=options.cpus_per_run,
         workers=options.workers,
+        resources=dict(options.resources),
         micro_batch=options.micro_batch,
         deterministic=options.deterministic,
-        save_every=options.save_every,
+        saving=options.saving,
     )
 
 
@@ -182,8 +228,8 @@ def _local_precision(options: StudyOptions) -> str:
     return default_precision(resolve_device("cpu" if options.gpus_per_run == 0 else None))
 
 
-def _check_folders(checkpoints: Path, runs: list[PlannedRun]) -> None:
-    for folder in {checkpoints, checkpoints / "figures", *(checkpoints / run.spec.model for run in runs)}:
+def _check_folders(checkpoints: Path, specs: list[RunSpec]) -> None:
+    for folder in {checkpoints, checkpoints / "figures", *(checkpoints / spec.model for spec in specs)}:
         check_writable(folder)
 
 
@@ -191,11 +237,6 @@ def warmup_warnings(specs: list[RunSpec]) -> list[str]:
     """A sentence for each data set whose warm-up is not shorter than its run."""
     by_dataset = {spec.dataset: spec.protocol.warmup_warning(spec.protocol.total_steps()) for spec in specs}
     return [f"{dataset}: {warning}" for dataset, warning in by_dataset.items() if warning]
-
-
-def _reason(error: BaseException | None) -> str:
-    lines = [line.strip() for line in str(getattr(error, "cause", None) or error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
 
 
 def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> None:
@@ -250,13 +291,17 @@ def table_text(table: pd.DataFrame) -> str:
     rows = [
         (
             run.model, run.size, run.dataset, str(run.seed), run.run_id, f"{run.parameters:,}", f"{run.steps:,}",
-            f"{run.seconds:,.1f}", f"{run.images_per_second:,.0f}", f"{run.train_loss:.4f}", f"{run.val_loss:.4f}",
-            f"{run.test_loss:.4f}", f"{100 * run.test_accuracy:.2f} %",
+            f"{run.seconds:,.1f}", f"{run.images_per_second:,.0f}",
+            *(("", "", "", "diverged") if run.status == "diverged" else
+              (f"{run.train_loss:.4f}", f"{run.val_loss:.4f}", f"{run.test_loss:.4f}", f"{100 * run.test_accuracy:.2f} %")),
         )
         for run in table.itertuples()
     ]  # fmt: skip
     flags = [f"flag: {dataset}: {flag}" for dataset, flag in table[["dataset", "flags"]].drop_duplicates().itertuples(index=False) if flag]
-    return "\n".join([_columns([header, *rows], right=range(5, 13)), *flags])
+    diverged = [
+        f"note: {run.model} {run.size} {run.dataset} seed {run.seed}: {run.notes}" for run in table.itertuples() if run.status == "diverged"
+    ]
+    return "\n".join([_columns([header, *rows], right=range(5, 13)), *flags, *diverged])
 
 
 def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None = None) -> list[Path]:
@@ -300,9 +345,14 @@ def ledger_rows(
     rows = []
     for run in table.itertuples():
         files = files_of(checkpoints, run)
-        paths = [files.weights, files.log, files.predictions, files.result]
-        row = {"state": "done", **{key: getattr(run, key) for key in ("run_id", "model", "size", "dataset", "seed", "overrides")}}
-        row |= {"test_accuracy": run.test_accuracy, "finished": run.finished}
+        paths = [
+            *([files.weights] if run.status == "done" else []),
+            files.log,
+            *([files.predictions] if run.status == "done" else []),
+            files.result,
+        ]
+        row = {"state": run.status, **{key: getattr(run, key) for key in ("run_id", "model", "size", "dataset", "seed", "overrides")}}
+        row |= {"test_accuracy": run.test_accuracy if run.status == "done" else None, "finished": run.finished}
         rows.append(
             row | {"files": [str(path) for path in paths if path.is_file()], "missing": [str(path) for path in paths if not path.is_file()]}
         )
@@ -324,6 +374,24 @@ def ledger_rows(
                 }
             )  # fmt: skip
     return rows
+
+
+def verify_ledger(checkpoints: Path) -> dict[str, Any]:
+    """Re-reads all files of all ended runs and the states of all others.
+
+    Returns:
+        "damaged": a sentence for each thing that is wrong; "summary": one for all.
+    """
+    from diffvit.ledger import result_paths, verify_run
+    from diffvit.state import StateFolder
+
+    paths = result_paths(checkpoints)
+    of_runs = [verify_run(path) for path in paths]
+    unfinished = sorted({path.parent.name for path in checkpoints.glob(".state/*/*.state")})
+    of_states = [wrong for run_id in unfinished for wrong in StateFolder(checkpoints, run_id).damaged()]
+    bad = sum(map(bool, of_runs))
+    summary = f"{len(paths) - bad} of {len(paths)} ended runs are whole, {len(unfinished)} unfinished runs have states"
+    return {"damaged": [*(wrong for each in of_runs for wrong in each), *of_states], "summary": summary}
 
 
 def ledger_text(rows: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffvit.ledger import RunFiles, RunSpec, read_result
-from diffvit.protocol import Protocol
+from diffvit.protocol import Protocol, images_in_steps
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class PlannedRun:
         forward_flops: of one image.
         train_flops: of the whole run: three forward passes' worth for each training image (one forward, one backward of twice that),
             one for each image of the validation batches and of the final validation and test.
+        status: of a run that has ended: "done" or "diverged".
     """
 
     spec: RunSpec
@@ -28,7 +29,12 @@ class PlannedRun:
     forward_flops: int
     steps: int
     train_flops: float
-    done: bool
+    status: str | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.status is not None
 
 
 def plan_runs(specs: Iterable[RunSpec], checkpoints: Path, fingerprints: dict[str, str]) -> list[PlannedRun]:
@@ -48,8 +54,9 @@ def _plan(spec: RunSpec, checkpoints: Path, fingerprint: str | None) -> PlannedR
     parameters, forward = _model_cost(spec.model, spec.size, spec.dataset)
     steps = protocol.total_steps()
     run_id = spec.run_id(fingerprint) if fingerprint else None
-    done = run_id is not None and read_result(RunFiles.of(checkpoints, spec, run_id).result) is not None
-    return PlannedRun(spec, run_id, parameters, forward, steps, forward * _image_passes(protocol, steps), done)
+    result = read_result(RunFiles.of(checkpoints, spec, run_id).result) if run_id else None
+    status = result["status"] if result else None
+    return PlannedRun(spec, run_id, parameters, forward, steps, forward * _image_passes(protocol, steps), status)
 
 
 @functools.cache
@@ -64,14 +71,8 @@ def _model_cost(model: str, size: str, dataset: str) -> tuple[int, int]:
 def _image_passes(protocol: Protocol, steps: int) -> float:
     """Forward passes' worth of work in a run of `steps`, in images."""
     train, val, test = protocol.images
-    trained = _images_in_steps(train, protocol.batch_size, steps)
-    return 3 * trained + _images_in_steps(val, protocol.batch_size, steps) + val + test
-
-
-def _images_in_steps(rows: int, batch_size: int, steps: int) -> int:
-    per_epoch = -(-rows // batch_size)
-    epochs, rest = divmod(steps, per_epoch)
-    return epochs * rows + min(rest * batch_size, rows)
+    trained = images_in_steps(train, protocol.batch_size, steps)
+    return 3 * trained + images_in_steps(val, protocol.batch_size, steps) + val + test
 
 
 def load_fingerprints(specs: Iterable[RunSpec], data_root: str | None, required: bool) -> dict[str, str]:

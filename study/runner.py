@@ -4,7 +4,8 @@ One worker: the trainer is in local mode, the trial's process trains, and actors
 Several workers: the trainer starts a worker group, and the trial only waits for it.
 
 A run that dies is tried again, from its last state, after a pause that grows; one that dies three times at the same step has
-failed. To stop a study, its stop file is made: every run saves its state and ends.
+failed. A run that another study or machine trains is left to the end and then looked at again. To stop a study, its stop flag is
+set: every run saves its state and ends.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import itertools
 import logging
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import study.cluster  # noqa: F401  (sets what Ray reads when it is imported)
 
 # isort: split
+import ray
 import torch
 from ray import train as ray_train
 from ray import tune
@@ -34,13 +37,15 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.tune import Callback, ResultGrid, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from diffvit.errors import UserError
+from diffvit.errors import RunIsBusyError, StorageError, UserError
+from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec
 from diffvit.log import Step
+from diffvit.saving import DEFAULT_SAVING, Every, Saving
 from diffvit.signals import StopSignals
 from diffvit.state import StateFolder
-from diffvit.train import SAVE_EVERY, RunIsBusyError, Stopped, train
-from study.cluster import Cluster
+from diffvit.train import Stopped, train
+from study.cluster import Cluster, make_stop_flag
 from study.plan import PlannedRun
 
 # What a trial that only waits for its workers takes of a CPU, and what is left for each worker.
@@ -49,23 +54,26 @@ _WAITING_CPU = 0.01
 # What Tune logs of a failed try is a traceback of its own; the study reports the run's reason.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
-# A run that dies this often at the same step has failed. The pause before a try doubles from a second to a minute.
+# A run that dies this often at the same step has failed; a storage that fails is given two minutes more. The pause before a try
+# doubles from a second to a minute. Tune starts a trial again whose process died, at most so often.
 _TRIES = 3
+_STORAGE_TRIES = 8
 _LONGEST_PAUSE = 60.0
+_MOST_DEATHS = 100
 _POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How runs are placed and computed; nothing here changes a result beyond rounding.
+    """How runs are placed, computed and saved; nothing here changes a result beyond rounding.
 
     Attributes:
         checkpoints: absolute path of the ledger.
         gpus_per_run: of each worker; a fraction lets runs share a GPU. 0: train on CPUs.
         cpus_per_run: of each worker; on a CPU this is its number of threads.
         workers: processes that train one run together.
-        save_every: seconds between two resume states.
-        stop_file: when it appears, runs save their state and end.
+        resources: custom Ray resources of each worker.
+        study: a name for this execution of a study.
     """
 
     checkpoints: str
@@ -73,75 +81,135 @@ class Settings:
     gpus_per_run: float = 0.0
     cpus_per_run: int = 1
     workers: int = 1
+    resources: dict[str, float] = field(default_factory=dict)
     micro_batch: int | None = None
     deterministic: bool = False
-    save_every: float = SAVE_EVERY
-    stop_file: str | None = None
+    saving: Saving = DEFAULT_SAVING
+    study: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Settings:
+        """From what dataclasses.asdict made of it."""
+        saving = {**values["saving"], "every": Every(**values["saving"]["every"])}
+        return Settings(**{**values, "saving": Saving(**saving)})
 
 
 def slots(cluster: Cluster, settings: Settings) -> int:
     """How many runs train at a time on the cluster."""
-    by_cpu = cluster.cpus // (settings.cpus_per_run * settings.workers)
-    by_gpu = cluster.gpus / (settings.gpus_per_run * settings.workers) if settings.gpus_per_run else by_cpu
-    return int(min(by_cpu, by_gpu + 1e-9))
+    needs = {"CPU": settings.cpus_per_run, **({"GPU": settings.gpus_per_run} if settings.gpus_per_run else {}), **settings.resources}
+    has = {**cluster.resources, "CPU": cluster.cpus, "GPU": cluster.gpus}
+    return int(min(has.get(name, 0.0) / (amount * settings.workers) for name, amount in needs.items()) + 1e-9)
 
 
-def run_all(runs: list[PlannedRun], settings: Settings, cluster: Cluster, callback: Callback) -> tuple[ResultGrid, int | None]:
+def run_all(
+    runs: list[PlannedRun], settings: Settings, cluster: Cluster, callback: Callback
+) -> tuple[dict[str, dict[str, Any]], int | None]:
     """Train the runs, longest first. A run that fails does not stop the others.
 
     Args:
         callback: hears of every report and every end, in this process.
 
     Returns:
-        A result for each run, whose last metrics hold the run's outcome or, under "failed", why it has none; and the exit code if a
-        signal ended the study.
+        run_id -> the run's last report, which holds its outcome or, under "failed", why it has none; and the exit code if a signal ended
+        the study.
     """
-    longest_first = sorted(runs, key=lambda run: run.train_flops, reverse=True)
-    state = Path(settings.checkpoints) / ".state" / f"tune-{uuid.uuid4().hex[:8]}"
-    stop_file = state.with_suffix(".stop")
-    settings = dataclasses.replace(settings, stop_file=str(stop_file))
-    for run in runs:
-        _attempts_file(settings, str(run.run_id)).unlink(missing_ok=True)
+    record = Path(tempfile.mkdtemp(prefix="diffvit-tune-"))
+    pending = sorted(runs, key=lambda run: run.train_flops, reverse=True)
+    reports: dict[str, dict[str, Any]] = {}
     try:
-        with (
-            StopSignals(on_first=stop_file.touch) as signals,
-            contextlib.redirect_stdout(io.StringIO()),  # Tune prints a banner; stdout is for results
-        ):
-            results = _tuner(longest_first, state, settings, cluster, callback).fit()
-        return results, signals.exit_code if signals.seen() else None
+        with StopSignals() as signals, contextlib.redirect_stdout(io.StringIO()):  # Tune prints a banner; stdout is for results
+            stop_flag = make_stop_flag()
+            callbacks = [callback, _PassOnStop(signals, stop_flag)]
+            while pending and not signals.seen():
+                reports |= _reports(_tuner(pending, record, settings, cluster, callbacks, stop_flag).fit())
+                busy = [run for run in pending if reports.get(str(run.run_id), {}).get("busy")]
+                pending = _when_one_is_free(busy, settings, signals)
+        return reports, signals.exit_code if signals.seen() else None
     finally:
         # The ledger is the checkpoints folder; Tune's own record of the experiment is not kept.
-        shutil.rmtree(state, ignore_errors=True)
-        stop_file.unlink(missing_ok=True)
+        shutil.rmtree(record, ignore_errors=True)
+        shutil.rmtree(_tries_folder(settings), ignore_errors=True)
 
 
-def _tuner(runs: list[PlannedRun], state: Path, settings: Settings, cluster: Cluster, callback: Callback) -> Tuner:
+class _PassOnStop(Callback):
+    """Tells the runs of a signal that this process got. Again and again: the flag's process may have died."""
+
+    def __init__(self, signals: StopSignals, stop_flag: Any):
+        self._signals, self._stop_flag = signals, stop_flag
+
+    def __getstate__(self) -> dict:
+        return {}  # as StudyDisplay
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        if self._signals.seen():
+            self._stop_flag.set.remote()
+
+
+def _reports(results: ResultGrid) -> dict[str, dict[str, Any]]:
+    reports = {}
+    for result in results:
+        if result.config:
+            failed = {"failed": _reason(result.error)} if result.error else {}
+            reports[result.config["run"]["run_id"]] = {**(result.metrics or {}), **failed}
+    return reports
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(getattr(error, "cause", None) or error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+def _when_one_is_free(runs: list[PlannedRun], settings: Settings, signals: StopSignals) -> list[PlannedRun]:
+    """Waits until nobody else trains one of the runs. Returns those that have not ended."""
+    pause = 10.0 if settings.saving.storage else 1.0
+    while runs and not signals.seen():
+        left = []
+        for run in runs:
+            files = RunFiles.of(Path(settings.checkpoints), run.spec, str(run.run_id))
+            try:
+                with RunKeeper(files, settings.saving) as keeper:
+                    if keeper.result is None:
+                        return runs
+            except (RunIsBusyError, StorageError):
+                left.append(run)
+        runs = left
+        wait_until = time.monotonic() + pause
+        while runs and time.monotonic() < wait_until and not signals.seen():
+            time.sleep(_POLL_SECONDS)
+    return []
+
+
+def _tuner(runs: list[PlannedRun], record: Path, settings: Settings, cluster: Cluster, callbacks: list[Callback], stop_flag: Any) -> Tuner:
     return Tuner(
         tune.with_resources(_trial, _trial_resources(settings)),
         param_space={
             "run": tune.grid_search([{"spec": dataclasses.asdict(run.spec), "run_id": run.run_id} for run in runs]),
             "settings": dataclasses.asdict(settings),
+            "stop_flag": stop_flag,
         },
         tune_config=TuneConfig(
-            max_concurrent_trials=slots(cluster, settings),
+            # Trials that wait for workers must not take what these need; others are held back by what they take.
+            max_concurrent_trials=slots(cluster, settings) if settings.workers > 1 else None,
             reuse_actors=settings.workers == 1,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            storage_path=str(state.parent),
-            name=state.name,
+            storage_path=str(record),
+            name=f"study-{uuid.uuid4().hex[:8]}",
             verbose=0,
-            callbacks=[callback],
-            failure_config=tune.FailureConfig(max_failures=-1),
+            callbacks=callbacks,
+            failure_config=tune.FailureConfig(max_failures=_MOST_DEATHS),
         ),
     )
 
 
 def _trial_resources(settings: Settings) -> dict[str, float]:
-    if settings.workers > 1:
-        return {"CPU": _WAITING_CPU}
-    return {"CPU": settings.cpus_per_run, **({"GPU": settings.gpus_per_run} if settings.gpus_per_run else {})}
+    return {"CPU": _WAITING_CPU} if settings.workers > 1 else _worker_resources(settings, settings.cpus_per_run)
+
+
+def _worker_resources(settings: Settings, cpus: float) -> dict[str, float]:
+    return {"CPU": cpus, **({"GPU": settings.gpus_per_run} if settings.gpus_per_run else {}), **settings.resources}
 
 
 def _trial_name(trial: Any) -> str:
@@ -150,26 +218,30 @@ def _trial_name(trial: Any) -> str:
 
 
 def _trial(config: dict[str, Any]) -> None:
-    """One Tune trial: tries of a run, until it is done, stopped or given up."""
-    settings, spec, run_id = Settings(**config["settings"]), RunSpec(**config["run"]["spec"]), config["run"]["run_id"]
-    should_stop = _should_stop(settings)
-    reason = "its process died"
+    """One Tune trial: tries of a run, until it has ended, is stopped or given up."""
+    settings, spec, run_id = Settings.of(config["settings"]), RunSpec(**config["run"]["spec"]), config["run"]["run_id"]
+    should_stop = _should_stop(config["stop_flag"])
+    tries = _Tries(settings, run_id)
+    reason, limit = "its process died", _TRIES
     while not should_stop():
-        tries = _count_try(settings, run_id)
-        if tries > _TRIES:
-            failed = f"{reason} ({_TRIES} times at the same step){_last_lines(settings, spec, run_id)}"
+        number = tries.count()
+        if number > limit:
+            failed = f"{reason} ({limit} times at the same step){_last_lines(settings, spec, run_id)}"
             tune.report({"run_id": run_id, "failed": failed})
             return
-        if tries > 1:
-            time.sleep(min(2.0 ** (tries - 2), _LONGEST_PAUSE))
+        if number > 1:
+            time.sleep(min(2.0 ** (number - 2), _LONGEST_PAUSE))
         try:
             _trainer(config, settings).fit()
+            tries.forget()  # done, stopped, or somebody else has the run
             return
+        except StorageError as error:
+            reason, limit = str(error), _STORAGE_TRIES
         except UserError as error:  # no try will change it
             tune.report({"run_id": run_id, "failed": str(error)})
             return
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason, limit = f"{type(error).__name__}: {error}".splitlines()[0], _TRIES
 
 
 def _trainer(config: dict[str, Any], settings: Settings) -> TorchTrainer:
@@ -177,11 +249,10 @@ def _trainer(config: dict[str, Any], settings: Settings) -> TorchTrainer:
     if settings.workers == 1:
         scaling, run_config = ScalingConfig(num_workers=0, use_gpu=settings.gpus_per_run > 0), None
     else:
-        per_worker = {"CPU": settings.cpus_per_run - _WAITING_CPU, "GPU": settings.gpus_per_run}
         scaling = ScalingConfig(
             num_workers=settings.workers,
             use_gpu=settings.gpus_per_run > 0,
-            resources_per_worker={name: amount for name, amount in per_worker.items() if amount},
+            resources_per_worker=_worker_resources(settings, settings.cpus_per_run - _WAITING_CPU),
         )
         name = f"workers-{uuid.uuid4().hex[:8]}"
         run_config = ray_train.RunConfig(storage_path=tune.get_context().get_trial_dir(), name=name, callbacks=[TuneReportCallback()])
@@ -190,7 +261,7 @@ def _trainer(config: dict[str, Any], settings: Settings) -> TorchTrainer:
 
 def _worker(config: dict[str, Any]) -> None:
     """One training process: the shared loop, told where to report."""
-    settings, spec = Settings(**config["settings"]), RunSpec(**config["run"]["spec"])
+    settings, spec = Settings.of(config["settings"]), RunSpec(**config["run"]["spec"])
     alone = settings.workers == 1
     report = tune.report if alone else ray_train.report
     if not settings.gpus_per_run:
@@ -201,58 +272,70 @@ def _worker(config: dict[str, Any]) -> None:
             last = steps[-1]
             report({**last._asdict(), "total_steps": total, "images_per_second": _pace(spec, last)})
 
-    should_stop = _should_stop(settings)
-    while not should_stop():
-        try:
-            result = train(
-                spec,
-                Path(settings.checkpoints),
-                data_root=settings.data_root,
-                device=(None if settings.gpus_per_run else "cpu") if alone else get_device(),
-                micro_batch=settings.micro_batch,
-                memory_share=_memory_share(settings),
-                deterministic=settings.deterministic,
-                on_steps=on_steps,
-                save_every=settings.save_every,
-                should_stop=should_stop,
-            )
-        except RunIsBusyError:  # another study trains it: its result will be ours
-            time.sleep(_POLL_SECONDS)
-        except Stopped:
-            return
-        else:
-            # The outcome, flat, as Tune keeps it.
-            report({key: value for key, value in result.items() if isinstance(value, (str, int, float, bool))})
-            return
+    try:
+        result = train(
+            spec,
+            Path(settings.checkpoints),
+            data_root=settings.data_root,
+            device=(None if settings.gpus_per_run else "cpu") if alone else get_device(),
+            micro_batch=settings.micro_batch,
+            memory_share=_memory_share(settings),
+            deterministic=settings.deterministic,
+            on_steps=on_steps,
+            saving=settings.saving,
+            should_stop=_should_stop(config["stop_flag"]),
+        )
+    except Stopped:
+        return
+    except RunIsBusyError:
+        report({"run_id": config["run"]["run_id"], "busy": True})
+        return
+    # The outcome, flat, as Tune keeps it.
+    report({key: value for key, value in result.items() if isinstance(value, (str, int, float, bool))})
 
 
-def _should_stop(settings: Settings) -> Callable[[], bool]:
-    """Whether the study's stop file is there, looked up twice a second at most."""
-    looked, there = float("-inf"), False
+def _should_stop(stop_flag: Any) -> Callable[[], bool]:
+    """Whether the study's stop flag is set, asked twice a second at most."""
+    looked, is_set = float("-inf"), False
 
     def should_stop() -> bool:
-        nonlocal looked, there
-        if settings.stop_file and time.monotonic() - looked >= _POLL_SECONDS:
-            looked, there = time.monotonic(), Path(settings.stop_file).exists()
-        return there
+        nonlocal looked, is_set
+        if not is_set and time.monotonic() - looked >= _POLL_SECONDS:
+            with contextlib.suppress(ray.exceptions.RayError):  # its process has died and is being started again
+                is_set = ray.get(stop_flag.is_set.remote(), timeout=2)
+            looked = time.monotonic()
+        return is_set
 
     return should_stop
 
 
-def _attempts_file(settings: Settings, run_id: str) -> Path:
-    return StateFolder(Path(settings.checkpoints), run_id).path / "attempts"
+def _tries_folder(settings: Settings) -> Path:
+    return Path(settings.checkpoints) / ".state" / f"tries-{settings.study}"
 
 
-def _count_try(settings: Settings, run_id: str) -> int:
-    """Notes a try and returns how many there have been from the same step, this one included."""
-    path = _attempts_file(settings, run_id)
-    step = next(iter(StateFolder(Path(settings.checkpoints), run_id).steps()), 0)
-    before = path.read_text().split() if path.is_file() else []
-    same = list(itertools.takewhile(lambda noted: noted == str(step), reversed(before)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(f"{step}\n")
-    return len(same) + 1
+class _Tries:
+    """Counts a run's tries from the same step: in a file, to outlive the process, and in memory, for a disk that is full."""
+
+    def __init__(self, settings: Settings, run_id: str):
+        self._file = _tries_folder(settings) / run_id
+        self._states = StateFolder(Path(settings.checkpoints), run_id)
+        self._noted: list[str] = []
+
+    def count(self) -> int:
+        """Notes a try and returns how many there have been from the same step, this one included."""
+        step = str(next(iter(self._states.steps()), 0))
+        with contextlib.suppress(OSError):
+            self._noted = max(self._noted, self._file.read_text().split(), key=len)
+        self._noted.append(step)
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text("\n".join(self._noted))
+        return len(list(itertools.takewhile(step.__eq__, reversed(self._noted))))
+
+    def forget(self) -> None:
+        """It did not die."""
+        self._noted.clear()
+        self._file.unlink(missing_ok=True)
 
 
 def _last_lines(settings: Settings, spec: RunSpec, run_id: str) -> str:

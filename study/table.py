@@ -14,7 +14,7 @@ from diffvit.log import read_log
 
 # Order of the run table's columns; identity first, outcome, then where it ran.
 COLUMNS = (
-    "run_id", "model", "size", "dataset", "seed", "precision", "overrides", "fingerprint",
+    "run_id", "status", "model", "size", "dataset", "seed", "precision", "overrides", "fingerprint",
     "depth", "parameters", "forward_flops", "steps", "images", "seconds", "images_per_second",
     "train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_images",
     "device", "device_name", "threads", "workers", "micro_batch", "attention", "deterministic",
@@ -26,7 +26,7 @@ _SHOULD_AGREE = ("fingerprint", "precision", "device", "device_name", "threads",
 
 
 def run_table(checkpoints: Path, grid: Iterable[RunSpec] | None = None) -> pd.DataFrame:
-    """One row a finished run, columns as in COLUMNS.
+    """One row an ended run, columns as in COLUMNS. A run that diverged has no accuracies and no losses.
 
     Args:
         grid: if given, only runs of these cells: the same model, size, data set and protocol, at any seed and precision.
@@ -39,6 +39,8 @@ def run_table(checkpoints: Path, grid: Iterable[RunSpec] | None = None) -> pd.Da
         cells = {_cell_key(spec.identity("")) for spec in grid}
         results = [result for result in results if _cell_key(result["identity"]) in cells]
     table = pd.DataFrame([_row(result) for result in results], columns=list(COLUMNS))
+    for name in ("train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy"):
+        table[name] = table[name].astype(float)
     table = table.sort_values(["dataset", "parameters", "model", "seed", "run_id"], ignore_index=True)
     cell_of = {result["run_id"]: _cell_key({**result["identity"], "model": ""}) for result in results}
     table["flags"] = _flags(table, [cell_of[run_id] for run_id in table["run_id"]])
@@ -99,8 +101,9 @@ def step_table(checkpoints: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def prediction_table(checkpoints: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """One row a test image of every run: label, predicted label, loss, probability of the true label."""
-    parts = [_with_run(_read(files_of(checkpoints, run).predictions), run) for run in table.itertuples()]
+    """One row a test image of every run that is done: label, predicted label, loss, probability of the true label."""
+    done = table[table["status"] == "done"]
+    parts = [_with_run(_read(files_of(checkpoints, run).predictions), run) for run in done.itertuples()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 

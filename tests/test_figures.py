@@ -26,7 +26,7 @@ def _tables(datasets: tuple[str, ...] = ("digits", "CIFAR-100"), seeds: int = 1)
                 for seed in range(seeds):
                     run_id = f"{dataset}{size}{model}{seed}"
                     row: dict[str, Any] = dict.fromkeys(COLUMNS)
-                    row |= {"run_id": run_id, "model": model, "size": size, "dataset": dataset, "seed": seed, "test_images": 359}
+                    row |= {"run_id": run_id, "status": "done", "model": model, "size": size, "dataset": dataset, "seed": seed, "test_images": 359}
                     row |= {
                         "parameters": (i + 1) * 100_000 + (model != "vit_classic") * 200,
                         "test_accuracy": 0.9 + i / 50 + random.rand() / 50,
@@ -96,6 +96,22 @@ def test_both_architectures_share_a_vertical_range() -> None:
 def test_wilson_interval() -> None:
     # 81 of 263: a worked example of Newcombe, Statistics in Medicine 17 (1998), method 3.
     assert _wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
+
+
+def test_a_diverged_run_is_named_and_has_no_point(tmp_path: Path) -> None:
+    runs, steps = _tables(("digits",))
+    lost = (runs["model"] == "vit_classic") & (runs["size"] == PROTOCOLS["digits"].sizes[-1])
+    runs.loc[lost, "status"] = "diverged"
+    runs.loc[lost, "test_accuracy"] = np.nan
+    of_model = runs[runs["model"] == "vit_classic"]
+    figure = scaling_figure(of_model, scale_like=runs)
+    assert len(figure.axes[0].lines[0].get_xdata()) == 2
+    assert "diverged, and so without an accuracy: Classic ViT 0.3 M seed 0" in figure.get_supxlabel()
+    names = [text.get_text() for text in loss_figure(of_model, steps, "val_loss").axes[0].texts]
+    assert sum("diverged" in name for name in names) == 1
+    assert len(draw_figures(runs, steps, tmp_path / "some")) == 14
+    runs["status"] = "diverged"
+    assert len(draw_figures(runs, steps, tmp_path / "none")) == 8  # the losses only
 
 
 def test_the_same_tables_give_the_same_files(tmp_path: Path) -> None:

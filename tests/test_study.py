@@ -61,10 +61,10 @@ def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
 
 
 def test_tunes_results_and_the_table_agree(finished) -> None:
-    folder, results = finished
-    assert not results.errors
+    folder, reports = finished
+    assert not any("failed" in report for report in reports.values())
     ours = run_table(folder).set_index("run_id")
-    tunes = pd.DataFrame([result.metrics for result in results]).set_index("run_id")
+    tunes = pd.DataFrame(reports.values()).set_index("run_id")
     assert len(ours) == 8
     assert set(ours.index) == set(tunes.index)
     for column in ("test_accuracy", "test_loss", "val_loss", "train_loss", "steps", "parameters", "seconds"):
@@ -113,12 +113,11 @@ def test_flags_name_what_differs(finished, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_worker_group_gives_the_losses_of_one_worker(cluster: Cluster, finished, tmp_path: Path) -> None:
     grid = dataclasses.replace(TINY, models=("vit_differential",))
-    results = _study(grid, tmp_path, cluster, workers=2)
-    assert not results.errors
+    reports = _study(grid, tmp_path, cluster, workers=2)
     two = run_table(tmp_path).iloc[0]
     one = run_table(finished[0]).set_index("run_id").loc[two.run_id]
     assert (one.workers, two.workers) == (1, 2)
-    assert results[0].metrics["test_accuracy"] == two.test_accuracy
+    assert [report["test_accuracy"] for report in reports.values()] == [two.test_accuracy]
     files = [RunFiles(folder, two.model, two.run_id, two["size"], two.dataset) for folder in (finished[0], tmp_path)]
     logs = [read_log(each.log)[["train_loss", "val_loss"]] for each in files]
     pd.testing.assert_frame_equal(*logs, rtol=2e-4, atol=1e-5)
@@ -128,8 +127,8 @@ def test_a_run_that_fails_does_not_stop_the_others(cluster: Cluster, tmp_path: P
     broken = _plan(TINY, tmp_path)[0]
     # A folder where its log has to go: a fault that only this run meets, and only when it starts.
     RunFiles.of(tmp_path, broken.spec, str(broken.run_id)).log.mkdir(parents=True)
-    results = _study(TINY, tmp_path, cluster)
-    failed = [result.metrics["failed"] for result in results if "failed" in result.metrics]
+    reports = _study(TINY, tmp_path, cluster)
+    failed = [report["failed"] for report in reports.values() if "failed" in report]
     assert len(failed) == 1
     assert "IsADirectoryError" in failed[0]
     assert "3 times" in failed[0]

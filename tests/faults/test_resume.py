@@ -13,14 +13,16 @@ import pandas as pd
 import pytest
 import torch
 
+from diffvit.errors import RunIsBusyError
 from diffvit.ledger import RunFiles, RunSpec, read_result
 from diffvit.log import read_log
+from diffvit.saving import Every, Saving
 from diffvit.state import StateFolder
-from diffvit.train import RunIsBusyError, Stopped, train
+from diffvit.train import Stopped, train
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 3, "dropout": 0.1})
-COLUMNS = ["step", "epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy"]
+COLUMNS = ["step", "epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy", "grad_norm"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_steps_after_the_last_state_are_not_in_the_log_twice(tmp_path: Path, und
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, undisturbed: RunFiles, damage: str) -> None:
     with pytest.raises(Stopped):
-        _train(tmp_path, should_stop=_stop_after(50), save_every=1e-9)
+        _train(tmp_path, should_stop=_stop_after(50), saving=Saving(Every(steps=1)))
     states = sorted((tmp_path / ".state" / undisturbed.run_id).glob("*.state"))
     assert [int(path.stem) for path in states] == [49, 50]
     content = bytearray(states[-1].read_bytes())

@@ -1,0 +1,236 @@
+"""Keeps one run: who may train it, its states here and in the storage, and what becomes of both when it ends.
+
+    with RunKeeper(files, saving) as keeper:      the lock and the lease are ours
+        keeper.result                             the run's result, if it has ended already, here or in the storage
+        keeper.load_state()                       the newest state, wherever it is
+        keeper.save(state, log)                   a state, at once on disk and in time in the storage
+        keeper.finish(result)                     to the storage; the states go
+
+Copies to the storage are made by a thread of its own: training waits for the local disk only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from diffvit.errors import RunIsBusyError, StorageError
+from diffvit.ledger import RunFiles, check_writable, read_result, sweep_asides
+from diffvit.log import LogPosition, TrainingLog
+from diffvit.saving import Saving
+from diffvit.state import KEPT, StateFolder, folder_id
+from diffvit.storage import Lease, Storage, fetch_run, push_run, take_lease
+
+# A finished run that the storage does not take is offered again after these pauses, and then left to the next command.
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+
+
+class RunKeeper:
+    """The right to train a run, and the care for what it leaves. A context manager.
+
+    Args:
+        on_warning: hears of damaged states and of a storage that does not answer.
+
+    Raises:
+        RunIsBusyError: on entry, where another process trains the run.
+        UserError: on entry, where the folder cannot be written or the storage does not answer.
+    """
+
+    def __init__(self, files: RunFiles, saving: Saving, on_warning: Callable[[str], None] | None = None):
+        self.result: dict[str, Any] | None = None
+        self._files, self._saving = files, saving
+        self._warn = on_warning or (lambda text: None)
+        self._states = StateFolder(files.checkpoints, files.run_id, on_warning)
+        self._storage: Storage | None = None
+        self._courier: _Courier | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> RunKeeper:
+        with contextlib.ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        files = self._files
+        self.result = read_result(files.result)
+        if self.result is not None:
+            return
+        check_writable(files.folder)
+        if not stack.enter_context(self._states.lock()):
+            raise RunIsBusyError(
+                f"another process is training the run {files.run_id}.", "let it finish; the same command then finds it done."
+            )
+        sweep_asides(files.folder, files.stem)
+        if self._saving.storage:
+            self._storage = Storage(self._saving.storage)
+            lease = take_lease(self._storage, files.run_id, folder_id(files.checkpoints), self._saving.lease_seconds)
+            if not isinstance(lease, Lease):
+                raise RunIsBusyError(
+                    f"another machine trains the run {files.run_id}: {lease}.", "wait for it; the same command takes over or finds it done."
+                )
+            stack.callback(self._give_back, lease)
+            fetch_run(self._storage, files)
+            self._courier = _Courier(self._storage, lease, files.run_id, self._saving, self._warn)
+            self._courier.start()
+            stack.callback(self._courier.stop)
+        self.result = read_result(files.result)  # it may have ended while we came here
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def _give_back(self, lease: Lease) -> None:
+        with contextlib.suppress(StorageError):  # else it runs out by itself
+            lease.release()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another machine has taken the run over, since the storage heard nothing of us for too long."""
+        return self._courier is not None and self._courier.lost
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The newest state that is whole and fits its log, here or in the storage; None where there is none."""
+        usable = lambda state: LogPosition(*state["log"]).fits(self._files.log)  # noqa: E731
+        state = self._states.load(usable)
+        if self._storage and self._fetch_states(newer_than=state["step"] if state else 0):
+            state = self._states.load(usable)
+        return state
+
+    def _fetch_states(self, newer_than: int) -> bool:
+        """Brings the newest whole state of the storage, and its log, if it is newer than ours."""
+        assert self._storage
+        remote = _remote_folder(self._files.run_id)
+        for name in reversed(self._storage.names(remote, ".state")):
+            step = int(Path(name).stem)
+            if step <= newer_than:
+                return False
+            # The log first: a state counts only with a log that fits it.
+            if self._storage.get(f"{remote}/{step:09d}.log", self._files.log) and self._storage.get(name, self._states.file(step)):
+                return True
+            self._warn(f"the resume state {name} in {self._storage.url} is damaged; the one before is used")
+        return False
+
+    def save(self, state: dict[str, Any], log: TrainingLog) -> None:
+        """Keep a state that goes with the log as it is now."""
+        position = log.position()
+        path = self._states.save(state["step"], {**state, "log": tuple(position)})
+        if self._courier:
+            self._courier.offer(_Parcel(state["step"], path, self._files.log, position.bytes))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The run has ended and its result is written: copy it to the storage and forget the states.
+
+        A storage that does not answer never fails a finished run: the next command sends it.
+        """
+        if self._storage and self._courier:
+            self._courier.stop(send=False)
+            if not self.lost:
+                self._push(result)
+        self._states.remove()
+
+    def _push(self, result: dict[str, Any]) -> None:
+        assert self._storage
+        for pause in (*_PAUSES, None):
+            try:
+                push_run(self._storage, self._files, result)
+                for name in self._storage.names(_remote_folder(self._files.run_id)):
+                    self._storage.remove(name)
+                return
+            except StorageError as error:
+                if pause is None:
+                    self._warn(f"the run {self._files.run_id} is finished here, and not in the storage: {error.message} `study` sends it")
+                else:
+                    time.sleep(pause)
+
+
+def _remote_folder(run_id: str) -> str:
+    return f".state/{run_id}"
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A state on the disk, and the part of the log that goes with it."""
+
+    step: int
+    state: Path
+    log: Path
+    log_bytes: int
+
+
+class _Courier(threading.Thread):
+    """Renews the lease, and carries the newest state to the storage every `sync_every` seconds.
+
+    Attributes:
+        lost: another machine has taken the run over.
+    """
+
+    def __init__(self, storage: Storage, lease: Lease, run_id: str, saving: Saving, warn: Callable[[str], None]):
+        super().__init__(name=f"courier-{run_id}", daemon=True)
+        self.lost = False
+        self._storage, self._lease, self._saving, self._warn = storage, lease, saving, warn
+        self._remote = _remote_folder(run_id)
+        self._parcel: _Parcel | None = None
+        self._sent = 0
+        self._ending = threading.Event()
+        self._silent = False
+
+    def offer(self, parcel: _Parcel) -> None:
+        """A newer state than the last one."""
+        self._parcel = parcel
+
+    def stop(self, send: bool = True) -> None:
+        """End; a state that has not been sent yet is sent, so that another machine can go on from it."""
+        if self._ending.is_set():
+            return
+        self._ending.set()
+        self.join()
+        if send and not self.lost:
+            self._try(self._send)
+
+    def run(self) -> None:
+        renewal = self._saving.lease_seconds / 3
+        renew_at, send_at = time.monotonic() + renewal, time.monotonic() + self._saving.sync_every
+        while not self._ending.wait(max(0.0, min(renew_at, send_at) - time.monotonic())):
+            if time.monotonic() >= renew_at:
+                self._try(self._renew)
+                if self.lost:
+                    return
+                renew_at = time.monotonic() + renewal
+            else:
+                self._try(self._send)
+                send_at = time.monotonic() + self._saving.sync_every
+
+    def _renew(self) -> None:
+        self.lost = not self._lease.renew()
+
+    def _send(self) -> None:
+        parcel = self._parcel
+        if parcel is None or parcel.step == self._sent:
+            return
+        name = f"{self._remote}/{parcel.step:09d}"
+        try:
+            self._storage.put(f"{name}.log", parcel.log, parcel.log_bytes)
+            self._storage.put(f"{name}.state", parcel.state)
+        except FileNotFoundError:  # a newer state has just taken its place here; it goes next time
+            return
+        self._sent = parcel.step
+        kept = sorted({Path(each).stem for each in self._storage.names(self._remote, ".state")})[-KEPT:]
+        for each in self._storage.names(self._remote):
+            if Path(each).stem not in kept:
+                self._storage.remove(each)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        """Training goes on without the storage; what could not be done is done at the next time."""
+        try:
+            action()
+            self._silent = False
+        except Exception as error:
+            if not self._silent:  # once for each time that it falls silent
+                self._warn(f"{error.message if isinstance(error, StorageError) else error} Training goes on and tries again.")
+            self._silent = True

@@ -1,0 +1,54 @@
+"""When and where the state of an unfinished run is kept. Pure data, without torch, so that the command line starts at once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from diffvit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Every:
+    """An interval of training: `seconds` or `steps`, whichever is given."""
+
+    seconds: float | None = None
+    steps: int | None = None
+
+    @staticmethod
+    def parse(text: str) -> Every:
+        """From "90", "90s", "2m", "1h" or "500steps". Raises UserError."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|m|h|steps?)?\s*", str(text).lower())
+        number, unit = (float(match[1]), match[2] or "s") if match else (0.0, "")
+        if unit.startswith("step") and number >= 1 and number == int(number):
+            return Every(steps=int(number))
+        if unit in ("s", "m", "h") and number > 0:
+            return Every(seconds=number * {"s": 1, "m": 60, "h": 3600}[unit])
+        raise UserError(f"{text!r} is not an interval.", "give a time such as 60s, 10m or 1h, or a number of steps such as 500steps.")
+
+    def __str__(self) -> str:
+        return f"{self.steps}steps" if self.steps is not None else f"{self.seconds:g}s"
+
+    def over(self, seconds: float, steps: int) -> bool:
+        """Whether an interval that began so many seconds and steps ago is over."""
+        return steps >= self.steps if self.steps is not None else seconds >= (self.seconds or 0.0)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How an unfinished run survives what happens to its process, disk and machine.
+
+    Attributes:
+        every: how often its state is saved on this machine; what a kill costs at most.
+        storage: a path or fsspec URL off this machine, where states and finished runs are copied to; None: nowhere.
+        sync_every: seconds between two copies of the state; what the loss of the machine costs at most.
+        lease_seconds: how long after its last sign of life another machine may take a run over.
+    """
+
+    every: Every = Every(seconds=60.0)
+    storage: str | None = None
+    sync_every: float = 600.0
+    lease_seconds: float = 300.0
+
+
+DEFAULT_SAVING = Saving()

@@ -1,0 +1,313 @@
+"""A storage off this machine: a path, NFS, or any fsspec URL such as s3://bucket/folder.
+
+It has the same layout as the checkpoints folder. Objects have no rename, so each is followed by a marker, `{name}.ok`, with its
+length and SHA-256: an object without a marker that fits it is not there. A lease says which machine trains a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import fsspec
+
+from diffvit.errors import StorageError, UserError
+from diffvit.ledger import RunFiles, write_atomically
+
+_MARKER = ".ok"
+_CHUNK = 8 * 1024**2
+
+# What clocks of two machines may differ by: a lease is taken over only so long after it has run out, or after a tenth of its length
+# where that is less.
+_CLOCK_SKEW = 30.0
+
+
+class Storage:
+    """Objects under a URL, each valid once its marker is there.
+
+    Raises:
+        UserError: the URL's file system is not known here.
+
+    Its methods raise StorageError where the storage does not answer or does not let us in.
+    """
+
+    def __init__(self, url: str):
+        self.url = url.rstrip("/")
+        self._is_path = fsspec.utils.get_protocol(url) in ("file", "local")
+        # Listings must be true now, not as they were when first asked for.
+        options: dict[str, Any] = {"auto_mkdir": True} if self._is_path else {"use_listings_cache": False}
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"the storage {url} cannot be opened: {str(error).splitlines()[0]}.",
+                "give a path or a URL that fsspec knows; s3:// needs `pip install s3fs`.",
+            ) from error
+
+    def check(self) -> None:
+        """Finds out whether objects can be written, read and removed."""
+        name, content = f".state/check-{uuid.uuid4().hex}", b"diffvit"
+        self.put(name, content)
+        if self.read(name) != content:
+            raise StorageError(f"the storage {self.url} does not give back what was written.", "choose another --storage.")
+        self.remove(name)
+
+    def put(self, name: str, content: bytes | Path, length: int | None = None) -> None:
+        """Store bytes, or a file or its first `length` bytes; the marker last."""
+        digest, size = hashlib.sha256(), 0
+        with self._faults():
+            with self._open_to_write(name) as target:
+                for chunk in _chunks(content, length):
+                    target.write(chunk)
+                    digest.update(chunk)
+                    size += len(chunk)
+            with self._open_to_write(name + _MARKER) as target:
+                target.write(json.dumps({"bytes": size, "sha256": digest.hexdigest()}).encode())
+
+    def read(self, name: str) -> bytes | None:
+        """A small object's content; None where it is not there or not whole."""
+        with self._faults():
+            try:
+                marker = json.loads(self._fs.cat_file(self._path(name + _MARKER)))
+                content = self._fs.cat_file(self._path(name))
+            except (FileNotFoundError, ValueError):
+                return None
+        whole = len(content) == marker["bytes"] and hashlib.sha256(content).hexdigest() == marker["sha256"]
+        return content if whole else None
+
+    def has(self, name: str) -> bool:
+        """Whether an object and its marker are there."""
+        with self._faults():
+            return all(self._fs.exists(self._path(each)) for each in (name, name + _MARKER))
+
+    def get(self, name: str, path: Path) -> bool:
+        """Bring an object to a file, which is replaced in one step; False where it is not there or not whole."""
+        with self._faults():
+            try:
+                marker = json.loads(self._fs.cat_file(self._path(name + _MARKER)))
+                source = self._fs.open(self._path(name), "rb")
+            except (FileNotFoundError, ValueError):
+                return False
+        digest = hashlib.sha256()
+
+        def write(file: IO[bytes]) -> None:
+            while True:
+                with self._faults():
+                    chunk = source.read(_CHUNK)
+                if not chunk:
+                    break
+                digest.update(chunk)
+                file.write(chunk)
+            if digest.hexdigest() != marker["sha256"]:
+                raise _DamagedError
+
+        try:
+            with contextlib.closing(source):
+                write_atomically(path, write)
+        except _DamagedError:
+            return False
+        return True
+
+    def names(self, folder: str, suffix: str = "") -> list[str]:
+        """Names of the objects in a folder that end in `suffix` and have a marker, sorted; each begins with the folder's."""
+        ending = suffix + _MARKER
+        return sorted(f"{folder}/{name.removesuffix(_MARKER)}" for name in self._entries(folder) if name.endswith(ending))
+
+    def remove(self, name: str) -> None:
+        """Forget an object: first its marker, so that it is never there by half."""
+        for each in (name + _MARKER, name):
+            with self._faults(), contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(self._path(each))
+
+    # What leases need: objects without markers, since each is one small write
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write an object that must not exist; False where it does. Of several who try at once, one succeeds."""
+        path = self._path(name)
+        with self._faults():
+            try:
+                if self._is_path:
+                    aside = Path(f"{path}.{uuid.uuid4().hex}")
+                    write_atomically(aside, content)
+                    try:
+                        os.link(aside, path)  # with its content in one step, and only where nothing is
+                    finally:
+                        aside.unlink()
+                    return True
+                try:
+                    with self._fs.open(path, "xb") as file:
+                        file.write(content)
+                except (ValueError, NotImplementedError):  # a file system that cannot create exclusively: the last writer wins
+                    self._fs.pipe_file(path, content, mode="create")
+                    time.sleep(2)
+                return self._fs.cat_file(path) == content
+            except FileExistsError:
+                return False
+
+    def overwrite(self, name: str, content: bytes) -> None:
+        """Write an object without a marker."""
+        with self._faults():
+            if self._is_path:
+                write_atomically(Path(self._path(name)), content)
+            else:
+                self._fs.pipe_file(self._path(name), content)
+
+    def entries(self, folder: str) -> dict[str, bytes]:
+        """Name -> content of the objects without markers in a folder."""
+        found = {}
+        for name in self._entries(folder):
+            if not name.endswith(_MARKER):
+                with self._faults(), contextlib.suppress(FileNotFoundError):
+                    found[name] = self._fs.cat_file(self._path(f"{folder}/{name}"))
+        return found
+
+    # How
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _open_to_write(self, name: str) -> Any:
+        return self._fs.open(self._path(name), "wb")
+
+    def _entries(self, folder: str) -> list[str]:
+        with self._faults():
+            try:
+                return [path.rsplit("/", 1)[-1] for path in self._fs.ls(self._path(folder), detail=False)]
+            except FileNotFoundError:
+                return []
+
+    @contextlib.contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Backends raise errors of many kinds; what is missing or in the way is for the caller."""
+        try:
+            yield
+        except (FileNotFoundError, FileExistsError, ValueError, NotImplementedError, StorageError):
+            raise
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise StorageError(
+                f"the storage {self.url} failed: {reason}.", "check its address, your access to it, and the network."
+            ) from error
+
+
+class _DamagedError(Exception):
+    """An object is not what its marker says."""
+
+
+def _chunks(content: bytes | Path, length: int | None) -> Iterator[bytes]:
+    if isinstance(content, bytes):
+        yield content
+        return
+    left = os.stat(content).st_size if length is None else length
+    with open(content, "rb") as file:
+        while left > 0:
+            chunk = file.read(min(_CHUNK, left))
+            if not chunk:
+                raise ValueError(f"{content} became shorter while it was copied")
+            left -= len(chunk)
+            yield chunk
+
+
+# ------------------------------------------------------------------------------------------------------ ended runs
+
+
+def push_run(storage: Storage, files: RunFiles, result: dict[str, Any]) -> None:
+    """Copy an ended run to the storage, its result last."""
+    for name in result["sha256"]:
+        storage.put(f"{files.model}/{name}", files.folder / name)
+    storage.put(f"{files.model}/{files.result.name}", files.result)
+
+
+def fetch_run(storage: Storage, files: RunFiles) -> bool:
+    """Bring an ended run from the storage, its result last. False where the storage does not have all of it."""
+    content = storage.read(f"{files.model}/{files.result.name}")
+    if content is None:
+        return False
+    if not all(storage.get(f"{files.model}/{name}", files.folder / name) for name in json.loads(content)["sha256"]):
+        return False
+    return storage.get(f"{files.model}/{files.result.name}", files.result)
+
+
+# ---------------------------------------------------------------------------------------------------------- leases
+
+
+@dataclass
+class Lease:
+    """The right to train a run for a while, renewed by who has it.
+
+    A lease is a numbered object. Who takes a run over creates the next number, which only one can; who has a lower one has lost it.
+    """
+
+    storage: Storage
+    folder: str
+    number: int
+    owner: str
+    seconds: float
+
+    def renew(self) -> bool:
+        """Hold it for its length from now on; False where another machine has taken the run over."""
+        if max(_numbers(self.storage, self.folder), default=0) != self.number:
+            return False
+        self.storage.overwrite(self._name(self.number), _lease_content(self.owner, self.seconds))
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        for number in _numbers(self.storage, self.folder):
+            if number <= self.number:
+                self.storage.remove(self._name(number))
+
+    def _name(self, number: int) -> str:
+        return f"{self.folder}/{number:06d}"
+
+
+def take_lease(storage: Storage, run_id: str, owner: str, seconds: float) -> Lease | str:
+    """The lease of a run, or a sentence that says who has it until when.
+
+    Args:
+        owner: a name that no other copy of the ledger has. A lease of the same owner is taken over at once: whoever calls this holds the
+            run's local lock, so the process that had the lease is dead.
+    """
+    folder = f".state/{run_id}/lease"
+    found = _numbers(storage, folder)
+    newest = max(found, default=0)
+    if newest:
+        held = _parse_lease(found[newest])
+        if not held["owner"]:  # perhaps it is being written
+            time.sleep(1)
+            held = _parse_lease(_numbers(storage, folder).get(newest, b""))
+        until = held["expires"] + min(_CLOCK_SKEW, 0.1 * held["seconds"])
+        if held["owner"] != owner and time.time() < until:
+            when = time.strftime("%H:%M:%S", time.gmtime(until))
+            return f"{held['host']} has it, and unless it gives a sign of life it may be taken over at {when} UTC"
+    lease = Lease(storage, folder, newest + 1, owner, seconds)
+    if not storage.create(lease._name(lease.number), _lease_content(owner, seconds)):
+        return "another machine has just taken it"
+    return lease
+
+
+def _lease_content(owner: str, seconds: float) -> bytes:
+    facts = {"owner": owner, "host": socket.gethostname(), "seconds": seconds, "expires": time.time() + seconds, "nonce": uuid.uuid4().hex}
+    return json.dumps(facts).encode()
+
+
+def _parse_lease(content: bytes) -> dict[str, Any]:
+    """A lease's facts; one that cannot be read, of a writer that died over it, has run out."""
+    facts: dict[str, Any] = {"owner": "", "host": "an unknown machine", "seconds": 0.0, "expires": 0.0}
+    with contextlib.suppress(ValueError):
+        facts |= json.loads(content)
+    return facts
+
+
+def _numbers(storage: Storage, folder: str) -> dict[int, bytes]:
+    """Number -> content of the leases in a folder."""
+    return {int(name): content for name, content in storage.entries(folder).items() if name.isdigit()}
