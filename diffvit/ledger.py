@@ -160,7 +160,17 @@ def check_writable(folder: Path) -> None:
 
 
 # What a disk or a file system says when it, and not the program, is at fault.
-_FAULTS_OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ENOTCONN}
+_FAULTS_OF_DISKS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTCONN,
+}
 
 
 @contextlib.contextmanager

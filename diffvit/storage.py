@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import socket
@@ -62,11 +63,11 @@ class Storage:
         self.remove(name)
 
     def put(self, name: str, content: bytes | Path, length: int | None = None) -> None:
-        """Store bytes, or a file or its first `length` bytes; the marker last."""
+        """Store bytes, or a file or its first `length` bytes; the marker last. Raises FileNotFoundError for a file that is not there."""
         digest, size = hashlib.sha256(), 0
-        with self._faults():
+        with io.BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as source, self._faults(missing_too=True):
             with self._open_to_write(name) as target:
-                for chunk in _chunks(content, length):
+                while chunk := source.read(_CHUNK if length is None else min(_CHUNK, length - size)):
                     target.write(chunk)
                     digest.update(chunk)
                     size += len(chunk)
@@ -133,7 +134,7 @@ class Storage:
     def create(self, name: str, content: bytes) -> bool:
         """Write an object that must not exist; False where it does. Of several who try at once, one succeeds."""
         path = self._path(name)
-        with self._faults():
+        with self._faults(missing_too=True):
             try:
                 if self._is_path:
                     aside = Path(f"{path}.{uuid.uuid4().hex}")
@@ -155,7 +156,7 @@ class Storage:
 
     def overwrite(self, name: str, content: bytes) -> None:
         """Write an object without a marker."""
-        with self._faults():
+        with self._faults(missing_too=True):
             if self._is_path:
                 write_atomically(Path(self._path(name)), content)
             else:
@@ -186,13 +187,15 @@ class Storage:
                 return []
 
     @contextlib.contextmanager
-    def _faults(self) -> Iterator[None]:
-        """Backends raise errors of many kinds; what is missing or in the way is for the caller."""
+    def _faults(self, missing_too: bool = False) -> Iterator[None]:
+        """Backends raise errors of many kinds; what is missing (unless `missing_too`) or in the way is for the caller."""
         try:
             yield
-        except (FileNotFoundError, FileExistsError, ValueError, NotImplementedError, StorageError):
+        except (FileExistsError, ValueError, NotImplementedError, StorageError):
             raise
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and not missing_too:
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StorageError(
                 f"the storage {self.url} failed: {reason}.", "check its address, your access to it, and the network."
@@ -201,20 +204,6 @@ class Storage:
 
 class _DamagedError(Exception):
     """An object is not what its marker says."""
-
-
-def _chunks(content: bytes | Path, length: int | None) -> Iterator[bytes]:
-    if isinstance(content, bytes):
-        yield content
-        return
-    left = os.stat(content).st_size if length is None else length
-    with open(content, "rb") as file:
-        while left > 0:
-            chunk = file.read(min(_CHUNK, left))
-            if not chunk:
-                raise ValueError(f"{content} became shorter while it was copied")
-            left -= len(chunk)
-            yield chunk
 
 
 # ------------------------------------------------------------------------------------------------------ ended runs

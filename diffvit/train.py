@@ -499,7 +499,8 @@ def _diverged_outcome(diverged: Diverged, images: int) -> dict[str, Any]:
     """What there is to say of a run that diverged; numbers that JSON does not have are left to the message."""
     step = diverged.step
     unknown = ("train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_images")
-    at = {"step": step.step, "learning_rate": step.learning_rate, "grad_norm": str(step.grad_norm), "message": str(diverged)}
+    norm = step.grad_norm if math.isfinite(step.grad_norm) else str(step.grad_norm)
+    at = {"step": step.step, "learning_rate": step.learning_rate, "grad_norm": norm, "message": str(diverged)}
     return {
         "status": "diverged",
         **_pace(step, images),

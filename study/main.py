@@ -403,7 +403,7 @@ def ledger_text(rows: list[dict[str, Any]]) -> str:
         (
             row["state"], row["model"], row["size"], row["dataset"], str(row["seed"]), row["run_id"] or "data not here",
             "" if row["test_accuracy"] is None else f"{100 * row['test_accuracy']:.2f} %", row["finished"] or "",
-            row["overrides"], row["files"][0] if row["files"] else "",
+            row["overrides"], row["files"][0] if row["state"] == "done" and row["files"] else "",
         )
         for row in rows
     ]  # fmt: skip

@@ -54,10 +54,10 @@ _WAITING_CPU = 0.01
 # What Tune logs of a failed try is a traceback of its own; the study reports the run's reason.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
-# A run that dies this often at the same step has failed; a storage that fails is given two minutes more. The pause before a try
+# A run that dies this often at the same step has failed; a storage that fails is given a minute more. The pause before a try
 # doubles from a second to a minute. Tune starts a trial again whose process died, at most so often.
 _TRIES = 3
-_STORAGE_TRIES = 8
+_STORAGE_TRIES = 7
 _LONGEST_PAUSE = 60.0
 _MOST_DEATHS = 100
 _POLL_SECONDS = 0.5

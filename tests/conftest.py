@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,38 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def data_root() -> str:
     """A data root with the real CIFAR-100."""
     return str(SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def _s3_server() -> Iterator[int]:
+    """The port of a stand-in S3 on loopback."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield server.get_host_and_port()[1]
+    server.stop()
+
+
+@pytest.fixture
+def s3_port(_s3_server: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The port of a stand-in S3, whose access is in the environment, of child processes too."""
+    environment = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in {**environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{_s3_server}"}.items():
+        monkeypatch.setenv(name, value)
+    return _s3_server
+
+
+@pytest.fixture
+def s3(s3_port: int) -> str:
+    """The URL of a folder of its own in a stand-in S3."""
+    import uuid
+
+    import s3fs
+
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    s3fs.S3FileSystem().mkdir(bucket)
+    return f"s3://{bucket}/study"

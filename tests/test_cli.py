@@ -13,6 +13,7 @@ from conftest import needs_cifar
 
 import run as command_line
 from diffvit.ledger import RunFiles, RunSpec
+from diffvit.log import read_log
 from diffvit.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -193,10 +194,29 @@ def test_damaged_and_missing_files_of_the_ledger_are_named(cli, tmp_path: Path) 
     assert f"missing: {log.relative_to(tmp_path)}" in cli("list").out
 
 
-def test_a_run_whose_loss_is_not_a_number_is_drawn_as_such(cli) -> None:
-    assert cli(*TRAIN, "--max_steps", "30", "--lr", "1e8").code == 0
+def test_a_run_that_diverges_is_an_outcome_of_its_own(cli) -> None:
+    for attempt in range(2):  # the second finds it
+        outcome = cli(*TRAIN, "--max_steps", "30", "--lr", "1e8")
+        assert outcome.code == 1
+        said = re.search(
+            r"error: the run diverged at step (\d+): training loss .*, gradient norm .*, learning rate .*\nhint: ", outcome.err
+        )
+        assert said, outcome.err
+        assert ("done already" in outcome.err) == bool(attempt)
     Path("grid.yaml").write_text("datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\noverrides: {max_steps: 30, lr: 1e8}")
-    assert cli("plot", "--grid", "grid.yaml").code == 0
+    row = json.loads(cli("list", "--json").out)[0]
+    assert row["state"] == "diverged" and row["test_accuracy"] is None and not row["missing"]
+    result = json.loads(next(Path("checkpoints").glob("*/*_result.json")).read_text())
+    assert result["status"] == "diverged" and result["steps"] == int(said[1]) == result["diverged"]["step"]
+    assert result["diverged"]["learning_rate"] > 1e6 and float(result["diverged"]["grad_norm"]) > 0
+    assert len(read_log(next(Path("checkpoints").glob("*/*.log")))) == int(said[1])
+    assert not list(Path("checkpoints").glob("*/*.safetensors"))
+    assert cli("list", "--verify").code == 0
+    study = cli("study", "--grid", "grid.yaml", "--address", "local")
+    assert study.code == 0 and "all 1 runs are done already" in study.err
+    assert study.out.count("diverged") == 2 and "nan" not in study.out.splitlines()[1]
+    drawn = cli("plot", "--grid", "grid.yaml").out
+    assert "train_loss" in drawn and "scaling" not in drawn
 
 
 def test_numbers_in_yaml_that_yaml_takes_for_text(cli) -> None:

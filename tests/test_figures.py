@@ -26,7 +26,15 @@ def _tables(datasets: tuple[str, ...] = ("digits", "CIFAR-100"), seeds: int = 1)
                 for seed in range(seeds):
                     run_id = f"{dataset}{size}{model}{seed}"
                     row: dict[str, Any] = dict.fromkeys(COLUMNS)
-                    row |= {"run_id": run_id, "status": "done", "model": model, "size": size, "dataset": dataset, "seed": seed, "test_images": 359}
+                    row |= {
+                        "run_id": run_id,
+                        "status": "done",
+                        "model": model,
+                        "size": size,
+                        "dataset": dataset,
+                        "seed": seed,
+                        "test_images": 359,
+                    }
                     row |= {
                         "parameters": (i + 1) * 100_000 + (model != "vit_classic") * 200,
                         "test_accuracy": 0.9 + i / 50 + random.rand() / 50,

@@ -5,24 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import torch
+from faults.processes import assert_same_logs, files_in, run_py, wait_until
 
 from diffvit.errors import RunIsBusyError
 from diffvit.ledger import RunFiles, RunSpec, read_result
-from diffvit.log import read_log
 from diffvit.saving import Every, Saving
 from diffvit.state import StateFolder
 from diffvit.train import Stopped, train
 
-ROOT = Path(__file__).resolve().parents[2]
 SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 3, "dropout": 0.1})
-COLUMNS = ["step", "epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy", "grad_norm"]
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +27,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
     return RunFiles.of(folder, SPEC, train(SPEC, folder, device="cpu")["run_id"])
 
 
-def _files(folder: Path, undisturbed: RunFiles) -> RunFiles:
-    return RunFiles(folder, undisturbed.model, undisturbed.run_id, undisturbed.size, undisturbed.dataset)
-
-
 def _same(ours: RunFiles, undisturbed: RunFiles) -> None:
     assert ours.weights.read_bytes() == undisturbed.weights.read_bytes()
     assert ours.predictions.read_bytes() == undisturbed.predictions.read_bytes()
-    pd.testing.assert_frame_equal(read_log(ours.log)[COLUMNS], read_log(undisturbed.log)[COLUMNS], check_exact=True)
+    assert_same_logs(ours.log, undisturbed.log)
     assert not (ours.checkpoints / ".state" / ours.run_id).exists()
 
 
@@ -59,7 +50,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, undisturbed: Ru
         with pytest.raises(Stopped):
             _train(tmp_path, should_stop=_stop_after(30))
     _train(tmp_path)
-    files = _files(tmp_path, undisturbed)
+    files = files_in(tmp_path, undisturbed)
     _same(files, undisturbed)
     resumed = [line for line in files.log.read_text().splitlines() if line.startswith("# resumed")]
     assert resumed == [f"# resumed after step {step}" for step in (30, 60, 90)]
@@ -68,7 +59,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, undisturbed: Ru
 def test_steps_after_the_last_state_are_not_in_the_log_twice(tmp_path: Path, undisturbed: RunFiles) -> None:
     with pytest.raises(Stopped):
         _train(tmp_path, should_stop=_stop_after(40))
-    files = _files(tmp_path, undisturbed)
+    files = files_in(tmp_path, undisturbed)
     with files.log.open("a") as log:  # what a killed process wrote after its last state, the last line half
         log.write("41,2,1e-3,0.5,0.5,0.9,1.0\n42,2,1e-3,0.")
     _train(tmp_path)
@@ -88,8 +79,8 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, undis
     warnings: list[str] = []
     _train(tmp_path, on_warning=warnings.append)
     assert any("damaged" in warning for warning in warnings)
-    _same(_files(tmp_path, undisturbed), undisturbed)
-    assert "# resumed after step 49" in _files(tmp_path, undisturbed).log.read_text()
+    _same(files_in(tmp_path, undisturbed), undisturbed)
+    assert "# resumed after step 49" in files_in(tmp_path, undisturbed).log.read_text()
 
 
 def test_without_a_whole_state_or_log_the_run_begins_again(tmp_path: Path, undisturbed: RunFiles) -> None:
@@ -97,11 +88,11 @@ def test_without_a_whole_state_or_log_the_run_begins_again(tmp_path: Path, undis
         with pytest.raises(Stopped):
             _train(tmp_path, should_stop=_stop_after(20))
         if lost == "log":
-            _files(tmp_path, undisturbed).log.write_text("# run_id")
+            files_in(tmp_path, undisturbed).log.write_text("# run_id")
         for path in (tmp_path / ".state" / undisturbed.run_id).glob(lost):
             path.write_bytes(b"x" * 100)
     _train(tmp_path)
-    _same(_files(tmp_path, undisturbed), undisturbed)
+    _same(files_in(tmp_path, undisturbed), undisturbed)
 
 
 def test_a_failed_save_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,26 +114,12 @@ def test_a_failed_save_keeps_the_state_before(tmp_path: Path, monkeypatch: pytes
 
 def _start(folder: Path, *arguments: str) -> subprocess.Popen:
     overrides = [f"--{name}={value}" for name, value in SPEC.overrides.items() if name != "dropout"]
-    command = [sys.executable, str(ROOT / "run.py"), "train", "--model", SPEC.model, "--size", SPEC.size, "--dataset", SPEC.dataset]
-    return subprocess.Popen(
-        [*command, *overrides, "--device", "cpu", "--save_every", "0.2", *arguments],
-        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    cell = ["--model", SPEC.model, "--size", SPEC.size, "--dataset", SPEC.dataset, "--device", "cpu"]
+    return run_py(folder, "train", *cell, *overrides, "--save_every", "0.2", *arguments)
 
 
 def _last_state(folder: Path) -> int:
     return max((int(path.stem) for path in folder.glob("checkpoints/.state/*/*.state")), default=0)
-
-
-def _wait_for_state(folder: Path, process: subprocess.Popen, after: int) -> None:
-    """Waits until a state of a later step is there."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if _last_state(folder) > after:
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    raise AssertionError("no state appeared")
 
 
 @pytest.mark.slow
@@ -154,7 +131,7 @@ def test_killed_three_ways_the_command_carries_on(tmp_path: Path) -> None:
     step = 0
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = _start(tmp_path)
-        _wait_for_state(tmp_path, process, step)
+        wait_until(lambda before=step: _last_state(tmp_path) > before, process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         step = _last_state(tmp_path)
@@ -170,7 +147,7 @@ def test_killed_three_ways_the_command_carries_on(tmp_path: Path) -> None:
 
 def test_two_processes_do_not_train_the_same_run(tmp_path: Path) -> None:
     process = _start(tmp_path, "--epochs", "200")
-    _wait_for_state(tmp_path, process, 0)
+    wait_until(lambda: _last_state(tmp_path), process)
     spec = RunSpec.of(SPEC.model, SPEC.size, SPEC.dataset, overrides={"epochs": 200})
     with pytest.raises(RunIsBusyError):
         train(spec, tmp_path / "checkpoints", device="cpu")

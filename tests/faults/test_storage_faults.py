@@ -1,0 +1,189 @@
+"""A machine that vanishes with its disk, two machines that want the same run, and a storage that does not answer."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from faults.processes import assert_same_ledgers, ending, finish, kill_all, run_py, states, study, wait_until, weights
+from s3 import Gate
+
+from diffvit.errors import RunIsBusyError
+from diffvit.ledger import RunSpec, verify_run
+from diffvit.log import Step
+from diffvit.saving import Every, Saving
+from diffvit.storage import Lease, Storage
+from diffvit.train import Stopped, train
+
+SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 20})
+TRAIN = ("train", "--model", SPEC.model, "--size", SPEC.size, "--dataset", SPEC.dataset, "--epochs", "20", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    train(SPEC, folder / "checkpoints", device="cpu")
+    return folder
+
+
+def _remote_states(storage: Storage) -> list[str]:
+    return [name for run in storage._entries(".state") for name in storage.names(f".state/{run}", ".state")]
+
+
+def test_another_machine_takes_over_from_one_that_vanished_with_its_disk(tmp_path: Path, s3: str, whole: Path) -> None:
+    storage, first, second = Storage(s3), tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    options = ("--storage", s3, "--save_every", "0.2s", "--sync_every", "0.5s", "--lease", "6s")
+    process = run_py(first, *TRAIN, *options)
+    with ending(process):
+        wait_until(lambda: len(_remote_states(storage)) == 2, process)
+        busy = run_py(second, *TRAIN, *options)
+        with ending(busy):
+            _, errors = busy.communicate(timeout=60)
+        assert busy.returncode == 2 and "another machine trains the run" in errors and "may be taken over at" in errors
+    shutil.rmtree(first)
+    time.sleep(7)  # the lease runs out
+    finish(run_py(second, *TRAIN, *options))
+    assert_same_ledgers(second, whole)
+    log = next(second.glob("checkpoints/*/*.log"))
+    resumed = [line for line in log.read_text().splitlines() if line.startswith("# resumed after step")]
+    assert len(resumed) == 1 and int(resumed[0].split()[-1]) > 1
+    # The storage has the whole run, and nothing else: a third machine finds it done.
+    assert not _remote_states(storage) and not storage._fs.find(f"{storage._root}/.state")
+    third = tmp_path / "third"
+    third.mkdir()
+    assert "done already" in finish(run_py(third, *TRAIN, *options))
+    assert_same_ledgers(third, whole)
+
+
+def test_a_stopped_run_leaves_its_newest_state_and_no_lease(tmp_path: Path, s3: str, whole: Path) -> None:
+    torch.set_num_threads(1)
+    for box, reached in (("one", 40), ("two", 80)):
+        asked = iter(range(1, 1000))
+        with pytest.raises(Stopped):
+            train(SPEC, tmp_path / box / "checkpoints", device="cpu", saving=Saving(storage=s3), should_stop=lambda a=asked: next(a) >= 40)
+        assert max(int(Path(name).stem) for name in _remote_states(Storage(s3))) == reached
+    train(SPEC, tmp_path / "three" / "checkpoints", device="cpu", saving=Saving(storage=s3))
+    assert_same_ledgers(tmp_path / "three", whole)
+
+
+def test_a_damaged_state_in_the_storage_is_passed_over(tmp_path: Path, whole: Path) -> None:
+    torch.set_num_threads(1)
+    url = str(tmp_path / "storage")
+    for _ in range(2):
+        asked = iter(range(1, 1000))
+        with pytest.raises(Stopped):
+            train(SPEC, tmp_path / "one/checkpoints", device="cpu", saving=Saving(storage=url), should_stop=lambda a=asked: next(a) >= 30)
+    newest = max((tmp_path / "storage").glob(".state/*/*.state"))
+    content = bytearray(newest.read_bytes())
+    content[1000] ^= 1
+    newest.write_bytes(content)
+    warnings: list[str] = []
+    train(SPEC, tmp_path / "two/checkpoints", device="cpu", saving=Saving(storage=url), on_warning=warnings.append)
+    assert any("damaged" in warning for warning in warnings)
+    log = next((tmp_path / "two").glob("checkpoints/*/*.log")).read_text()
+    assert "# resumed after step 30\n" in log
+    assert_same_ledgers(tmp_path / "two", whole)
+
+
+def test_who_was_silent_for_too_long_gives_way(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    url = str(tmp_path / "storage")
+    taken: list[Lease] = []
+
+    def on_steps(steps: list[Step], total: int) -> None:
+        if not taken:  # another machine, for which this one has been dead for long
+            storage = Storage(url)
+            lease = Lease(storage, f".state/{storage._entries('.state')[0]}/lease", 2, "another machine", 60.0)
+            assert storage.create(f"{lease.folder}/000002", b"{}") and lease.renew()
+            taken.append(lease)
+
+    saving = Saving(every=Every(steps=1), storage=url, lease_seconds=0.9)
+    with pytest.raises(RunIsBusyError, match="taken over"):
+        train(SPEC, tmp_path / "checkpoints", device="cpu", saving=saving, on_steps=on_steps)
+    assert taken[0].renew()
+    with pytest.raises(RunIsBusyError, match="another machine trains"):
+        train(SPEC, tmp_path / "checkpoints", device="cpu", saving=saving)
+
+
+@pytest.fixture
+def gated(s3: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Gate]:
+    """A storage behind a gate."""
+    gate = Gate(s3_port)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{gate.port}")
+    return s3, gate
+
+
+def test_a_storage_that_falls_silent_costs_no_work(tmp_path: Path, gated: tuple[str, Gate], whole: Path) -> None:
+    url, gate = gated
+    options = ("--storage", url, "--save_every", "0.2s", "--sync_every", "0.3s", "--lease", "3s")
+    process = run_py(tmp_path, *TRAIN, *options)
+    with ending(process):
+        wait_until(lambda: states(tmp_path), process)
+        gate.shut()
+        threading.Timer(12, gate.open).start()
+        _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert "failed: " in errors and "Training goes on and tries again." in errors
+    assert_same_ledgers(tmp_path, whole)
+    other = tmp_path / "other"
+    other.mkdir()
+    assert "done already" in finish(run_py(other, *TRAIN, *options))
+
+
+@pytest.mark.slow
+def test_a_run_that_could_not_be_sent_is_sent_by_the_same_study(tmp_path: Path, gated: tuple[str, Gate]) -> None:
+    url, gate = gated
+    grid = "datasets: [digits]\nmodels: [vit_differential]\nsizes: [small]\noverrides: {epochs: 6}\n"
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    options = ("--storage", url, "--save_every", "0.2s", "--sync_every", "0.3s")
+    process = study(first, *options, grid=grid)
+    with ending(process):
+        wait_until(lambda: states(first), process)
+        gate.shut()
+        _, errors = process.communicate(timeout=400)
+    assert process.returncode == 1 and len(weights(first)) == 1, errors
+    assert "could not be reached" in errors and "Traceback" not in errors
+
+    refused = study(first, *options, grid=grid)
+    with ending(refused):
+        _, errors = refused.communicate(timeout=100)
+    assert refused.returncode == 1 and "error: the storage" in errors and "hint: " in errors and "Traceback" not in errors
+
+    gate.open()
+    assert "all 1 runs are done already" in finish(study(first, *options, grid=grid))
+    assert "all 1 runs are done already" in finish(study(second, *options, grid=grid))
+    assert weights(first) == weights(second)
+
+
+@pytest.mark.slow
+def test_two_machines_share_a_study_and_one_vanishes(tmp_path: Path, s3: str) -> None:
+    grid = "datasets: [digits]\nsizes: [small, medium]\noverrides: {epochs: 4}\n"
+    plain, first, second = (tmp_path / name for name in ("plain", "first", "second"))
+    for folder in (plain, first, second):
+        folder.mkdir()
+    finish(study(plain, grid=grid))
+    options = ("--storage", s3, "--save_every", "0.3s", "--sync_every", "1s", "--lease", "10s")
+    one = study(first, *options, grid=grid)
+    with ending(one):
+        wait_until(lambda: _remote_states(Storage(s3)), one)
+        two = study(second, *options, grid=grid)
+        with ending(two):
+            wait_until(lambda: states(second) or weights(second), two)
+            kill_all(one)
+            shutil.rmtree(first)
+            finish(two, seconds=500)
+    assert len(weights(second)) == 4
+    assert_same_ledgers(second, plain)
+    for path in second.glob("checkpoints/*/*_result.json"):
+        assert verify_run(path) == []
+    assert not Storage(s3)._fs.find(f"{Storage(s3)._root}/.state")
