@@ -62,22 +62,23 @@ class RunKeeper:
         self.result = read_result(files.result)
         if self.result is not None:
             return
+        storage = Storage(self._saving.storage) if self._saving.storage else None
         check_writable(files.folder)
         if not stack.enter_context(self._states.lock()):
             raise RunIsBusyError(
                 f"another process is training the run {files.run_id}.", "let it finish; the same command then finds it done."
             )
         sweep_asides(files.folder, files.stem)
-        if self._saving.storage:
-            self._storage = Storage(self._saving.storage)
-            lease = take_lease(self._storage, files.run_id, folder_id(files.checkpoints), self._saving.lease_seconds)
+        if storage:
+            self._storage = storage
+            lease = take_lease(storage, files.run_id, folder_id(files.checkpoints), self._saving.lease_seconds)
             if not isinstance(lease, Lease):
                 raise RunIsBusyError(
                     f"another machine trains the run {files.run_id}: {lease}.", "wait for it; the same command takes over or finds it done."
                 )
             stack.callback(self._give_back, lease)
-            fetch_run(self._storage, files)
-            self._courier = _Courier(self._storage, lease, files.run_id, self._saving, self._warn)
+            fetch_run(storage, files)
+            self._courier = _Courier(storage, lease, files.run_id, self._saving, self._warn)
             self._courier.start()
             stack.callback(self._courier.stop)
         self.result = read_result(files.result)  # it may have ended while we came here

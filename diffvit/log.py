@@ -85,7 +85,7 @@ class TrainingLog:
         self._digest = hashlib.sha256()
         if keep is not None:
             self._digest.update(self._file.read(keep.bytes) or b"")
-            self._file.truncate(keep.bytes)
+            self._file.truncate()
             return
         self.note(" ".join(f"{key}={value}" for key, value in facts.items()))
         for note in notes:
@@ -117,6 +117,18 @@ class TrainingLog:
         self._digest.update(rest)
         while rest:  # a nearly full disk takes a part, and then raises
             rest = rest[self._file.write(rest) :]
+
+
+def work_after(path: Path, step: int) -> tuple[int, float]:
+    """Steps of a log that come after `step`, and the seconds they took: what is done again when a run goes on from there."""
+    times = {0: 0.0}
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            cells = line.split(",")
+            if len(cells) == len(Step._fields) and cells[0].isdigit() and line.endswith("\n"):
+                times[int(cells[0])] = float(cells[-1])
+    last = max(times)
+    return (last - step, times[last] - times[step]) if last > step and step in times else (0, 0.0)
 
 
 def read_log(path: Path):

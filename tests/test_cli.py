@@ -120,6 +120,13 @@ BAD_INPUT = [
     (("study", "--grid", "empty.yaml"), "datasets"),
     (("study", "--epochs", "0"), "at least 1"),
     (("study", "--seeds", "0"), "--help"),
+    ((*TRAIN, "--save_every", "often"), "500steps"),
+    ((*TRAIN, "--save_every", "0"), "500steps"),
+    ((*TRAIN, "--sync_every", "5steps"), "10m"),
+    ((*TRAIN, "--storage", "gibberish://x"), "fsspec"),
+    (("study", "--storage", "gibberish://x", "--address", "local"), "fsspec"),
+    (("study", "--resource", "gpu=many"), "big_gpu=1"),
+    (("study", "--resource", "no_such=1", "--address", "local", "--grid", "tiny.yaml"), "--resource"),
     (("study", "--upload", "true"), ".env"),
     (("study", "--address", "127.0.0.1:1"), "--address local"),
     (("study", "--grid", "full", "--data_root", "nowhere", "--address", "local"), "--data_root"),
@@ -137,6 +144,7 @@ GRID_FILES = {
     "override.yaml": "datasets: [digits]\noverrides: {epoch: 3}",
     "seeds.yaml": "datasets: [digits]\nseeds: [a]",
     "empty.yaml": "sizes: [small]",
+    "tiny.yaml": "datasets: [digits]\nsizes: [small]",
 }
 
 

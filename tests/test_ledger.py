@@ -13,7 +13,18 @@ from safetensors.torch import save_file
 
 from diffvit import ledger
 from diffvit.errors import UserError
-from diffvit.ledger import RunFiles, RunSpec, load_weights, read_header, read_result, read_results, write_atomically
+from diffvit.ledger import (
+    RunFiles,
+    RunSpec,
+    load_weights,
+    read_header,
+    read_result,
+    read_results,
+    sweep_asides,
+    verify_run,
+    write_atomically,
+    write_result,
+)
 
 BASE = RunSpec.of("vit_classic", "10B", "CIFAR-100")
 
@@ -117,3 +128,65 @@ def test_damaged_results_are_named(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(UserError, match="not a result"):
         read_results(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
+    from diffvit.train import train
+
+    folder = tmp_path_factory.mktemp("ended")
+    spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 3})
+    return RunFiles.of(folder, spec, train(spec, folder, device="cpu")["run_id"])
+
+
+def _copy(ended: RunFiles, folder: Path) -> RunFiles:
+    import shutil
+
+    shutil.copytree(ended.checkpoints, folder / "copy")
+    return RunFiles(folder / "copy", ended.model, ended.run_id, ended.size, ended.dataset)
+
+
+def test_a_whole_run_is_found_whole(ended: RunFiles) -> None:
+    assert verify_run(ended.result) == []
+
+
+@pytest.mark.parametrize("name", ["weights", "log", "predictions", "result"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_every_damage_of_a_run_is_named(ended: RunFiles, tmp_path: Path, name: str, damage: str) -> None:
+    copy = _copy(ended, tmp_path)
+    path = getattr(copy, name)
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[:-20])
+    else:
+        content[content.index(b"0.", len(content) // 3) + 2 if name != "weights" else len(content) // 2] ^= 1
+        path.write_bytes(content)
+    wrong = verify_run(copy.result)
+    assert len(wrong) == 1
+    assert path.name in wrong[0]
+
+
+def test_files_that_do_not_belong_together_are_named(ended: RunFiles, tmp_path: Path) -> None:
+    copy = _copy(ended, tmp_path)
+    result = read_result(copy.result)
+    assert result is not None
+    for change, said in (
+        ({"parameters": 7}, "differ in parameters"),
+        ({"steps": 4}, "each of the 4 steps once"),
+        ({"identity": {**result["identity"], "seed": 9}}, "run_id that does not belong"),
+        ({"seed": 9}, "differ in seed"),
+    ):
+        write_result(copy, {**result, **change})
+        assert any(said in wrong for wrong in verify_run(copy.result)), said
+    copy.result.rename(copy.result.with_name("model_0000000000_0.1M_digits_result.json"))
+    assert any("another run" in wrong for wrong in verify_run(copy.result.with_name("model_0000000000_0.1M_digits_result.json")))
+
+
+def test_what_a_killed_writer_left_aside_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".model_a.x1.aside").touch()
+    (tmp_path / ".model_b.x1.aside").touch()
+    (tmp_path / "model_a").touch()
+    sweep_asides(tmp_path, "model_a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model_b.x1.aside", "model_a"]

@@ -13,10 +13,10 @@ from conftest import needs_cifar
 from test_attention import timm_names, timm_twin
 
 from diffvit.dataset import load
-from diffvit.ledger import RunFiles, RunSpec, load_weights, read_result
+from diffvit.ledger import RunFiles, RunSpec, load_weights, read_result, read_results
 from diffvit.log import read_log
 from diffvit.protocol import PROTOCOLS
-from diffvit.train import affordable_micro_batch, fit, train
+from diffvit.train import Stopped, affordable_micro_batch, fit, train
 from diffvit.vit import build_model
 
 SHORT = {"max_steps": 12, "batch_size": 32}
@@ -107,6 +107,55 @@ def test_two_workers_give_the_losses_of_one(tmp_path: Path, batch_size: int) -> 
     result = read_result(together.result)
     assert result is not None
     assert result["workers"] == 2
+
+
+def _interrupted_worker(rank: int, workers: int, folder: str, round_: int) -> None:
+    """Trains in a group whose second process alone is asked to stop, or whose training diverges in the third round."""
+    torch.set_num_threads(1)
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{round_}", rank=rank, world_size=workers)
+    asked = iter(range(1, 1000))
+    overrides = {"epochs": 1, "lr": 1e8} if round_ == 2 else {"epochs": 1}
+    outcome = "ended"
+    try:
+        spec = RunSpec.of("vit_differential", "0.1M", "digits", overrides=overrides)
+        train(spec, Path(folder), device="cpu", should_stop=lambda: round_ == 0 and rank == 1 and next(asked) >= 10)
+    except Stopped as stopped:
+        outcome = f"stopped after {stopped.step}"
+    Path(folder, f"outcome{round_}-{rank}").write_text(outcome)
+    dist.destroy_process_group()
+
+
+def test_a_group_stops_resumes_and_diverges_together(tmp_path: Path) -> None:
+    for round_ in range(3):
+        mp.start_processes(_interrupted_worker, args=(2, str(tmp_path), round_), nprocs=2, start_method="spawn")
+    outcomes = [[(tmp_path / f"outcome{round_}-{rank}").read_text() for rank in (0, 1)] for round_ in range(3)]
+    assert outcomes == [["stopped after 11"] * 2, ["ended"] * 2, ["ended"] * 2]
+    statuses = {result["status"]: result for result in read_results(tmp_path)}
+    assert set(statuses) == {"done", "diverged"}
+    log = RunFiles(tmp_path, "vit_differential", statuses["done"]["run_id"], "0.1M", "digits").log
+    assert "# resumed after step 11;" in log.read_text() and read_log(log)["step"].tolist() == list(range(1, 41))
+
+
+def test_the_norm_in_the_log_is_the_gradients(tmp_path: Path) -> None:
+    one, two = (read_log(_run(tmp_path / str(micro), micro_batch=micro).log)["grad_norm"] for micro in (None, 5))
+    assert (one > 0).all()
+    pd.testing.assert_series_equal(one, two, rtol=1e-3)
+    spec = RunSpec.of("vit_differential", "0.1M", "digits", overrides=SHORT)
+    data, model = load("digits"), build_model(spec.model, spec.size, spec.protocol)
+    model.initialise(0)
+    norms: list[float] = []
+    optimizer_step = torch.optim.AdamW.step
+
+    def spy(self, *args, **kwargs):
+        norms.append(sum(float(p.grad.double().square().sum()) for p in model.parameters()) ** 0.5)
+        return optimizer_step(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", spy)
+        fit(model, data, spec.protocol, seed=0)
+    assert norms == pytest.approx(one.tolist(), rel=1e-4)
 
 
 def test_both_arms_see_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -53,7 +54,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, undisturbed: Ru
     files = files_in(tmp_path, undisturbed)
     _same(files, undisturbed)
     resumed = [line for line in files.log.read_text().splitlines() if line.startswith("# resumed")]
-    assert resumed == [f"# resumed after step {step}" for step in (30, 60, 90)]
+    assert resumed == [f"# resumed after step {step}; 0 steps, 0.0 s done again" for step in (30, 60, 90)]
 
 
 def test_steps_after_the_last_state_are_not_in_the_log_twice(tmp_path: Path, undisturbed: RunFiles) -> None:
@@ -61,9 +62,10 @@ def test_steps_after_the_last_state_are_not_in_the_log_twice(tmp_path: Path, und
         _train(tmp_path, should_stop=_stop_after(40))
     files = files_in(tmp_path, undisturbed)
     with files.log.open("a") as log:  # what a killed process wrote after its last state, the last line half
-        log.write("41,2,1e-3,0.5,0.5,0.9,1.0\n42,2,1e-3,0.")
+        log.write("41,2,1e-3,0.5,0.5,0.9,1.0,9999.0\n42,2,1e-3,0.")
     _train(tmp_path)
     _same(files, undisturbed)
+    assert re.search(r"# resumed after step 40; 1 steps, 99\d\d\.\d s done again\n", files.log.read_text())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])

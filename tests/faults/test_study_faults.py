@@ -1,96 +1,212 @@
-"""A study whose processes are killed: the workers, and everything at once."""
+"""A study whose processes are killed: those that train, Ray's own, the study itself, and all at once."""
 
 from __future__ import annotations
 
+import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from faults.processes import (
+    assert_same_ledgers,
+    command_line,
+    ending,
+    family,
+    finish,
+    kill_all,
+    states,
+    study,
+    trainer_of,
+    trainers,
+    wait_until,
+    weights,
+)
 
-from diffvit.ledger import read_results
+from diffvit.ledger import RunSpec, read_results
+from diffvit.train import train
 
-ROOT = Path(__file__).resolve().parents[2]
-GRID = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 8}\n"
-
-
-def _start(folder: Path) -> subprocess.Popen:
-    (folder / "two.yaml").write_text(GRID)
-    command = [sys.executable, str(ROOT / "run.py"), "study", "--grid", "two.yaml", "--address", "local", "--save_every", "0.5"]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def _states(folder: Path) -> list[Path]:
-    return sorted(folder.glob("checkpoints/.state/*/*.state"))
-
-
-def _wait_for_states(folder: Path, process: subprocess.Popen, runs: int) -> None:
-    deadline = time.monotonic() + 200
-    while len({path.parent for path in _states(folder)}) < runs:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no states appeared"
-        time.sleep(0.05)
+GRID = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 20}\n"
+SAVE = ("--save_every", "0.5s")
 
 
-def _trials(process: subprocess.Popen) -> list[psutil.Process]:
-    """The processes that train."""
-    return [each for each in psutil.Process(process.pid).children(recursive=True) if "ImplicitFunc" in " ".join(_command_line(each))]
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(study(folder, grid=GRID))
+    return folder
 
 
-def _command_line(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+def _runs_with_states(folder: Path) -> int:
+    return len({path.parent for path in states(folder)})
+
+
+def _resumptions(folder: Path) -> list[int]:
+    """After which steps runs were resumed."""
+    logs = "".join(path.read_text() for path in folder.glob("checkpoints/*/*.log"))
+    return [int(step) for step in re.findall(r"# resumed after step (\d+)", logs)]
+
+
+def _same(folder: Path, undisturbed: Path) -> None:
+    assert_same_ledgers(folder, undisturbed)
+    assert len(weights(folder)) == 2
+    for ours, theirs in zip(*(read_results(each / "checkpoints") for each in (folder, undisturbed)), strict=True):
+        assert (ours["test_accuracy"], ours["test_loss"], ours["steps"]) == (theirs["test_accuracy"], theirs["test_loss"], theirs["steps"])
+    assert not states(folder) and not list(folder.rglob("*.aside"))
+    assert _resumptions(folder) and min(_resumptions(folder)) > 0
 
 
 @pytest.mark.slow
-def test_workers_then_everything_then_ctrl_c_and_the_same_command_finishes(tmp_path: Path) -> None:
-    undisturbed = tmp_path / "undisturbed"
-    undisturbed.mkdir()
-    assert _start(undisturbed).wait(300) == 0
-
-    # The workers: the same study goes on by itself.
-    process = _start(tmp_path)
-    _wait_for_states(tmp_path, process, runs=2)
-    trials = _trials(process)
-    assert trials
-    for trial in trials:
-        trial.kill()
-
-    # Everything at once.
-    time.sleep(3)
-    everything = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for each in reversed(everything):
-        if each.is_running():
-            each.kill()
-    process.communicate()
+def test_workers_then_everything_then_ctrl_c_and_the_same_command_finishes(tmp_path: Path, undisturbed: Path) -> None:
+    # The processes that train: the same study goes on by itself.
+    process = study(tmp_path, *SAVE, grid=GRID)
+    with ending(process):
+        wait_until(lambda: _runs_with_states(tmp_path) == 2, process)
+        killed = trainers(process)
+        assert killed
+        for trainer in killed:
+            trainer.kill()
+        wait_until(lambda: _resumptions(tmp_path), process)
+        kill_all(process)  # everything at once
 
     # Ctrl-C: states are saved, nothing is left running.
-    process = _start(tmp_path)
-    _wait_for_states(tmp_path, process, runs=1)
-    deadline = time.monotonic() + 200
-    while not _trials(process):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    started = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "carry on with" in errors
-    assert "Traceback" not in errors
-    _, alive = psutil.wait_procs(started, timeout=5)
+    process = study(tmp_path, *SAVE, grid=GRID)
+    with ending(process):
+        before = len(_resumptions(tmp_path))
+        wait_until(lambda: len(_resumptions(tmp_path)) > before, process)
+        started = family(process)[1:]
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert "carry on with" in errors
+        assert "Traceback" not in errors
+        _, alive = psutil.wait_procs(started, timeout=5)
+        assert not alive
+
+    finish(study(tmp_path, *SAVE, grid=GRID))
+    _same(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_the_study_alone_is_killed(tmp_path: Path, undisturbed: Path) -> None:
+    process = study(tmp_path, *SAVE, grid=GRID)
+    with ending(process):
+        wait_until(lambda: _runs_with_states(tmp_path) == 2, process)
+        training = trainers(process)
+        process.kill()
+        process.communicate()
+        # What it had started ends too, and lets go of the runs.
+        _, alive = psutil.wait_procs(training, timeout=30)
+        assert not alive
+    finish(study(tmp_path, *SAVE, grid=GRID))
+    _same(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["raylet/raylet", "gcs/gcs_server"])
+def test_ray_itself_is_killed_and_the_study_starts_over(tmp_path: Path, undisturbed: Path, name: str) -> None:
+    process = study(tmp_path, *SAVE, grid=GRID)
+    with ending(process):
+        wait_until(lambda: _runs_with_states(tmp_path) == 2, process)
+        before = family(process)[1:]
+        next(each for each in before if name in command_line(each).split(" ")[0]).kill()
+        said = finish(process)
+    assert "a process of Ray died; starting over" in said
+    assert said.count("started a local Ray") == 2
+    _same(tmp_path, undisturbed)
+    _, alive = psutil.wait_procs(before, timeout=5)
     assert not alive
 
-    process = _start(tmp_path)
-    assert process.wait(300) == 0
-    ours, theirs = (sorted((folder / "checkpoints").glob("*/*.safetensors")) for folder in (tmp_path, undisturbed))
-    assert len(ours) == 2
-    assert [path.read_bytes() for path in ours] == [path.read_bytes() for path in theirs]
-    for one, other in zip(*(read_results(folder / "checkpoints") for folder in (tmp_path, undisturbed)), strict=True):
-        assert (one["test_accuracy"], one["steps"]) == (other["test_accuracy"], other["steps"])
-    assert sum(path.read_text().count("# resumed after step") for path in (tmp_path / "checkpoints").glob("*/*.log")) >= 1
-    assert not _states(tmp_path)
+
+@pytest.mark.slow
+def test_a_worker_of_a_group_is_killed(tmp_path: Path) -> None:
+    grid = "datasets: [digits]\nmodels: [vit_differential]\nsizes: [small]\noverrides: {epochs: 15}\n"
+    plain, ours = tmp_path / "plain", tmp_path / "ours"
+    plain.mkdir()
+    ours.mkdir()
+    finish(study(plain, "--workers", "2", grid=grid))
+    process = study(ours, *SAVE, "--workers", "2", grid=grid)
+    with ending(process):
+        wait_until(lambda: states(ours), process)
+        workers = [each for each in family(process) if "RayTrainWorker" in command_line(each)]
+        assert len(workers) == 2
+        workers[-1].kill()
+        finish(process)
+    assert_same_ledgers(ours, plain)
+    assert len(_resumptions(ours)) == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_group_at_one_step(tmp_path: Path) -> None:
+    grid = "datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\noverrides: {epochs: 200}\n"
+    process = study(tmp_path, *SAVE, "--workers", "2", grid=grid)
+    with ending(process):
+        wait_until(lambda: states(tmp_path), process)
+        started = family(process)[1:]
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "carry on with" in errors and "Traceback" not in errors
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
+    assert states(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_that_always_dies_is_given_up_and_the_others_go_on(tmp_path: Path, undisturbed: Path) -> None:
+    doomed = tmp_path / "checkpoints" / next(undisturbed.glob("checkpoints/vit_classic/*.log")).relative_to(undisturbed / "checkpoints")
+    process = study(tmp_path, "--save_every", "1h", grid=GRID)
+    kills = 0
+    with ending(process):
+        while process.poll() is None:
+            trainer = trainer_of(process, doomed)
+            if trainer and len(doomed.read_text().splitlines()) > 10:
+                trainer.kill()
+                trainer.wait(30)
+                kills += 1
+            time.sleep(0.1)
+        out, errors = process.communicate()
+    assert kills == 3
+    assert process.returncode == 1, errors
+    assert "1 of 2 runs failed" in errors
+    assert re.search(r"vit_classic 0.1M digits seed 0: its process died \(3 times at the same step\); its log ends: \d+,", errors)
+    assert out.count("vit_differential") == 1
+    finish(study(tmp_path, *SAVE, grid=GRID))
+    assert weights(tmp_path) == weights(undisturbed)
+
+
+@pytest.mark.slow
+def test_two_studies_at_once_train_each_run_once(tmp_path: Path, undisturbed: Path) -> None:
+    one = study(tmp_path, *SAVE, grid=GRID)
+    with ending(one):
+        wait_until(lambda: states(tmp_path), one)
+        two = study(tmp_path, *SAVE, grid=GRID)
+        with ending(two):
+            said = [finish(each, seconds=400) for each in (one, two)]
+    assert_same_ledgers(tmp_path, undisturbed)
+    assert all(text.count("vit_") >= 2 for text in said)
+    assert _resumptions(tmp_path) == []  # nobody had to begin or go on twice
+    assert not list(tmp_path.rglob("*.aside"))
+
+
+@pytest.mark.slow
+def test_the_first_of_two_studies_is_killed_and_the_second_takes_over(tmp_path: Path) -> None:
+    # One run, long enough that the second study finds it being trained.
+    spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"epochs": 80})
+    grid = "models: [vit_classic]\ndatasets: [digits]\nsizes: [small]\noverrides: {epochs: 80}\n"
+    plain, ours = tmp_path / "plain", tmp_path / "ours"
+    ours.mkdir()
+    torch.set_num_threads(1)
+    train(spec, plain / "checkpoints", device="cpu")
+    one = study(ours, *SAVE, grid=grid)
+    with ending(one):
+        wait_until(lambda: states(ours), one)
+        two = study(ours, *SAVE, grid=grid)
+        with ending(two):
+            wait_until(lambda: trainers(two), two)
+            kill_all(one)
+            finish(two)
+    assert_same_ledgers(ours, plain)
+    assert len(_resumptions(ours)) == 1

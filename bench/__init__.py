@@ -1,0 +1,1 @@
+"""Benchmarks and trials: each is a command, `python -m bench.NAME`, that prints what it measured."""
