@@ -244,16 +244,21 @@ class Lease:
 
     def renew(self) -> bool:
         """Hold it for its length from now on; False where another machine has taken the run over."""
-        if max(_numbers(self.storage, self.folder), default=0) != self.number:
+        found = _numbers(self.storage, self.folder)
+        if max(found, default=0) != self.number or not self._is_ours(found[self.number]):
             return False
         self.storage.overwrite(self._name(self.number), _lease_content(self.owner, self.seconds))
         return True
 
     def release(self) -> None:
         """Give it back."""
-        for number in _numbers(self.storage, self.folder):
-            if number <= self.number:
+        for number, content in _numbers(self.storage, self.folder).items():
+            if number < self.number or self._is_ours(content):
                 self.storage.remove(self._name(number))
+
+    def _is_ours(self, content: bytes) -> bool:
+        """Whether a lease with our number is ours: numbers begin anew once all leases were given back."""
+        return _parse_lease(content)["owner"] == self.owner
 
     def _name(self, number: int) -> str:
         return f"{self.folder}/{number:06d}"

@@ -133,17 +133,17 @@ def gpu_precision() -> str:
 # ------------------------------------------------------------------------------------------------ what all nodes reach
 
 
-def unreachable(address_of: Callable[[], str], seconds: float = 120.0) -> dict[str, str]:
+def unreachable(fault: Callable[[], str], seconds: float = 120.0) -> dict[str, str]:
     """Runs a check on each living node; address -> why it failed there, for the nodes where it did.
 
     Args:
-        address_of: the check; what it raises, or "" if nothing.
+        fault: the check; a reason, or "" where all is well.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
-    check = ray.remote(num_cpus=0, max_retries=0)(address_of)
+    check = ray.remote(num_cpus=0, max_retries=0)(fault)
     asked = {
         node["NodeManagerAddress"] + f" ({node['NodeID'][:8]})": check.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)

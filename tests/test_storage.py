@@ -65,6 +65,19 @@ def test_a_lease_is_held_until_it_runs_out(storage: Storage) -> None:
     assert isinstance(take_lease(storage, "run", "three", seconds=60.0), Lease)
 
 
+def test_who_comes_back_late_neither_renews_nor_gives_back_a_later_lease_of_its_number(storage: Storage) -> None:
+    late = take_lease(storage, "run", "late", seconds=0.0)
+    assert isinstance(late, Lease)
+    second = take_lease(storage, "run", "second", seconds=60.0)
+    assert isinstance(second, Lease)
+    second.release()
+    third = take_lease(storage, "run", "third", seconds=60.0)
+    assert isinstance(third, Lease) and third.number == late.number
+    assert not late.renew()
+    late.release()
+    assert third.renew()
+
+
 @pytest.mark.parametrize("storage", ["path", "s3"], indirect=True)
 def test_of_many_who_want_a_lease_one_gets_it(storage: Storage) -> None:
     outcomes = []
