@@ -7,6 +7,7 @@ has the same id on every machine. Its files lie in checkpoints/{model}/:
     model_{run_id}_{size}_{dataset}_training.log      one line a step
     model_{run_id}_{size}_{dataset}_predictions.csv   one row a test image
     model_{run_id}_{size}_{dataset}_result.json       written last, and atomically: where it is, the run has ended
+    model_{run_id}_{size}_{dataset}_evaluations.json  what `run.py evaluate` found out later, by kind
 
 A run ends "done", or "diverged" where a loss or gradient was not a number: then there are only a log and a result.
 """
@@ -137,6 +138,10 @@ class RunFiles:
     @property
     def predictions(self) -> Path:
         return self._path("_predictions.csv")
+
+    @property
+    def evaluations(self) -> Path:
+        return self._path("_evaluations.json")
 
     @property
     def result(self) -> Path:
@@ -340,6 +345,29 @@ def read_result(path: Path) -> dict[str, Any] | None:
     return result
 
 
+def read_evaluations(files: RunFiles) -> dict[str, Any]:
+    """What was found out about a finished run later: kind ("corruptions", "attention") -> findings. Empty where there is nothing.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        content = json.loads(files.evaluations.read_text(encoding="utf-8"))
+        if content["checksum"] != _checksum(content):
+            raise ValueError("it was changed after it was written")
+        return content["findings"]
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{files.evaluations} is damaged: {error}.", "delete it and evaluate again.") from error
+
+
+def add_evaluation(files: RunFiles, kind: str, findings: Mapping[str, Any]) -> None:
+    """Keep findings about a finished run, in place of older ones of their kind."""
+    content = {"run_id": files.run_id, "findings": {**read_evaluations(files), kind: dict(findings)}}
+    write_atomically(files.evaluations, (json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n").encode())
+
+
 def result_paths(checkpoints: Path) -> list[Path]:
     """The result files under a checkpoints folder, in order of path."""
     return sorted(Path(checkpoints).glob("*/model_*_result.json"))
@@ -380,6 +408,10 @@ def verify_run(path: Path) -> list[str]:
             wrong.append(f"{file} is missing.")
         elif file_sha256(file) != expected:
             wrong.append(f"{file} was changed after it was written.")
+    try:
+        read_evaluations(files)
+    except UserError as error:
+        wrong.append(error.message)
     if not wrong:
         wrong += [*_verify_log(files, result), *(_verify_weights(files, result) if result["status"] == "done" else [])]
     return wrong

@@ -24,6 +24,9 @@ MODELS: dict[str, str] = {
     "vit_differential": "diffvit.vit_differential:DifferentialAttention",
 }
 
+# The two that a study compares; others are controls, which a grid file can name.
+ARMS = ("vit_classic", "vit_differential")
+
 # How each architecture is called in figures and tables.
 MODEL_TITLES: dict[str, str] = {"vit_classic": "Classic ViT", "vit_differential": "Differential ViT"}
 

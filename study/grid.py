@@ -20,7 +20,7 @@ from typing import Any
 
 from diffvit.errors import UserError, unknown_name
 from diffvit.ledger import RunSpec
-from diffvit.protocol import MODELS
+from diffvit.protocol import ARMS
 
 _ALL_SIZES = ("small", "medium", "large")
 
@@ -31,7 +31,7 @@ class Grid:
 
     name: str
     datasets: Sequence[str]
-    models: Sequence[str] = tuple(MODELS)
+    models: Sequence[str] = ARMS
     sizes: Sequence[str] = _ALL_SIZES
     seeds: Sequence[int] = (0,)
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -90,7 +90,7 @@ def read_grid(path: Path) -> Grid:
     return Grid(
         path.stem if path.stem not in GRIDS else f"{path.stem}-file",
         datasets=_names(path, content, "datasets"),
-        models=_names(path, content, "models") if "models" in content else tuple(MODELS),
+        models=_names(path, content, "models") if "models" in content else ARMS,
         sizes=_names(path, content, "sizes") if "sizes" in content else _ALL_SIZES,
         seeds=_seeds(path, content.get("seeds", 1)),
         overrides=_overrides(path, content.get("overrides", {})),
