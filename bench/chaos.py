@@ -33,7 +33,7 @@ from study.grid import read_grid
 from study.table import run_table
 
 ROOT = Path(__file__).resolve().parents[1]
-GRID = "datasets: [digits, digits-noisy]\noverrides: {epochs: 8}\n"
+GRID = "datasets: [digits, digits-noisy]\noverrides: {{epochs: {epochs}}}\n"
 SAVE_EVERY = "2s"
 
 # Of the kills, at least so many hit a process that trains; of these, at least three one that is writing a state.
@@ -48,10 +48,10 @@ _CLOCK_OF_TABLES = ["seconds", "images_per_second", "started", "finished"]
 class Study:
     """The same command in a folder, started again whenever it ends before its work does."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, epochs: int):
         self.folder, self.starts = folder, 0
         folder.mkdir(parents=True)
-        (folder / "chaos.yaml").write_text(GRID)
+        (folder / "chaos.yaml").write_text(GRID.format(epochs=epochs))
         self.process: subprocess.Popen | None = None
 
     @property
@@ -248,7 +248,8 @@ def main(kills: int, seed: int | None, folder: Path | None, json_path: Path | No
 
 
 def _run(kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    plain, shaken = Study(folder / "plain"), Study(folder / "shaken")
+    epochs = max(8, kills // 2)  # long enough for every kill to find work that has just been saved
+    plain, shaken = (Study(folder / name, epochs) for name in ("plain", "shaken"))
     specs = read_grid(plain.folder / "chaos.yaml").runs()
     steps = sum(spec.protocol.total_steps() for spec in specs)
 

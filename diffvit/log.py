@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -119,16 +120,38 @@ class TrainingLog:
             rest = rest[self._file.write(rest) :]
 
 
-def work_after(path: Path, step: int) -> tuple[int, float]:
-    """Steps of a log that come after `step`, and the seconds they took: what is done again when a run goes on from there."""
-    times = {0: 0.0}
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            cells = line.split(",")
-            if len(cells) == len(Step._fields) and cells[0].isdigit() and line.endswith("\n"):
-                times[int(cells[0])] = float(cells[-1])
-    last = max(times)
-    return (last - step, times[last] - times[step]) if last > step and step in times else (0, 0.0)
+def note_of_work_again(what: str, steps: int, seconds: float) -> str:
+    """The note of a run that goes on after it was interrupted."""
+    return f"{what}; {steps} steps, {seconds:.1f} s done again"
+
+
+_WORK_AGAIN = re.compile(r"# .*; (\d+) steps, ([\d.]+) s done again")
+
+
+def work_after(path: Path, position: LogPosition | None) -> tuple[int, float]:
+    """Steps in a log after a position, and the seconds they took: what is done again when a run goes on from there.
+
+    Work that was done again there already, and is cut off with the rest, counts too.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return 0, 0.0
+    cut = position.bytes if position else 0
+    kept, lost = (_steps_and_seconds(part.decode(errors="replace")) for part in (content[:cut], content[cut:]))
+    notes = [(int(match[1]), float(match[2])) for match in _WORK_AGAIN.finditer(content[cut:].decode(errors="replace"))]
+    seconds = max(0.0, lost[1] - kept[1]) if lost[0] else 0.0
+    return lost[0] + sum(steps for steps, _ in notes), seconds + sum(seconds for _, seconds in notes)
+
+
+def _steps_and_seconds(text: str) -> tuple[int, float]:
+    """How many whole step lines there are, and the training time that the last one says."""
+    lines = [line.split(",") for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    steps = [cells for cells in lines if len(cells) == len(Step._fields) and cells[0].isdigit()]
+    try:
+        return len(steps), float(steps[-1][-1]) if steps else 0.0
+    except ValueError:
+        return len(steps), 0.0
 
 
 def read_log(path: Path):

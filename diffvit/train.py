@@ -33,7 +33,7 @@ from diffvit.errors import RunIsBusyError, UserError
 from diffvit.evaluation import Evaluation, autocast, evaluate
 from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec, disk_faults, file_sha256, save_weights, weight_facts, write_atomically, write_result
-from diffvit.log import LogPosition, Step, TrainingLog, work_after
+from diffvit.log import LogPosition, Step, TrainingLog, note_of_work_again, work_after
 from diffvit.protocol import Protocol, images_in_steps, stable_seed
 from diffvit.saving import DEFAULT_SAVING, Every, Saving
 from diffvit.vit import VisionTransformer, attention_class, build_model
@@ -412,14 +412,14 @@ def _train(
     notes = [*([f"warning: {warning}"] if warning else []), *(f"data: {note}" for note in data.notes)]
     started = resume["started"] if resume else _utc_now()
     facts = {"run_id": run_id, "model": spec.model, "size": spec.size, "dataset": spec.dataset, "seed": spec.seed, "steps": total}
-    again, again_seconds = work_after(files.log, resume["step"] if resume else 0)
+    keep = LogPosition(*resume["log"]) if resume else None
+    again = work_after(files.log, keep)
     with contextlib.ExitStack() as stack:
         log = None
         if rank == 0:
-            log = stack.enter_context(TrainingLog(files.log, facts, notes, keep=LogPosition(*resume["log"]) if resume else None))
-            if resume or again:
-                how = f"resumed after step {resume['step']}" if resume else "begun again"
-                log.note(f"{how}; {again} steps, {again_seconds:.1f} s done again")
+            log = stack.enter_context(TrainingLog(files.log, facts, notes, keep=keep))
+            if resume or again[0]:
+                log.note(note_of_work_again(f"resumed after step {resume['step']}" if resume else "begun again", *again))
 
         def record(steps: list[Step], total: int) -> None:
             if log:
