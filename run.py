@@ -248,6 +248,34 @@ def plot(grid: str | None, epochs: int | None, out: Path | None, checkpoints: Pa
         click.echo(path)
 
 
+@cli.command()
+@click.option("--grid", metavar="NAME|FILE", help="Which runs to report. [default: the built-in grids that have finished runs]")
+@_EPOCHS
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: report in the checkpoints folder]")
+@_checkpoints_option
+def report(grid: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
+    """Write the verdict, with its intervals and all that it rests on, as one HTML page and as Markdown."""
+    from study.main import report_grid
+
+    for path in report_grid(checkpoints, grid, out or checkpoints / "report", epochs=epochs):
+        click.echo(path)
+
+
+@cli.command()
+@click.option("--grid", default="digits", show_default=True, metavar="NAME|FILE", help="Whose data sets and sizes.")
+@_EPOCHS
+@click.option("--difference", type=float, default=2.0, show_default=True, metavar="PERCENT", help="Relative difference in error.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_checkpoints_option
+def power(grid: str, epochs: int | None, difference: float, as_json: bool, checkpoints: Path) -> None:
+    """Say how many seeds it takes to see a difference, from the spread between the seeds that are done."""
+    from study.grid import find_grid
+    from study.power import power_rows, power_text
+
+    rows = power_rows(checkpoints, find_grid(grid).runs(overrides={"epochs": epochs}), difference / 100)
+    click.echo(json.dumps(rows, indent=1) if as_json else power_text(rows, difference / 100))
+
+
 @cli.command("list")
 @click.option("--grid", metavar="digits|full|FILE", help="Also list this grid's runs that are not done. [default: what is there]")
 @_SEEDS

@@ -132,7 +132,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
         # The two arms have nearly the same sizes: intervals side by side, not on top of each other.
         x = np.asarray(mean.index, dtype=float) / 1e6 * (1 + 0.012 * (2 * models.index(model) - 1) * several)
         low, high = np.asarray(
-            [_wilson(100 * accuracy, n) for accuracy, n in zip(cells["test_accuracy"].mean(), cells["test_images"].min(), strict=True)]
+            [wilson(100 * accuracy, n) for accuracy, n in zip(cells["test_accuracy"].mean(), cells["test_images"].min(), strict=True)]
         ).T
         axes.plot(x, mean, linewidth=2.0, markersize=7, **style)
         axes.vlines(x, low, high, color=style["color"], linewidth=1.2, alpha=0.75)
@@ -187,13 +187,13 @@ def _size_axis(axes: Axes, runs: pd.DataFrame) -> None:
 
 
 def _accuracy_range(runs: pd.DataFrame) -> tuple[float, float]:
-    intervals = [_wilson(100 * accuracy, n) for accuracy, n in zip(runs["test_accuracy"], runs["test_images"], strict=True)]
+    intervals = [wilson(100 * accuracy, n) for accuracy, n in zip(runs["test_accuracy"], runs["test_images"], strict=True)]
     low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
     margin = 0.08 * (high - low)
     return max(0.0, low - margin), min(100.0, high + margin) if high < 100 else 100.0
 
 
-def _wilson(percent: float, n: int) -> tuple[float, float]:
+def wilson(percent: float, n: int) -> tuple[float, float]:
     """95 % Wilson score interval of a share, both in percent."""
     z, p = 1.959964, percent / 100
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)

@@ -313,19 +313,40 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
     from study.figures import draw_figures
     from study.table import run_table, step_table
 
-    grids = [find_grid(grid)] if grid else list(GRIDS.values())
-    specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]
-    table = run_table(checkpoints, specs)
-    if table.empty:
-        name = f"the grid {grid}" if grid else "a built-in grid"
-        raise UserError(
-            f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid."
-        )
+    table = run_table(checkpoints, _finished_specs(checkpoints, grid, epochs))
     check_writable(out)
     paths = draw_figures(table, step_table(checkpoints, table), out)
     if out == checkpoints / "figures":
         _note_drawn(checkpoints, table)
     return paths
+
+
+def report_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None = None) -> list[Path]:
+    """Write the report of a grid's finished runs, or of the built-in grids' that have any. Returns the files.
+
+    Raises:
+        UserError: nothing is finished, or the folder cannot be written.
+    """
+    from study.report import write_report
+
+    specs = _finished_specs(checkpoints, grid, epochs)
+    check_writable(out)
+    command = ["uv", "run", "run.py", "study", *(["--grid", grid] if grid else []), *(["--epochs", str(epochs)] if epochs else [])]
+    return write_report(checkpoints, specs, out, command)
+
+
+def _finished_specs(checkpoints: Path, grid: str | None, epochs: int | None) -> list[RunSpec]:
+    """The runs of a grid, or of all built-in ones; UserError where none of them is finished."""
+    from study.table import run_table
+
+    grids = [find_grid(grid)] if grid else list(GRIDS.values())
+    specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]
+    if run_table(checkpoints, specs).empty:
+        name = f"the grid {grid}" if grid else "a built-in grid"
+        raise UserError(
+            f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid."
+        )
+    return specs
 
 
 def ledger_rows(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from diffvit.errors import UserError
@@ -105,6 +106,12 @@ def prediction_table(checkpoints: Path, table: pd.DataFrame) -> pd.DataFrame:
     done = table[table["status"] == "done"]
     parts = [_with_run(_read(files_of(checkpoints, run).predictions), run) for run in done.itertuples()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def wrong_answers(checkpoints: Path, run: Any) -> np.ndarray:
+    """1 for each test image that a run (a row of the run table) answered wrongly, else 0. [images]"""
+    answers = _read(files_of(checkpoints, run).predictions)
+    return (answers["label"] != answers["predicted"]).to_numpy(np.float32)
 
 
 def _read(path: Path) -> pd.DataFrame:

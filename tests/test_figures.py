@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from diffvit.protocol import MODELS, PROTOCOLS
-from study.figures import _wilson, draw_figures, loss_figure, scaling_figure
+from study.figures import draw_figures, loss_figure, scaling_figure, wilson
 from study.table import COLUMNS
 
 
@@ -101,9 +101,9 @@ def test_both_architectures_share_a_vertical_range() -> None:
     assert len(ranges) == 1
 
 
-def test_wilson_interval() -> None:
+def testwilson_interval() -> None:
     # 81 of 263: a worked example of Newcombe, Statistics in Medicine 17 (1998), method 3.
-    assert _wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
+    assert wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
 
 
 def test_a_diverged_run_is_named_and_has_no_point(tmp_path: Path) -> None:

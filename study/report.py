@@ -1,0 +1,425 @@
+"""The report: verdicts first, then what they rest on, what was not shown, and how to reproduce it. From the ledger alone.
+
+One list of blocks (document.py) becomes an HTML page and the same in Markdown.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diffvit.ledger import RunSpec, read_evaluations, write_atomically
+from diffvit.protocol import ARMS, MODEL_TITLES, Protocol, protocol_of
+from study import scaling, verdict
+from study.document import Block, Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
+from study.figures import draw_figures, wilson
+from study.scaling import Estimate, Ratio
+from study.table import files_of, run_table, step_table
+from study.verdict import Answer, Comparison, percent
+
+# Overrides that make a condition of a data set; what is left is the protocol that all its runs share.
+_CONDITIONS = ("input_noise", "label_noise", "lr", "warmup_steps")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The runs of one data set under one condition.
+
+    Attributes:
+        name: for figures and sentences. base: whether it is the data set's plain condition.
+        condition: override -> value as text, of what makes the condition.
+    """
+
+    name: str
+    dataset: str
+    table: pd.DataFrame
+    base: bool
+    condition: dict[str, str] = field(default_factory=dict)
+
+
+def subjects(table: pd.DataFrame) -> list[Subject]:
+    """The data sets and conditions of a run table, each data set's plain condition first."""
+    found = []
+    for dataset, of_dataset in table.groupby("dataset", sort=False):
+        conditions = {text: _condition(text) for text in of_dataset["overrides"].unique()}
+        for text, condition in sorted(conditions.items(), key=lambda item: (len(item[1]), item[0])):
+            name = str(dataset) + (f" ({', '.join(f'{key} {value}' for key, value in condition.items())})" if condition else "")
+            found.append(Subject(name, str(dataset), of_dataset[of_dataset["overrides"] == text], not condition, condition))
+    return found
+
+
+def _condition(overrides: str) -> dict[str, str]:
+    values = dict(part.split("=", 1) for part in overrides.split())
+    return {key: values[key] for key in _CONDITIONS if key in values}
+
+
+# ---------------------------------------------------------------------------------------------------------- analysis
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that the report says, as numbers.
+
+    Attributes:
+        comparisons: of each subject's two arms. answers: the family, with verdicts. noise_source: what the noise answer compares.
+        controls: (title, estimate, pairs) of other architectures against the classic one. corrupted: mean corrupted error a run, by run_id.
+    """
+
+    table: pd.DataFrame
+    subjects: list[Subject]
+    comparisons: dict[str, Comparison]
+    answers: list[Answer]
+    noise_source: str
+    other_noise: list[Answer]
+    controls: list[tuple[str, Estimate, int]]
+    findings: dict[str, dict[str, Any]]
+
+
+def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str] = ARMS) -> Analysis:
+    """Compare the arms of a run table's subjects and answer the questions.
+
+    Args:
+        checkpoints: the ledger, for predictions and for what `evaluate` found; None: the table only.
+    """
+    findings = _findings(table, checkpoints)
+    table = table.assign(corrupted_error=[_corrupted_error(findings.get(run_id, {})) for run_id in table["run_id"]])
+    parts = subjects(table)
+    comparisons = {part.name: found for part in parts if (found := verdict.compare(part.table, part.name, arms, checkpoints))}
+    family = [answer for part in parts if part.base and part.name in comparisons for answer in comparisons[part.name].answers]
+    noise = _noise_answers(parts, arms)
+    decided = verdict.decide([*family, *(answer for answer, _ in noise[:1])])
+    controls = []
+    for part in parts:
+        for model in part.table["model"].unique():
+            if model not in arms and (other := verdict.compare(part.table, part.name, (arms[0], model))):
+                title = f"{MODEL_TITLES.get(model, model)} against {MODEL_TITLES.get(arms[0], arms[0])} on {part.name}"
+                controls.append((title, other.answers[0].estimate, other.answers[0].pairs))
+    return Analysis(
+        table, parts, comparisons, decided, noise[0][1] if noise else "", [answer for answer, _ in noise[1:]], controls, findings
+    )
+
+
+def _findings(table: pd.DataFrame, checkpoints: Path | None) -> dict[str, dict[str, Any]]:
+    if checkpoints is None:
+        return {}
+    return {run.run_id: read_evaluations(files_of(checkpoints, run)) for run in table.itertuples()}
+
+
+def _corrupted_error(findings: dict[str, Any]) -> float:
+    """Mean error under the five corruptions, of a run that was evaluated on the whole test set; else nan."""
+    from diffvit.robustness import summarise
+
+    if "corruptions" not in findings:
+        return math.nan
+    return next(row["error"] for row in summarise(findings["corruptions"]) if row["corruption"] == "mean")
+
+
+def _noise_answers(parts: Sequence[Subject], arms: tuple[str, str]) -> list[tuple[Answer, str]]:
+    """(answer, what it compares). The first is the question of the study, by an order that was fixed beforehand: trained on noisy inputs;
+    else a noisy twin of the data set; else test images corrupted. Those after it are exploratory."""
+    base = {part.dataset: part for part in parts if part.base}
+    found: list[tuple[Answer | None, str]] = []
+    for key, what in (("input_noise", "trained on noisy images, tested on clean ones"),):
+        found += [(_noise(base, part, arms), f"{part.name}: {what}") for part in parts if set(part.condition) == {key}]
+    for dataset, part in base.items():
+        if twin := base.get(f"{dataset}-noisy"):
+            found.append((verdict.noise_answer(part.table, twin.table, twin.name, arms), f"{twin.name}: noise in training and test images"))
+    for part in base.values():
+        answer = verdict.noise_answer(part.table, part.table, part.name, arms, measure="corrupted error")
+        found.append((answer, f"{part.name}: trained on clean images, tested under five corruptions"))
+    found += [(_noise(base, part, arms), f"{part.name}: false training labels") for part in parts if set(part.condition) == {"label_noise"}]
+    return [(answer, what) for answer, what in found if answer is not None]
+
+
+def _noise(base: dict[str, Subject], part: Subject, arms: tuple[str, str]) -> Answer | None:
+    return verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms) if part.dataset in base else None
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def write_report(checkpoints: Path, specs: Iterable[RunSpec], out: Path, command: Sequence[str]) -> list[Path]:
+    """Analyse a grid's finished runs, draw their figures and write report.html and report.md.
+
+    Args:
+        specs: the grid's runs. out: a folder. command: trains the grid; the number of seeds is added.
+
+    Returns:
+        The two files, or none where nothing is finished.
+    """
+    table = run_table(checkpoints, specs)
+    if table.empty:
+        return []
+    analysis = analyse(table, checkpoints)
+    figures = draw_figures(table, step_table(checkpoints, table), out / "figures")
+    seeds = int(table["seed"].max()) + 1
+    blocks = page(analysis, figures, shlex.join([*command, *(["--seeds", str(seeds)] if seeds > 1 else [])]))
+    html, markdown = out / "report.html", out / "report.md"
+    write_atomically(html, to_html(blocks, "Differential ViT against classic ViT").encode())
+    write_atomically(markdown, to_markdown(blocks, out).encode())
+    return [html, markdown]
+
+
+def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Block]:
+    """The report's blocks.
+
+    Args:
+        figures: PNG files among these are shown, by the names that draw_figures gives.
+    """
+    blocks: list[Block] = [Heading("Does a Differential ViT scale better than a classic ViT, and does noise change it?", 1)]
+    blocks += [Paragraph(verdict.sentence(answer), lead=True) for answer in analysis.answers]
+    if not analysis.answers:
+        blocks.append(Paragraph("No answer yet: the two architectures have no size and seed in common.", lead=True))
+    if not any(answer.question == "noise" for answer in analysis.answers):
+        blocks.append(Paragraph("Whether noise changes the difference has not been measured here.", lead=True))
+    elif analysis.noise_source:
+        blocks.append(Paragraph(f"The noise question compares {analysis.noise_source}, with clean images for both."))
+    blocks.append(Paragraph(_RULE))
+    blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
+    blocks += _figures(analysis, figures)
+    blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
+    blocks += _noise_section(analysis)
+    blocks += [Heading("What this does not show"), Items(_limits(analysis))]
+    blocks += [Heading("Reproduce"), Code(command), *_provenance(analysis.table)]
+    return blocks
+
+
+_RULE = (
+    "The rule, fixed before the data: better or worse if the 95 % interval excludes 0, also after Holm's correction over the questions above; "
+    f"else equivalent if it lies within +-{100 * verdict.MARGIN:.0f} % relative error; else undecided. Negative numbers favour the "
+    "Differential ViT. Intervals are Student's, over pairs of runs that share a seed. Everything below is exploratory."
+)
+_SCALING = (
+    "Width is fixed by the protocol, so models scale by depth alone. Slopes are of log error (or cross-entropy) over log parameters, "
+    "within the measured range: they are not the exponents of a power law."
+)
+
+
+def _accuracy_tables(analysis: Analysis) -> list[Block]:
+    blocks: list[Block] = []
+    for part in analysis.subjects:
+        rows = []
+        for (_, model), cell in part.table.groupby(["parameters", "model"]):
+            done = cell[cell["status"] == "done"]
+            ended_else = len(cell) - len(done)
+            parameters, title = f"{cell['parameters'].iloc[0] / 1e6:.3g} M", MODEL_TITLES.get(model, model)
+            if done.empty:
+                rows.append([title, parameters, str(len(cell)), "diverged", "", "", "", ""])
+                continue
+            accuracy, images = 100 * done["test_accuracy"].mean(), int(done["test_images"].min())
+            low, high = wilson(accuracy, images)
+            spread = f"{100 * done['test_accuracy'].std():.2f}" if len(done) > 1 else "1 seed"
+            rows.append([
+                title, parameters, str(len(done)) + (f" (+{ended_else} diverged)" if ended_else else ""), f"{accuracy:.2f} %",
+                f"{low:.1f} to {high:.1f}", spread, f"{done['test_loss'].mean():.4f}", f"{done['seconds'].mean() / 60:.1f}",
+            ])  # fmt: skip
+        images = int(part.table["test_images"].min()) if part.table["test_images"].notna().any() else 0
+        header = ["model", "size", "seeds", "test accuracy", "95 % Wilson", "SD over seeds", "cross-entropy", "minutes a run"]
+        blocks.append(Table(header, rows, f"{part.name}: mean over seeds, {images:,} test images"))
+    runs = [
+        [MODEL_TITLES.get(run.model, run.model), run.size, run.dataset, run.overrides or "", str(run.seed), run.run_id, run.status,
+         *(["", ""] if run.status != "done" else [f"{100 * run.test_accuracy:.2f} %", f"{run.test_loss:.4f}"])]
+        for run in analysis.table.itertuples()
+    ]  # fmt: skip
+    header = ["model", "size", "data set", "overrides", "seed", "run_id", "status", "test accuracy", "cross-entropy"]
+    blocks.append(Table(header, runs, f"Every run ({len(runs)})", left=4, closed=True))
+    left_out = [phrase for comparison in analysis.comparisons.values() for phrase in comparison.left_out]
+    if left_out:
+        blocks.append(Paragraph(f"Left out of the comparisons: {'; '.join(left_out)}."))
+    return blocks
+
+
+def _figures(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
+    """The user's figures, the overlay first."""
+    blocks: list[Block] = []
+    for part in analysis.subjects:
+        own = [path for path in figures if path.suffix == ".png" and _belongs(path, part, analysis.subjects)]
+        own.sort(key=lambda path: ("overlay" not in path.name, "scaling" not in path.name, path.name))
+        if own:
+            blocks += [Heading(f"Figures: {part.name}", 3), Figures([(path, _caption(path, part)) for path in own])]
+    return blocks
+
+
+def _scaling_tables(analysis: Analysis) -> list[Block]:
+    blocks: list[Block] = []
+    rows: list[list[str]] = []
+    for name, comparison in analysis.comparisons.items():
+        first, second = (MODEL_TITLES.get(arm, arm) for arm in comparison.arms)
+        for measure, lines in comparison.lines.items():
+            rows += [[name, measure, f"slope, {title}", _number(line.slope)] for title, line in zip((first, second), lines, strict=True)]
+            rows.append([name, measure, "slope, difference", _slope_difference(comparison, measure)])
+        for answer in comparison.answers:
+            rows.append([name, "error", answer.question, _relative(answer.estimate)])
+        rows += [[name, *what.split(", "), _relative(estimate)] for what, estimate in comparison.exploratory]
+    blocks.append(Table(["data set", "measure", "quantity", "value (95 % interval)"], rows, "Lines and contrasts", left=3))
+    rows = [[name, cost, _ratio(ratio)] for name, each in analysis.comparisons.items() for cost, ratio in each.ratios.items()]
+    header = ["data set", "cost", "differential / classic (95 % interval)"]
+    blocks.append(Table(header, rows, "Cost at which both have the same error", left=2))
+    for name, comparison in analysis.comparisons.items():
+        blocks.append(Items([*_match_sentences(name, comparison), *_secondary(name, comparison)]))
+    if analysis.controls:
+        rows = [[title, _relative(estimate), str(pairs)] for title, estimate, pairs in analysis.controls]
+        blocks.append(Table(["control", "difference in error (95 % interval)", "pairs"], rows, "Other architectures"))
+    return blocks
+
+
+def _slope_difference(comparison: Comparison, measure: str) -> str:
+    """Second less first: the trend, per unit of log parameters."""
+    cells = comparison.cells[measure]
+    return _number(scaling.contrast(cells, -scaling.slope_weights(cells.x)))
+
+
+def _match_sentences(name: str, comparison: Comparison) -> list[str]:
+    sentences = []
+    for parameters, equal in comparison.matches:
+        of_size = f"{equal / 1e6:.3g} M, {parameters / equal:.2f} of its parameters" if equal else "a size outside the measured range"
+        sentences.append(f"{name}: the differential model of {parameters / 1e6:.3g} M has the error of a classic one of {of_size}.")
+    return sentences
+
+
+def _secondary(name: str, comparison: Comparison) -> list[str]:
+    """Sign flips, the crossed bootstrap, the correlation within pairs and the power law, a sentence each."""
+    sentences = []
+    for answer in comparison.answers:
+        text = f"{name}, {answer.question}: sign flips over {answer.pairs} pairs give p = {verdict.p_value(answer.flips)}"
+        if answer.new_images and answer.seeds > 1:
+            text += f"; seeds and test images both resampled: {percent(answer.new_images[0])} to {percent(answer.new_images[1])}"
+        elif answer.new_images:
+            text += f"; test images alone resampled: {percent(answer.new_images[0])} to {percent(answer.new_images[1])}"
+        sentences.append(text + ".")
+    if not math.isnan(comparison.correlation):
+        sentences.append(f"{name}: correlation of the two architectures' errors within pairs of a seed: {comparison.correlation:+.2f}.")
+    law = comparison.law["error"]
+    if law:
+        sentences.append(
+            f"{name}: a power law with one floor for both fits with exponents {law.exponents[0]:.2f} and {law.exponents[1]:.2f} and a "
+            f"floor of {100 * law.floor:.1f} % error; with {law.df} degree{'s' if law.df != 1 else ''} of freedom these are not to be trusted."
+        )
+    return sentences
+
+
+def _noise_section(analysis: Analysis) -> list[Block]:
+    from diffvit.robustness import summarise
+
+    blocks: list[Block] = []
+    if analysis.other_noise:
+        rows = [[answer.subject, _relative(answer.estimate), str(answer.pairs)] for answer in analysis.other_noise]
+        blocks.append(Table(["condition", "change of the difference in error (95 % interval)", "pairs"], rows, "Other noise, exploratory"))
+    labels = analysis.table[analysis.table["false_labels"].notna()] if "false_labels" in analysis.table else analysis.table.iloc[:0]
+    if len(labels):
+        rows = [
+            [f"{MODEL_TITLES.get(model, model)}, {size}", str(overrides), f"{cell['false_labels'].mean():.0f}",
+             *(f"{100 * cell[column].mean():.1f} %" for column in ("memorised", "recovered", "test_accuracy"))]
+            for (overrides, size, model), cell in labels.groupby(["overrides", "size", "model"], sort=False)
+        ]  # fmt: skip
+        header = ["model", "condition", "false labels", "memorised", "true label given", "clean test accuracy"]
+        blocks.append(Table(header, rows, "False training labels: what the final model answers for their images", left=2))
+    evaluated = {run_id: found["corruptions"] for run_id, found in analysis.findings.items() if "corruptions" in found}
+    for part in analysis.subjects:
+        runs = part.table[part.table["run_id"].isin(list(evaluated))]
+        if runs.empty:
+            continue
+        names = [row["corruption"] for row in summarise(next(iter(evaluated.values())))]
+        rows = []
+        for (_, model), cell in runs.groupby(["parameters", "model"]):
+            found = [{row["corruption"]: row for row in summarise(evaluated[run_id])} for run_id in cell["run_id"]]
+            errors = [100 * float(np.mean([each[name]["error"] for each in found])) for name in names]
+            clean = errors[names.index("clean")]
+            relative = f"{errors[names.index('mean')] / clean:.2f}" if clean else ""
+            title = f"{MODEL_TITLES.get(model, model)}, {cell['parameters'].iloc[0] / 1e6:.3g} M"
+            rows.append([title, *(f"{error:.1f}" for error in errors), relative])
+        caption = (
+            f"{part.name}: error in % on corrupted test images, mean over severities and seeds; the five's mean also relative to clean"
+        )
+        blocks.append(Table(["model", *names, "mean / clean"], rows, caption))
+    return [Heading("Noise"), Paragraph(_NOISE_AXES), *blocks] if blocks else []
+
+
+_NOISE_AXES = (
+    "Noise in images and noise in labels are different things. BACH is a case of the first: large images whose label rests on a small "
+    "part of them, with the rest, stain and scanner as noise; its labels were agreed on by pathologists. Corruptions have CIFAR-C's constants, "
+    "at the images' own size."
+)
+
+
+def _limits(analysis: Analysis) -> list[str]:
+    """What a reader must not conclude."""
+    limits = []
+    for part in analysis.subjects:
+        if not part.base:
+            continue
+        done = part.table[part.table["status"] == "done"]
+        protocol = _protocol(part)
+        if warning := protocol.warmup_warning(int(part.table["steps"].max())):
+            limits.append(f"{part.name}: {warning}.")
+        if len(done):
+            images, accuracy = int(done["test_images"].min()), done["test_accuracy"].mean()
+            half = 196 * math.sqrt(accuracy * (1 - accuracy) / images)
+            near = f"a single accuracy near {100 * accuracy:.0f} % is uncertain by {half:.1f} points"
+            limits.append(f"{part.name}: with {images:,} test images {near}.")
+            seeds = int(done.groupby(["model", "size"])["seed"].nunique().min())
+            limits.append(f"{part.name}: {seeds} seed{'s' if seeds != 1 else ''} for each model and size" + (
+                ", so that nothing is known of the spread between seeds." if seeds == 1 else "."))  # fmt: skip
+        for flag in part.table["flags"].unique():
+            if flag:
+                limits.append(f"{part.name}: {flag}.")
+    sizes = analysis.table.groupby("dataset")["size"].nunique().max()
+    limits += [
+        f"{sizes} sizes over a factor of about five say nothing about larger models, and only depth varies.",
+        "Parameters are equal within 1 %; FLOPs and training time are not, and the ratios above give all three.",
+        "One protocol for both, without augmentation. " + _tuning(analysis),
+        "Intervals hold for these test images. The bootstrap over images too is given beside them, and it is on the wide side.",
+        "No claim about the best size for a budget of compute.",
+    ]
+    return limits
+
+
+def _tuning(analysis: Analysis) -> str:
+    if any("lr" in part.condition for part in analysis.subjects):
+        return "Other learning rates were tried with the same budget for both: see the conditions."
+    return "Whether another learning rate would favour one of them is what `study --grid lr` answers; it is not answered here."
+
+
+def _protocol(part: Subject) -> Protocol:
+    values = dict(pair.split("=", 1) for pair in part.table["overrides"].iloc[0].split())
+    return protocol_of(part.dataset).with_overrides({key: float(value) for key, value in values.items()})
+
+
+def _provenance(table: pd.DataFrame) -> list[Block]:
+    facts = {"code": "git_commit", "device": "device_name", **{name: name for name in ("precision", "torch", "diffvit", "attention")}}
+    rows = [[what, ", ".join(sorted({str(value) for value in table[column].dropna()}))] for what, column in facts.items()]
+    fingerprints = table[["dataset", "fingerprint"]].drop_duplicates()
+    rows += [[f"data of {row.dataset}", row.fingerprint] for row in fingerprints.itertuples()]
+    rows.append(["training time of all runs", f"{table['seconds'].sum() / 3600:.2f} hours"])
+    return [Table(["", ""], rows, left=2)]
+
+
+def _belongs(path: Path, part: Subject, parts: Sequence[Subject]) -> bool:
+    raise NotImplementedError
+
+
+def _caption(path: Path, part: Subject) -> str:
+    raise NotImplementedError
+
+
+def _number(estimate: Estimate) -> str:
+    low, high = estimate.interval
+    return f"{estimate.value:+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if estimate.df else " (no interval, 1 seed)")
+
+
+def _relative(estimate: Estimate) -> str:
+    low, high = estimate.interval
+    return percent(estimate.value) + (f" ({percent(low)} to {percent(high)})" if estimate.df else " (no interval, 1 seed)")
+
+
+def _ratio(ratio: Ratio) -> str:
+    if math.isnan(ratio.value):
+        return ratio.note
+    return f"{ratio.value:.2f} " + (f"({ratio.low:.2f} to {ratio.high:.2f})" if not math.isnan(ratio.low) else f"({ratio.note})")

@@ -1,0 +1,285 @@
+"""What is asked, by what rule it is answered, and the answer in a sentence. The rule was written down before any data were there.
+
+Three questions, on the test error, each with one number (see scaling.py):
+
+    level   is one architecture better at the sizes measured?
+    trend   does one scale better with depth?
+    noise   does noise change the difference of the two?
+
+    better / worse   the 95 % interval excludes 0, and so does Holm's correction over all questions of the report
+    equivalent       else, if the interval lies within +-2 % relative error
+    undecided        else; the sentence says what would have been found
+    no interval      one seed: the sentence says what no effect at all would produce
+
+Cross-entropy, ratios, slopes, power laws and everything else are exploratory: shown with intervals, and no verdict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from diffvit.protocol import ARMS, MODEL_TITLES
+from study import scaling
+from study.scaling import Cells, Estimate, Line, PowerLaw, Ratio
+
+# Relative error within which two architectures count as equivalent.
+MARGIN = 0.02
+ALPHA = 1 - scaling.LEVEL
+
+# What a pair's log ratio scatters by where nothing in the ledger says it: 3 % a run, unpaired.
+ASSUMED_SPREAD = 0.03 * math.sqrt(2)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question's number and verdict.
+
+    Attributes:
+        question: "level", "trend" or "noise".
+        subject: the data set, with the condition where there are several.
+        p_holm: corrected over the family; nan with one seed.
+        flips: p of the sign-flip test.
+        new_images: interval of the crossed bootstrap, where predictions are there.
+        null_half, null_source: with one seed, half of the range that no effect would produce, and where its spread comes from.
+    """
+
+    question: str
+    subject: str
+    arms: tuple[str, str]
+    estimate: Estimate
+    pairs: int
+    seeds: int
+    verdict: str = ""
+    p_holm: float = math.nan
+    flips: float = math.nan
+    new_images: tuple[float, float] | None = None
+    null_half: float = math.nan
+    null_source: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both architectures on one data set: the answers and all that is exploratory.
+
+    Attributes:
+        lines: of both arms, by measure. ratios: by cost. left_out: runs that enter no pair, and why, a phrase each.
+    """
+
+    subject: str
+    arms: tuple[str, str]
+    cells: dict[str, Cells]
+    answers: list[Answer]
+    exploratory: list[tuple[str, Estimate]]
+    lines: dict[str, tuple[Line, Line]]
+    ratios: dict[str, Ratio]
+    matches: list[tuple[float, float | None]]
+    law: dict[str, PowerLaw | None]
+    correlation: float
+    left_out: list[str] = dataclasses.field(default_factory=list)
+
+
+COSTS = {"parameters": "parameters", "forward_flops": "FLOPs", "seconds": "training time"}
+
+
+def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, checkpoints: Path | None = None) -> Comparison | None:
+    """Compare two architectures on the runs of one data set and one condition; None where they share no size and seed.
+
+    Args:
+        checkpoints: where the runs' predictions are, for the secondary interval; None leaves it out.
+    """
+    first, second = (table[table["model"] == arm] for arm in arms)
+    pairs = scaling.pair_table(first, second)
+    if pairs.empty:
+        return None
+    by_measure = {measure: scaling.cells_of(scaling.pair_table(first, second, measure)) for measure in ("error", "cross-entropy")}
+    cells = by_measure["error"]
+    wrong = _wrong_answers(checkpoints, first, second, pairs) if checkpoints else None
+    spread, source = _null_spread(cells, wrong)
+    several = len(cells.logs) > 1
+    questions = {"level": scaling.level_weights(cells), **({"trend": scaling.trend_weights(cells)} if several else {})}
+    answers = [
+        Answer(
+            question, subject, arms, scaling.contrast(cells, weights), int(cells.counts.sum()), int(cells.counts.max()),
+            flips=scaling.sign_flips(cells, weights), new_images=scaling.crossed_bootstrap(wrong, weights) if wrong else None,
+            null_half=scaling.null_range(weights, cells.counts, spread), null_source=source,
+        )
+        for question, weights in questions.items()
+    ]  # fmt: skip
+    exploratory = [("cross-entropy, level", scaling.level(by_measure["cross-entropy"]))]
+    if several:
+        exploratory.append(("cross-entropy, trend", scaling.trend(by_measure["cross-entropy"])))
+    return Comparison(
+        subject, arms, by_measure, answers, exploratory,
+        lines={name: (scaling.line(each, 0), scaling.line(each, 1)) for name, each in by_measure.items()} if several else {},
+        ratios={name: scaling.effective_ratio(scaling.cells_of(scaling.pair_table(first, second, "error", cost)))
+                for cost, name in COSTS.items()},
+        matches=[(math.exp(cells.log_costs[1, i]), scaling.equal_cost(cells, i)) for i in range(len(cells.logs))],
+        law={name: scaling.power_law(each) for name, each in by_measure.items()},
+        correlation=cells.correlation(),
+        left_out=_left_out(table, arms, pairs),
+    )  # fmt: skip
+
+
+def noise_answer(
+    clean: pd.DataFrame, noisy: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, measure: str = "error"
+) -> Answer | None:
+    """How much noise changes the log ratio of the arms' errors: below 0, the second arm suffers less. None without common pairs.
+
+    Args:
+        clean, noisy: run tables of the two conditions.
+        measure: of the noisy one, as pair_table takes it; the clean one's is its error.
+    """
+    one, other = (
+        scaling.pair_table(table[table["model"] == arms[0]], table[table["model"] == arms[1]], each)
+        for table, each in ((clean, "error"), (noisy, measure))
+    )
+    other = other.rename(index=_size_of_rank(other, one), level="size") if len(one) and len(other) else other
+    pairs = scaling.interaction_pairs(one, other)
+    if pairs.empty:
+        return None
+    cells = scaling.cells_of(pairs)
+    weights = scaling.level_weights(cells)
+    return Answer(
+        "noise", subject, arms, scaling.contrast(cells, weights), int(cells.counts.sum()), int(cells.counts.max()),
+        flips=scaling.sign_flips(cells, weights),
+        null_half=scaling.null_range(weights, cells.counts, ASSUMED_SPREAD * math.sqrt(2)), null_source=_ASSUMED,
+    )  # fmt: skip
+
+
+def _size_of_rank(noisy: pd.DataFrame, clean: pd.DataFrame) -> dict[str, str]:
+    """Sizes of two data sets are the same where their ranks are; labels may differ."""
+    ranked = [list(table.groupby("size")["cost_0"].mean().sort_values().index) for table in (noisy, clean)]
+    return dict(zip(*ranked, strict=False))
+
+
+def decide(answers: Sequence[Answer]) -> list[Answer]:
+    """The verdicts of a family of answers, with Holm's correction over it."""
+    corrected = holm([answer.estimate.p for answer in answers])
+    pairs = zip(answers, corrected, strict=True)
+    return [dataclasses.replace(answer, p_holm=p, verdict=_verdict(answer.estimate, p)) for answer, p in pairs]
+
+
+def _verdict(estimate: Estimate, p_holm: float) -> str:
+    if not estimate.df:
+        return "no interval"
+    if p_holm < ALPHA:
+        return "better" if estimate.value < 0 else "worse"
+    low, high = estimate.interval
+    return "equivalent" if math.log(1 - MARGIN) < low and high < math.log(1 + MARGIN) else "undecided"
+
+
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's step-down correction; nan stays nan and is not counted."""
+    known = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
+    corrected = [math.nan] * len(ps)
+    highest = 0.0
+    for rank, (p, i) in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - rank) * p))
+        corrected[i] = highest
+    return corrected
+
+
+# ----------------------------------------------------------------------------------------------------------- one seed
+
+_ASSUMED = f"assuming that a run's error scatters by {100 * ASSUMED_SPREAD / math.sqrt(2):.0f} % from seed to seed"
+
+
+def _null_spread(cells: Cells, wrong: list[np.ndarray] | None) -> tuple[float, str]:
+    """What a pair's log ratio scatters by if the arms do not differ, and how that is known."""
+    if cells.df:
+        return cells.pair_spread(), "from the spread between seeds"
+    if wrong is None:
+        return ASSUMED_SPREAD, _ASSUMED
+    spreads = []
+    for cell in wrong:
+        disagreed = float(abs(cell[1] - cell[0]).sum(axis=-1).mean())
+        spreads.append(math.sqrt(disagreed + 1) / max(1.0, float(cell.sum(axis=-1).mean())))
+    source = "if chance alone decided the test images on which the two disagree"
+    return float(np.sqrt(np.mean(np.square(spreads)))), source
+
+
+def _wrong_answers(checkpoints: Path, first: pd.DataFrame, second: pd.DataFrame, pairs: pd.DataFrame) -> list[np.ndarray]:
+    """For each size, smallest first: [2, seeds, test images], 1 where an answer is wrong."""
+    from study.table import wrong_answers
+
+    runs = [{(run.size, run.seed): run for run in arm[arm["status"] == "done"].itertuples()} for arm in (first, second)]
+    sizes = pairs.groupby("size")["cost_0"].mean().sort_values().index
+    by_size = {size: [pair for pair in pairs.index if pair[0] == size] for size in sizes}
+    return [np.stack([[wrong_answers(checkpoints, arm[pair]) for pair in of_size] for arm in runs]) for of_size in by_size.values()]
+
+
+def _left_out(table: pd.DataFrame, arms: tuple[str, str], pairs: pd.DataFrame) -> list[str]:
+    """Runs that enter no pair, and why."""
+    phrases = []
+    for run in table[table["model"].isin(arms)].itertuples():
+        name = f"{MODEL_TITLES.get(run.model, run.model)} {run.size} seed {run.seed}"
+        if run.status != "done":
+            phrases.append(f"{name} {run.status}")
+        elif (run.size, run.seed) not in pairs.index:
+            phrases.append(f"{name} has no partner")
+    return phrases
+
+
+# ---------------------------------------------------------------------------------------------------------- sentences
+
+
+def sentence(answer: Answer) -> str:
+    """The answer for a person: verdict, number, interval, and what else decides how to take it."""
+    first, second = (MODEL_TITLES.get(arm, arm) for arm in answer.arms)
+    better = {"level": f"{second} has a lower error than {first} at these sizes",
+              "trend": f"{second} scales better with depth than {first}",
+              "noise": f"{second} is better suited to noise than {first}"}[answer.question]  # fmt: skip
+    worse = {"level": f"{second} has a higher error than {first} at these sizes",
+             "trend": f"{second} scales worse with depth than {first}",
+             "noise": f"{second} is worse suited to noise than {first}"}[answer.question]  # fmt: skip
+    same = {"level": f"{second} and {first} are equivalent at these sizes", "trend": f"{second} and {first} scale alike with depth",
+            "noise": f"noise hits {second} and {first} alike"}[answer.question]  # fmt: skip
+    undecided = {"level": f"whether {second} or {first} has the lower error is undecided",
+                 "trend": f"whether {second} scales better than {first} is undecided",
+                 "noise": f"whether {second} is better suited to noise than {first} is undecided"}[answer.question]  # fmt: skip
+    claim = {"better": better, "worse": worse, "equivalent": same}.get(answer.verdict, undecided)
+    number = f"{_WHAT[answer.question]} {percent(answer.estimate.value)}"
+    if answer.verdict == "no interval":
+        low, high = percent(-answer.null_half), percent(answer.null_half)
+        return (
+            f"On {answer.subject}, {claim}: {number}, no interval (1 seed). No effect at all would produce {low} to {high}, "
+            f"{answer.null_source}."
+        )
+    low, high = (percent(end) for end in answer.estimate.interval)
+    test = f"p = {p_value(answer.p_holm)} after Holm, {answer.pairs} pairs"
+    text = f"On {answer.subject}, {claim}: {number} (95 % interval {low} to {high}; {test})."
+    if answer.verdict == "equivalent":
+        text += f" The interval lies within +-{100 * MARGIN:.0f} %."
+    if answer.verdict == "undecided":
+        text += f" A true difference of {_plain_percent(answer.estimate.detectable())} would have been found with a probability of 80 %."
+        if answer.estimate.p < ALPHA:
+            text += " Taken alone the interval excludes 0; as one of several questions it does not suffice."
+    if answer.verdict in ("better", "worse") and answer.new_images and answer.new_images[0] <= 0 <= answer.new_images[1]:
+        low, high = (percent(end) for end in answer.new_images)
+        text += f" This holds for these test images; for new ones too it is not certain ({low} to {high})."
+    return text
+
+
+_WHAT = {"level": "difference in error", "trend": "change of the difference from the smallest to the largest size",
+         "noise": "change of the difference under noise"}  # fmt: skip
+
+
+def percent(log_ratio: float) -> str:
+    """A log ratio as a relative change: -0.02 -> "-2.0 %"."""
+    return f"{100 * math.expm1(log_ratio):+.1f} %"
+
+
+def _plain_percent(log_ratio: float) -> str:
+    return f"{100 * math.expm1(log_ratio):.1f} %"
+
+
+def p_value(p: float) -> str:
+    """Two digits, and never 0."""
+    return "nan" if math.isnan(p) else f"{p:.2g}" if p >= 1e-3 else "<0.001"
