@@ -9,6 +9,7 @@ Splits depend on the data only, never on a run's seed: rows are put in order by 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -28,8 +29,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from diffvit.corruptions import add_gaussian
 from diffvit.errors import UserError
-from diffvit.protocol import protocol_of, stable_seed
+from diffvit.protocol import Protocol, protocol_of, stable_seed
 
 # Raise it when decoding, splitting or resizing changes: cached arrays of other versions are not used.
 _CACHE_VERSION = 1
@@ -413,6 +415,43 @@ def split_rows(labels: np.ndarray, fractions: Sequence[float], salt: str) -> lis
         for part, chunk in zip(parts, np.split(rows, cuts), strict=True):
             part.append(chunk)
     return [np.sort(np.concatenate(part)) for part in parts]
+
+
+# -------------------------------------------------------------------------------------------- noise in the training split
+
+_ROWS_AT_ONCE = 1024
+
+
+def with_training_noise(data: Dataset, protocol: Protocol, seed: int) -> tuple[Dataset, Tensor]:
+    """The data with the protocol's label_noise and input_noise in the training split; without either, `data` itself.
+
+    The noise depends on the run's seed and on neither model nor size, so that all of them meet the same. Mean and standard
+    deviation stay those of the clean images: validation and test images are clean, and normalised by the same numbers.
+
+    Args:
+        seed: of the run.
+
+    Returns:
+        The data, and the rows of the training split with a false label, int64, in order.
+    """
+    train, notes, count = data.train, [], protocol.false_labels(len(data.train))
+    pixels, labels, rows = train.pixels, train.labels, torch.empty(0, dtype=torch.int64)
+    if count:
+        generator = torch.Generator().manual_seed(stable_seed("label-noise", seed))
+        rows = torch.randperm(len(train), generator=generator)[:count].sort().values
+        # A step of 1 to classes - 1 round the classes never ends at the true one. A step for every row: a row that is false at a
+        # lower share has the same false label at a higher one.
+        steps = torch.randint(1, len(data.classes), (len(train),), generator=generator)
+        labels = labels.clone()
+        labels[rows] = (labels[rows] + steps[rows]) % len(data.classes)
+        notes.append(f"{count} of {len(train)} training labels are false")
+    if protocol.input_noise:
+        generator = torch.Generator().manual_seed(stable_seed("input-noise", seed))
+        pixels = torch.cat([add_gaussian(some, protocol.input_noise, generator) for some in pixels.split(_ROWS_AT_ONCE)])
+        notes.append(f"Gaussian noise of standard deviation {protocol.input_noise:g} (pixels in 0-1) on training images")
+    if not notes:
+        return data, rows
+    return dataclasses.replace(data, train=ImageSet(pixels, labels), notes=(*data.notes, *notes)), rows
 
 
 # ---------------------------------------------------------------------------------------------------------- batches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffvit.dataset import ImageSet, Prepare, load, make_loader
+from diffvit.dataset import Dataset, ImageSet, Prepare, load, make_loader
 from diffvit.errors import UserError
 from diffvit.ledger import load_weights
 
@@ -127,9 +127,6 @@ def evaluate_checkpoint(
     data = load(facts["dataset"], data_root)
     prepare = Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)
     outcome = evaluate(model.to(device), data.test.head(limit), prepare=prepare, batch_size=batch_size, precision=facts["precision"])
-    warnings = []
-    if data.fingerprint != facts["fingerprint"]:
-        warnings.append("these data are not those that the model was trained on: test images may have been seen in training")
     return {
         "checkpoint": str(path),
         **{key: facts[key] for key in ("run_id", "model", "size", "dataset", "seed")},
@@ -137,5 +134,12 @@ def evaluate_checkpoint(
         "accuracy": outcome.accuracy,
         "loss": outcome.loss,
         "classes": outcome.per_class(facts["classes"]),
-        "warnings": warnings,
+        "warnings": data_warnings(facts, data),
     }
+
+
+def data_warnings(facts: Mapping[str, Any], data: Dataset) -> list[str]:
+    """What to know of testing a model on these data, given its checkpoint's header."""
+    if data.fingerprint == facts["fingerprint"]:
+        return []
+    return ["these data are not those that the model was trained on: test images may have been seen in training"]

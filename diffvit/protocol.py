@@ -59,6 +59,10 @@ class Protocol:
     weight_decay: float = 0.01
     clip_norm: float | None = None
     max_steps: int | None = None
+    # Noise in the training split, drawn once a run; validation and test stay clean. The share of false labels, and the
+    # standard deviation of Gaussian noise on pixels in 0-1
+    label_noise: float = 0.0
+    input_noise: float = 0.0
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -73,6 +77,10 @@ class Protocol:
         """Optimiser steps of the whole run."""
         steps = self.epochs * self.steps_per_epoch(train_images)
         return steps if self.max_steps is None else min(steps, self.max_steps)
+
+    def false_labels(self, train_images: int | None = None) -> int:
+        """Training images whose label is not the true one."""
+        return round(self.label_noise * (train_images or self.images[0]))
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """Learning rate of `step` (1 … total_steps).
@@ -156,6 +164,8 @@ OVERRIDES: dict[str, tuple[type, float, float | None, bool]] = {
     "weight_decay": (float, 0, None, True),
     "clip_norm": (float, 0, None, False),
     "dropout": (float, 0, 0.99, True),
+    "label_noise": (float, 0, 0.99, True),
+    "input_noise": (float, 0, 1, True),
 }
 
 

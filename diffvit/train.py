@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffvit
-from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader
+from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader, with_training_noise
 from diffvit.errors import RunIsBusyError, UserError
 from diffvit.evaluation import Evaluation, autocast, evaluate
 from diffvit.keeper import RunKeeper
@@ -398,6 +398,8 @@ def _train(
     """`train` once the run is ours: resume or begin, fit, evaluate, write the files."""
     rank, workers = _group()
     protocol, run_id = spec.protocol, files.run_id
+    clean = data
+    data, false_rows = with_training_noise(clean, protocol, spec.seed)
     model = build_model(spec.model, spec.size, protocol)
     model.initialise(spec.seed)
     model.to(device)
@@ -458,6 +460,11 @@ def _train(
             save_weights(files.weights, model, weight_facts(spec, run_id, data))
             write_atomically(files.predictions, test.to_csv().encode())
             outcome, written = _outcome(fitted, val, test), [files.weights, files.log, files.predictions]
+            some = false_rows[:limit]
+            if len(some):
+                falsely = ImageSet(data.train.pixels[some], data.train.labels[some])
+                learnt = evaluate(model, falsely, prepare=prepare, batch_size=batch, precision=spec.precision)
+                outcome |= _memory_of(learnt, clean.train.labels[some])
         log.position()  # on disk before the result says so
 
     result = {
@@ -467,6 +474,9 @@ def _train(
         "depth": protocol.depths[spec.size],
         "parameters": model.count_parameters(),
         "forward_flops": model.estimate_flops(),
+        "false_labels": len(false_rows) if protocol.label_noise else None,
+        "memorised": None,
+        "recovered": None,
         **outcome,
         "workers": workers,
         "micro_batch": micro_batch or -(-protocol.batch_size // workers),
@@ -495,6 +505,11 @@ def _outcome(fitted: Fit, val: Evaluation, test: Evaluation) -> dict[str, Any]:
         "test_accuracy": test.accuracy,
         "test_images": len(test.labels),
     }
+
+
+def _memory_of(learnt: Evaluation, true_labels: Tensor) -> dict[str, Any]:
+    """What a model answers for training images whose labels were false: shares of those labels, and of the true ones."""
+    return {"memorised": learnt.accuracy, "recovered": (learnt.predicted == true_labels).double().mean().item()}
 
 
 def _diverged_outcome(diverged: Diverged, images: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class PlannedRun:
         run_id: None where the data are not at hand to take their fingerprint.
         forward_flops: of one image.
         train_flops: of the whole run: three forward passes' worth for each training image (one forward, one backward of twice that),
-            one for each image of the validation batches and of the final validation and test.
+            one for each image of the validation batches, of the final validation and test, and for each false label.
         status: of a run that has ended: "done" or "diverged".
     """
 
@@ -72,7 +72,7 @@ def _image_passes(protocol: Protocol, steps: int) -> float:
     """Forward passes' worth of work in a run of `steps`, in images."""
     train, val, test = protocol.images
     trained = images_in_steps(train, protocol.batch_size, steps)
-    return 3 * trained + images_in_steps(val, protocol.batch_size, steps) + val + test
+    return 3 * trained + images_in_steps(val, protocol.batch_size, steps) + val + test + protocol.false_labels()
 
 
 def load_fingerprints(specs: Iterable[RunSpec], data_root: str | None, required: bool) -> dict[str, str]:

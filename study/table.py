@@ -18,6 +18,7 @@ COLUMNS = (
     "run_id", "status", "model", "size", "dataset", "seed", "precision", "overrides", "fingerprint",
     "depth", "parameters", "forward_flops", "steps", "images", "seconds", "images_per_second",
     "train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_images",
+    "false_labels", "memorised", "recovered",
     "device", "device_name", "threads", "workers", "micro_batch", "attention", "deterministic",
     "python", "torch", "diffvit", "git_commit", "started", "finished", "notes", "flags",
 )  # fmt: skip
@@ -40,8 +41,9 @@ def run_table(checkpoints: Path, grid: Iterable[RunSpec] | None = None) -> pd.Da
         cells = {_cell_key(spec.identity("")) for spec in grid}
         results = [result for result in results if _cell_key(result["identity"]) in cells]
     table = pd.DataFrame([_row(result) for result in results], columns=list(COLUMNS))
-    for name in ("train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy"):
+    for name in ("train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "memorised", "recovered"):
         table[name] = table[name].astype(float)
+    table["false_labels"] = table["false_labels"].astype("Int64")  # whole numbers, and gaps for runs without label noise
     table = table.sort_values(["dataset", "parameters", "model", "seed", "run_id"], ignore_index=True)
     cell_of = {result["run_id"]: _cell_key({**result["identity"], "model": ""}) for result in results}
     table["flags"] = _flags(table, [cell_of[run_id] for run_id in table["run_id"]])

@@ -12,8 +12,9 @@ from conftest import SHARED, needs_cifar, needs_tissue
 from PIL import Image
 
 from diffvit import dataset
-from diffvit.dataset import Prepare, StepBatches, load, make_loader, split_rows
+from diffvit.dataset import Prepare, StepBatches, load, make_loader, split_rows, with_training_noise
 from diffvit.errors import UserError
+from diffvit.protocol import PROTOCOLS
 
 BACH_NAMES = ["Benign", "InSitu", "Invasive", "Normal", "Unknown"]
 BACH_PREFIXES = ["b", "is", "iv", "n"]
@@ -56,6 +57,59 @@ def test_noise_is_fixed_and_changes_only_pixels() -> None:
     assert 0.15 < difference.std() < dataset.DIGITS_NOISE  # clipping takes some of it
     dataset._load.cache_clear()
     assert load("digits-noisy").fingerprint == noisy.fingerprint
+
+
+def _noisy(seed: int = 0, **overrides: float) -> tuple[dataset.Dataset, torch.Tensor]:
+    return with_training_noise(load("digits"), PROTOCOLS["digits"].with_overrides(overrides), seed)
+
+
+def test_without_noise_the_data_are_not_copied() -> None:
+    data, rows = _noisy()
+    assert data is load("digits") and len(rows) == 0
+    false, _ = _noisy(label_noise=0.2)
+    assert false.train.pixels is data.train.pixels
+
+
+@pytest.mark.parametrize("share", [0.2, 0.99])
+def test_false_labels_are_as_many_as_asked_and_never_true(share: float) -> None:
+    clean, (noisy, rows) = load("digits"), _noisy(label_noise=share)
+    changed = torch.nonzero(noisy.train.labels != clean.train.labels)[:, 0]
+    assert torch.equal(rows, changed) and len(rows) == round(share * 1258)
+    assert noisy.train.labels.min() >= 0 and noisy.train.labels.max() <= 9
+    steps = (noisy.train.labels - clean.train.labels)[rows] % 10
+    counts = np.bincount(steps.numpy(), minlength=10)
+    # Each of the nine other classes alike: within four standard deviations of its expected count.
+    assert counts[0] == 0 and (abs(counts[1:] - len(rows) / 9) < 4 * (len(rows) / 9) ** 0.5).all()
+    assert f"{len(rows)} of 1258 training labels are false" in noisy.notes
+
+
+def test_false_labels_stay_false_at_a_higher_share() -> None:
+    (low, low_rows), (high, high_rows) = _noisy(label_noise=0.2), _noisy(label_noise=0.4)
+    assert set(low_rows.tolist()) < set(high_rows.tolist())
+    assert torch.equal(low.train.labels[low_rows], high.train.labels[low_rows])
+
+
+def test_training_noise_is_the_same_for_a_seed_and_leaves_val_and_test_alone() -> None:
+    clean, overrides = load("digits"), {"label_noise": 0.3, "input_noise": 0.2}
+    (first, _), (again, _), (other, _) = _noisy(1, **overrides), _noisy(1, **overrides), _noisy(2, **overrides)
+    assert torch.equal(first.train.pixels, again.train.pixels) and torch.equal(first.train.labels, again.train.labels)
+    assert not torch.equal(first.train.pixels, other.train.pixels) and not torch.equal(first.train.labels, other.train.labels)
+    assert first.val is clean.val and first.test is clean.test
+    assert (first.mean, first.std, first.fingerprint) == (clean.mean, clean.std, clean.fingerprint)
+
+
+def test_input_noise_has_its_deviation() -> None:
+    clean, (noisy, _) = load("digits").train.pixels, _noisy(input_noise=0.1)
+    difference = (noisy.train.pixels.float() - clean.float()) / 255
+    assert noisy.train.pixels.dtype == torch.uint8
+    assert difference[(clean > 100) & (clean < 155)].std().item() == pytest.approx(0.1, rel=0.03)  # far from where clipping starts
+    assert difference[clean == 0].min() == 0
+    # No row has the noise of another, also where more rows than are drawn at once lie between them.
+    grey = (clean > 50) & (clean < 205)
+    for apart in (1, 1024):
+        both = grey[apart:] & grey[:-apart]
+        pairs = torch.stack([difference[apart:][both], difference[:-apart][both]])
+        assert abs(torch.corrcoef(pairs)[0, 1].item()) < 0.1
 
 
 def test_normalisation_is_of_the_training_split() -> None:

@@ -70,13 +70,23 @@ def test_dataset_names_ignore_case() -> None:
     "overrides",
     [
         {"epochs": 0}, {"epochs": 1.5}, {"epochs": True}, {"batch_size": -1}, {"lr": 0}, {"lr": float("nan")},
-        {"dropout": 1.0}, {"warmup_steps": -1}, {"epoch": 3}, {"batch_size": 1_259}, {"lr": "fast"},
+        {"dropout": 1.0}, {"label_noise": 1.0}, {"label_noise": -0.1}, {"input_noise": 1.5}, {"input_noise": "much"}, {"warmup_steps": -1}, {"epoch": 3}, {"batch_size": 1_259}, {"lr": "fast"},
     ],
 )  # fmt: skip
 def test_overrides_are_checked(overrides: dict) -> None:
     with pytest.raises(UserError) as caught:
         PROTOCOLS["digits"].with_overrides(overrides)
     assert caught.value.hint
+
+
+def test_noise_enters_an_identity_only_where_there_is_some() -> None:
+    protocol = PROTOCOLS["digits"]
+    plain = protocol.with_overrides({"label_noise": 0, "input_noise": 0.0})
+    assert plain.identity("0.1M") == protocol.identity("0.1M")
+    assert not {"label_noise", "input_noise"} & set(plain.identity("0.1M"))
+    noisy = protocol.with_overrides({"label_noise": 0.2, "input_noise": 0.35})
+    assert {**plain.identity("0.1M"), "label_noise": 0.2, "input_noise": 0.35} == noisy.identity("0.1M")
+    assert (plain.false_labels(), noisy.false_labels(), noisy.false_labels(10)) == (0, 252, 2)
 
 
 def test_stable_seed_is_the_same_for_ever() -> None:

@@ -12,8 +12,8 @@ import torch.multiprocessing as mp
 from conftest import needs_cifar
 from test_attention import timm_names, timm_twin
 
-from diffvit.dataset import load
-from diffvit.ledger import RunFiles, RunSpec, load_weights, read_result, read_results
+from diffvit.dataset import Prepare, load, with_training_noise
+from diffvit.ledger import RunFiles, RunSpec, load_weights, read_result, read_results, verify_run
 from diffvit.log import read_log
 from diffvit.protocol import PROTOCOLS
 from diffvit.train import Stopped, affordable_micro_batch, fit, train
@@ -174,6 +174,66 @@ def test_both_arms_see_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.undo()
     assert len(seen["vit_classic"]) == 90
     assert seen["vit_classic"] == seen["vit_differential"]
+
+
+def test_both_arms_train_on_the_same_noise_and_test_on_clean_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffvit.train as module
+
+    seen: list = []
+    original = module.fit
+    monkeypatch.setattr(
+        module, "fit", lambda model, data, *args, **options: (seen.append(data), original(model, data, *args, **options))[1]
+    )
+    overrides = {**SHORT, "label_noise": 0.2, "input_noise": 0.3}
+    runs = [_run(tmp_path, model, overrides) for model in ("vit_classic", "vit_differential")]
+    clean, (first, second) = load("digits"), seen
+    assert torch.equal(first.train.pixels, second.train.pixels) and torch.equal(first.train.labels, second.train.labels)
+    assert not torch.equal(first.train.pixels, clean.train.pixels) and not torch.equal(first.train.labels, clean.train.labels)
+    for files in runs:
+        result = read_result(files.result)
+        assert result is not None
+        assert result["identity"]["protocol"]["label_noise"] == 0.2 and result["false_labels"] == 252
+        assert "data: 252 of 1258 training labels are false" in result["notes"]
+        assert load_weights(files.weights)[1]["mean"] == list(clean.mean)
+        labels = pd.read_csv(files.predictions)["label"].tolist()
+        assert labels == clean.test.labels[: len(labels)].tolist()
+        assert verify_run(files.result) == []
+
+
+def test_memorised_and_recovered_are_what_the_saved_model_answers(tmp_path: Path) -> None:
+    files = _run(tmp_path, overrides={"epochs": 3, "label_noise": 0.2})
+    result = read_result(files.result)
+    assert result is not None
+    model, facts = load_weights(files.weights)
+    clean = load("digits")
+    noisy, rows = with_training_noise(clean, facts["protocol"], facts["seed"])
+    with torch.inference_mode():
+        answers = model(Prepare(8, clean.mean, clean.std)(noisy.train.pixels[rows])).argmax(1)
+    assert result["false_labels"] == len(rows) == 252
+    assert result["memorised"] == pytest.approx((answers == noisy.train.labels[rows]).double().mean().item())
+    assert result["recovered"] == pytest.approx((answers == clean.train.labels[rows]).double().mean().item())
+    assert result["recovered"] > 0.3 > result["memorised"]  # three epochs learn the digits before the mistakes
+
+
+@pytest.mark.parametrize("overrides", [SHORT, {**SHORT, "input_noise": 0.1}, {**SHORT, "label_noise": 0.2, "lr": 1e8}])
+def test_nothing_is_memorised_without_false_labels_or_a_model(tmp_path: Path, overrides: dict) -> None:
+    result = read_result(_run(tmp_path, overrides=overrides).result)
+    assert result is not None
+    assert (result["memorised"], result["recovered"]) == (None, None)
+    assert result["false_labels"] == (252 if "label_noise" in overrides else None)
+    assert result["status"] == ("diverged" if "lr" in overrides else "done")
+
+
+def test_a_trial_looks_at_no_more_false_labels_than_it_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffvit.train as module
+
+    looked: list[int] = []
+    original = module.evaluate
+    monkeypatch.setattr(
+        module, "evaluate", lambda model, images, **options: (looked.append(len(images)), original(model, images, **options))[1]
+    )
+    _run(tmp_path, overrides={"max_steps": 3, "label_noise": 0.4})
+    assert looked == [96, 96, 96]  # of validation, test and falsely labelled images
 
 
 def test_done_is_not_done_again(tmp_path: Path) -> None:
