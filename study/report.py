@@ -192,7 +192,7 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
 
 
 _RULE = (
-    "The rule, fixed before the data: better or worse if the 95 % interval excludes 0, also after Holm's correction over the questions above; "
+    "The rule, fixed before the data: better or worse if the 95 % interval excludes 0, also after Holm's correction over the questions; "
     f"else equivalent if it lies within +-{100 * verdict.MARGIN:.0f} % relative error; else undecided. Negative numbers favour the "
     "Differential ViT. Intervals are Student's, over pairs of runs that share a seed. Everything below is exploratory."
 )
@@ -288,7 +288,7 @@ def _secondary(name: str, comparison: Comparison) -> list[str]:
     """Sign flips, the crossed bootstrap, the correlation within pairs and the power law, a sentence each."""
     sentences = []
     for answer in comparison.answers:
-        text = f"{name}, {answer.question}: sign flips over {answer.pairs} pairs give p = {verdict.p_value(answer.flips)}"
+        text = f"{name}, {answer.question}: sign flips over {answer.pairs} pairs give p {verdict.p_value(answer.flips)}"
         if answer.new_images and answer.seeds > 1:
             text += f"; seeds and test images both resampled: {percent(answer.new_images[0])} to {percent(answer.new_images[1])}"
         elif answer.new_images:
@@ -298,10 +298,10 @@ def _secondary(name: str, comparison: Comparison) -> list[str]:
         sentences.append(f"{name}: correlation of the two architectures' errors within pairs of a seed: {comparison.correlation:+.2f}.")
     law = comparison.law["error"]
     if law:
-        sentences.append(
-            f"{name}: a power law with one floor for both fits with exponents {law.exponents[0]:.2f} and {law.exponents[1]:.2f} and a "
-            f"floor of {100 * law.floor:.1f} % error; with {law.df} degree{'s' if law.df != 1 else ''} of freedom these are not to be trusted."
-        )
+        exponents = " and ".join(f"{value:.2f}" for value in law.exponents)
+        freedom = f"{law.df} degree{'s' if law.df != 1 else ''} of freedom"
+        fits = f"fits with exponents {exponents} and a floor of {100 * law.floor:.1f} % error"
+        sentences.append(f"{name}: a power law with one floor for both {fits}; with {freedom} these are not to be trusted.")
     return sentences
 
 
@@ -344,8 +344,8 @@ def _noise_section(analysis: Analysis) -> list[Block]:
 
 _NOISE_AXES = (
     "Noise in images and noise in labels are different things. BACH is a case of the first: large images whose label rests on a small "
-    "part of them, with the rest, stain and scanner as noise; its labels were agreed on by pathologists. Corruptions have CIFAR-C's constants, "
-    "at the images' own size."
+    "part, with the rest, stain and scanner as noise; its labels were agreed on by pathologists. Corruptions have CIFAR-C's constants "
+    "and are applied at the images' own size."
 )
 
 

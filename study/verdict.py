@@ -253,7 +253,7 @@ def sentence(answer: Answer) -> str:
             f"{answer.null_source}."
         )
     low, high = (percent(end) for end in answer.estimate.interval)
-    test = f"p = {p_value(answer.p_holm)} after Holm, {answer.pairs} pairs"
+    test = f"p {p_value(answer.p_holm)} after Holm, {answer.pairs} pairs"
     text = f"On {answer.subject}, {claim}: {number} (95 % interval {low} to {high}; {test})."
     if answer.verdict == "equivalent":
         text += f" The interval lies within +-{100 * MARGIN:.0f} %."
@@ -281,5 +281,5 @@ def _plain_percent(log_ratio: float) -> str:
 
 
 def p_value(p: float) -> str:
-    """Two digits, and never 0."""
-    return "nan" if math.isnan(p) else f"{p:.2g}" if p >= 1e-3 else "<0.001"
+    """Two digits, and never 0: "= 0.012", "< 0.001"."""
+    return "unknown" if math.isnan(p) else f"= {p:.2g}" if p >= 1e-3 else "< 0.001"

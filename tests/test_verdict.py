@@ -1,0 +1,110 @@
+"""Verdicts: the rule, its sentences, and what enters a comparison."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pandas as pd
+import pytest
+from tables import study_table
+
+from diffvit.protocol import ARMS
+from study import scaling, verdict
+from study.report import analyse, subjects
+from study.verdict import Answer, Estimate
+
+
+def _sentences(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
+    return {answer.question: (answer.verdict, verdict.sentence(answer)) for answer in analyse(table, None).answers}
+
+
+def test_a_better_arm_is_called_better() -> None:
+    found = _sentences(study_table(level=-0.05, trend=-0.08, spread=0.008))
+    assert found["level"][0] == found["trend"][0] == "better"
+    assert "Differential ViT has a lower error than Classic ViT at these sizes" in found["level"][1]
+    assert "Differential ViT scales better with depth than Classic ViT" in found["trend"][1]
+    number, low, high = map(float, re.findall(r"([-+]\d+\.\d) %", found["level"][1])[:3])
+    assert low < number < high < 0 and number == pytest.approx(-4.9, abs=1)
+
+
+def test_a_worse_arm_is_called_worse() -> None:
+    found = _sentences(study_table(level=0.05, trend=0.08, spread=0.008))
+    assert found["level"][0] == found["trend"][0] == "worse"
+    assert "higher error" in found["level"][1] and "scales worse" in found["trend"][1]
+
+
+def test_arms_within_the_margin_are_called_equivalent() -> None:
+    found = _sentences(study_table(spread=0.003, seeds=5))
+    assert found["level"][0] == found["trend"][0] == "equivalent"
+    assert "equivalent at these sizes" in found["level"][1] and "scale alike" in found["trend"][1]
+    assert all("lies within +-2 %" in text for _, text in found.values())
+
+
+def test_where_nothing_can_be_said_the_sentence_says_what_would_have_been_found() -> None:
+    table = study_table(spread=0.05)
+    answer = next(each for each in analyse(table, None).answers if each.question == "level")
+    text = verdict.sentence(answer)
+    assert answer.verdict == "undecided" and "is undecided" in text
+    size = float(re.search(r"A true difference of (\d+\.\d) % would have been found with a probability of 80 %", text)[1])
+    # At that difference, the power is what the sentence claims.
+    cells = analyse(table, None).comparisons["CIFAR-100"].cells["error"]
+    assert scaling.power(math.log1p(size / 100), cells.pair_spread(), scaling.level_weights(cells), 3) == pytest.approx(0.8, abs=0.02)
+
+
+def test_one_seed_has_no_interval_and_says_what_no_effect_would_produce() -> None:
+    for verdict_, text in _sentences(study_table(level=-0.02, seeds=1)).values():
+        assert verdict_ == "no interval" and "no interval (1 seed)" in text and "is undecided" in text
+        low, high = map(float, re.search(r"No effect at all would produce ([-+]\d+\.\d) % to ([-+]\d+\.\d) %", text).groups())
+        assert low < 0 < high
+
+
+def test_holms_correction() -> None:
+    assert verdict.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert verdict.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    corrected = verdict.holm([0.02, math.nan, 0.03])
+    assert corrected[0] == pytest.approx(0.04) and math.isnan(corrected[1]) and corrected[2] == pytest.approx(0.04)
+
+
+def test_a_finding_that_does_not_survive_the_correction_is_undecided() -> None:
+    estimate = Estimate(-0.05, 0.02, 6)
+    assert estimate.interval[1] < 0 and estimate.p < 0.05
+    alone = Answer("level", "digits", ARMS, estimate, 9, 3)
+    (decided,) = verdict.decide([alone])
+    assert decided.verdict == "better"
+    many = verdict.decide([alone, *[Answer("trend", "digits", ARMS, Estimate(0.0, 0.02, 6), 9, 3)] * 4])
+    assert many[0].verdict == "undecided" and "Taken alone the interval excludes 0" in verdict.sentence(many[0])
+
+
+def test_noise_that_hurts_one_arm_more_is_found() -> None:
+    clean, noisy = study_table(spread=0.005), study_table(level=-0.1, spread=0.005, overrides="input_noise=0.1", seed=1)
+    analysis = analyse(pd.concat([clean, noisy], ignore_index=True), None)
+    noise = next(answer for answer in analysis.answers if answer.question == "noise")
+    assert noise.verdict == "better" and noise.estimate.value == pytest.approx(-0.1, abs=0.02)
+    assert "Differential ViT is better suited to noise" in verdict.sentence(noise) and "trained on noisy images" in analysis.noise_source
+    # The noisy condition is no question of its own: it is in the one above.
+    assert [answer.question for answer in analysis.answers] == ["level", "trend", "noise"]
+
+
+def test_conditions_are_told_apart_and_the_plain_one_is_the_base() -> None:
+    table = pd.concat([study_table(), study_table(overrides="label_noise=0.2"), study_table(overrides="label_noise=0.4 input_noise=0.1")])
+    parts = subjects(table)
+    assert [(part.name, part.base) for part in parts] == [
+        ("CIFAR-100", True), ("CIFAR-100 (label_noise 0.2)", False), ("CIFAR-100 (input_noise 0.1, label_noise 0.4)", False)]  # fmt: skip
+    epochs = subjects(study_table(overrides="epochs=5"))
+    assert epochs[0].base and epochs[0].name == "CIFAR-100"  # all runs share it
+
+
+def test_diverged_runs_are_named_and_their_partners_left_out() -> None:
+    table = study_table()
+    gone = (table["model"] == "vit_differential") & (table["size"] == "50B") & (table["seed"] == 1)
+    table.loc[gone, "status"] = "diverged"
+    comparison = verdict.compare(table, "CIFAR-100")
+    assert comparison is not None and comparison.answers[0].pairs == 8
+    assert sorted(comparison.left_out) == ["Classic ViT 50B seed 1 has no partner", "Differential ViT 50B seed 1 diverged"]
+
+
+def test_architectures_that_share_nothing_are_not_compared() -> None:
+    table = study_table()
+    assert verdict.compare(table[table["model"] == "vit_classic"], "CIFAR-100") is None
+    assert verdict.compare(table[(table["model"] == "vit_classic") | (table["size"] == "99B")], "CIFAR-100") is None
