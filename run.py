@@ -150,32 +150,60 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
 
 
 @cli.command()
-@_run_options
+@click.option("--model", help="vit_classic, vit_differential or a control.")
+@click.option("--size", help="10B, 25B or 50B (about 10, 25, 50 million parameters); small, medium, large.")
+@click.option("--dataset", help="CIFAR-100, BACH, digits or digits-noisy.")
 @click.option("--run_id", metavar="ID", help="Which run, where several match.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N test images only.")
+@click.option("--grid", metavar="NAME|FILE", help="All finished runs of a grid instead; with --corruptions or --attention.")
+@_EPOCHS
+@click.option("--corruptions", is_flag=True, help="Under noise, blur and clutter. Kept in the ledger, for the report.")
+@click.option("--attention", is_flag=True, help="Where attention goes, from the exact maps. Kept in the ledger, for the report.")
+@click.option("--again", is_flag=True, help="Find out even what the ledger knows.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N test images only: a trial, which is not kept.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--batch_size", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Images at once.")
 @_data_option
 @_checkpoints_option
 @click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
-def evaluate(model: str, size: str, dataset: str, run_id: str | None, limit: int | None, as_json: bool, batch_size: int,
-             data_root: str | None, checkpoints: Path, device: str | None) -> None:  # fmt: skip
-    """Measure a trained model on the test set: accuracy, loss, and both per class."""
-    from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
+def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: str | None, grid: str | None, epochs: int | None,
+             corruptions: bool, attention: bool, again: bool, limit: int | None, as_json: bool, batch_size: int, data_root: str | None,
+             checkpoints: Path, device: str | None) -> None:  # fmt: skip
+    """Measure trained models on the test set: accuracy and loss, in all and per class; under noise; where attention goes."""
+    kinds = [kind for kind, wanted in (("corruptions", corruptions), ("attention", attention)) if wanted]
+    how: dict[str, Any] = {"data_root": data_root, "batch_size": batch_size}
+    if grid:
+        if model or size or dataset or run_id:
+            raise UserError("--grid and --model, --size, --dataset or --run_id exclude each other.", "give one of both.")
+        if not kinds:
+            raise UserError("--grid evaluates nothing by itself.", "add --corruptions, --attention or both.")
+        from study.main import finished_checkpoints
 
-    dataset = resolve_dataset(dataset)
-    model, size = resolve_model(model), resolve_size(size, dataset)
-    from diffvit.evaluation import evaluate_checkpoint, find_checkpoint
+        paths = finished_checkpoints(checkpoints, grid, epochs)
+    else:
+        if not (model and size and dataset):
+            raise UserError("which model is not said.", "give --model, --size and --dataset, or --grid.")
+        from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
+
+        dataset = resolve_dataset(dataset)
+        model, size = resolve_model(model), resolve_size(size, dataset)
+        from diffvit.evaluation import find_checkpoint
+
+        paths = [find_checkpoint(checkpoints, model, size, dataset, run_id)]
     from diffvit.train import resolve_device
 
-    path = find_checkpoint(checkpoints, model, size, dataset, run_id)
-    report = evaluate_checkpoint(path, data_root=data_root, limit=limit, batch_size=batch_size, device=resolve_device(device))
+    place = resolve_device(device)
+    if kinds:
+        _find_out(paths, kinds, as_json, again=again, limit=limit, device=place, **how)
+        return
+    from diffvit.evaluation import evaluate_checkpoint
+
+    report = evaluate_checkpoint(paths[0], limit=limit, device=place, **how)
     for warning in report["warnings"]:
         _warn(warning)
     if as_json:
         click.echo(json.dumps(report, indent=1))
         return
-    click.echo(f"{path}")
+    click.echo(f"{paths[0]}")
     click.echo(f"test accuracy  {100 * report['accuracy']:.2f} % of {report['images']} images")
     click.echo(f"test loss      {report['loss']:.4f}")
     width = max(len(row["class"]) for row in report["classes"])
@@ -299,6 +327,40 @@ def list_runs(grid: str | None, seeds: int | None, epochs: int | None, verify: b
 
 
 # -------------------------------------------------------------------------------------------------------- helpers
+
+
+def _find_out(paths: list[Path], kinds: list[str], as_json: bool, **how: Any) -> None:
+    """Findings about checkpoints, each as lines or all as JSON."""
+    from diffvit.evaluation import find_out
+    from diffvit.ledger import files_of_weights
+
+    all_findings = {}
+    for number, path in enumerate(paths, start=1):
+        click.echo(f"{number} of {len(paths)}: {path}", err=True)
+        findings = all_findings[str(path)] = find_out(files_of_weights(path), kinds, **how)
+        for found in findings.values():
+            for warning in found["warnings"]:
+                _warn(warning)
+        if not as_json:
+            click.echo("\n".join([str(path), *_finding_lines(findings)]))
+    if as_json:
+        click.echo(json.dumps(all_findings, indent=1))
+
+
+def _finding_lines(findings: dict[str, Any]) -> list[str]:
+    lines = []
+    if "corruptions" in findings:
+        from diffvit.robustness import summarise
+
+        lines.append(f"  {'':<16} {'error':>8} {'loss':>8} {'relative':>9}")
+        for row in summarise(findings["corruptions"]):
+            relative = f"{row['relative_error']:.2f}" if row["relative_error"] is not None else ""
+            lines.append(f"  {row['corruption']:<16} {100 * row['error']:>6.2f} % {row['loss']:>8.4f} {relative:>9}")
+    if "attention" in findings:
+        from diffvit.attention import summary_lines
+
+        lines += summary_lines(findings["attention"])
+    return lines
 
 
 def _files(checkpoints: Path, result: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from diffvit.dataset import Dataset, ImageSet, Prepare, load, make_loader
 from diffvit.errors import UserError
-from diffvit.ledger import load_weights
+from diffvit.ledger import RunFiles, add_evaluation, load_weights, read_evaluations
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -143,3 +144,34 @@ def data_warnings(facts: Mapping[str, Any], data: Dataset) -> list[str]:
     if data.fingerprint == facts["fingerprint"]:
         return []
     return ["these data are not those that the model was trained on: test images may have been seen in training"]
+
+
+# What else can be found out about a finished model: kind -> "module:function", which takes a checkpoint and how to compute.
+KINDS = {"corruptions": "diffvit.robustness:evaluate_corruptions", "attention": "diffvit.attention:evaluate_attention"}
+
+
+def find_out(
+    files: RunFiles, kinds: Sequence[str], *, again: bool = False, limit: int | None = None, **how: Any
+) -> dict[str, dict[str, Any]]:
+    """Findings of some kinds about a finished run. They are kept in the ledger, and are not found out twice.
+
+    Args:
+        again: find out even what is known.
+        limit: the first so many test images only; findings about a part are not kept.
+        how: data_root, batch_size, device, on_progress, as the kinds' functions take them.
+
+    Raises:
+        UserError: the checkpoint, the data or what is kept are missing or damaged.
+    """
+    known = {} if again or limit is not None else read_evaluations(files)
+    if limit is not None:
+        how["limit"] = limit
+    found = {}
+    for kind in kinds:
+        if kind not in known:
+            module, _, name = KINDS[kind].partition(":")
+            known[kind] = getattr(importlib.import_module(module), name)(files.weights, **how)
+            if limit is None:
+                add_evaluation(files, kind, known[kind])
+        found[kind] = known[kind]
+    return found

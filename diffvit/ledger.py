@@ -152,6 +152,14 @@ class RunFiles:
         return RunFiles(Path(checkpoints), spec.model, run_id, spec.size, spec.dataset)
 
 
+def files_of_weights(path: Path) -> RunFiles:
+    """The files of the run whose checkpoint this is. Raises UserError for a file that is not named as one."""
+    parts = path.name.removesuffix(".safetensors").split("_", 3)
+    if path.suffix != ".safetensors" or len(parts) != 4 or parts[0] != "model":
+        raise UserError(f"{path} is not named as a checkpoint is.", "its name is model_{run_id}_{size}_{dataset}.safetensors.")
+    return RunFiles(path.parent.parent, path.parent.name, *parts[1:])
+
+
 def check_writable(folder: Path) -> None:
     """Raises UserError where files cannot be made in `folder`, which is created if missing."""
     try:

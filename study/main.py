@@ -335,6 +335,14 @@ def report_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | No
     return write_report(checkpoints, specs, out, command)
 
 
+def finished_checkpoints(checkpoints: Path, grid: str, epochs: int | None = None) -> list[Path]:
+    """The weights of a grid's finished runs. Raises UserError where there are none."""
+    from study.table import files_of, run_table
+
+    table = run_table(checkpoints, _finished_specs(checkpoints, grid, epochs))
+    return [files_of(checkpoints, run).weights for run in table[table["status"] == "done"].itertuples()]
+
+
 def _finished_specs(checkpoints: Path, grid: str | None, epochs: int | None) -> list[RunSpec]:
     """The runs of a grid, or of all built-in ones; UserError where none of them is finished."""
     from study.table import run_table
