@@ -18,17 +18,25 @@ from typing import Any
 
 from diffvit.errors import UserError, unknown_name
 
-# Architecture -> "module:class" of its attention. Only attention differs between architectures.
+# Architecture -> "module:class" of its attention. Only attention differs between architectures, and where it takes more parameters the
+# width of the MLP that pays for them.
 MODELS: dict[str, str] = {
     "vit_classic": "diffvit.vit_classic:Attention",
     "vit_differential": "diffvit.vit_differential:DifferentialAttention",
+    "vit_classic_wide_heads": "diffvit.vit_classic_wide_heads:WideHeadsAttention",
+    "vit_differential_v2": "diffvit.vit_differential_v2:DifferentialAttentionV2",
 }
 
 # The two that a study compares; others are controls, which a grid file can name.
 ARMS = ("vit_classic", "vit_differential")
 
 # How each architecture is called in figures and tables.
-MODEL_TITLES: dict[str, str] = {"vit_classic": "Classic ViT", "vit_differential": "Differential ViT"}
+MODEL_TITLES: dict[str, str] = {
+    "vit_classic": "Classic ViT",
+    "vit_differential": "Differential ViT",
+    "vit_classic_wide_heads": "Classic ViT, wide heads",
+    "vit_differential_v2": "Differential ViT V2",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,13 @@
 
 A pre-norm ViT (arXiv 2010.11929) in the shape that timm trains: class token, learned positions, biases everywhere,
 LayerNorm eps 1e-6, exact GELU. Dropout on the embedding, the attention's projection and the MLP, none on attention maps.
-The architectures differ in the attention class they put in, and in nothing else.
+The architectures differ in the attention class they put in, and in nothing else, unless that class takes more parameters
+than the classic one and asks for a narrower MLP in return.
 
-Shapes in names: B batch, N tokens (class token included), D d_model, H heads, E head dimension.
+Every attention can be computed in two ways: forward() in fused kernels, which never hold a map, and apply_maps(maps(x), x),
+slow and with the exact maps in hand.
+
+Shapes in names: B batch, N tokens (class token included), D d_model, H heads, M maps a layer, E head dimension.
 """
 
 from __future__ import annotations
@@ -21,13 +25,28 @@ from diffvit.protocol import MODELS, Protocol, resolve_model, stable_seed
 
 
 class AttentionClass(Interface):
-    """What an architecture's attention must offer: see vit_classic.Attention for the plain one."""
+    """What an architecture's attention must offer: see vit_classic.Attention for the plain one.
+
+    A class may also have mlp_hidden(d_model, heads, mlp_ratio), the hidden width of its blocks' MLP: see vit_differential_v2.
+    """
 
     def __call__(self, d_model: int, heads: int, layer: int, dropout: float) -> nn.Module: ...
 
     def map_flops(self, d_model: int, tokens: int) -> int: ...
 
     def form(self, device: str) -> str: ...
+
+
+class AttentionLayer(Interface):
+    """What the modules that an attention class makes must offer, beside forward, to be looked into."""
+
+    def logits(self, x_BND: Tensor) -> Tensor: ...
+
+    def maps(self, x_BND: Tensor) -> Tensor: ...
+
+    def apply_maps(self, maps_BMNN: Tensor, x_BND: Tensor) -> Tensor: ...
+
+    def lambdas(self, x_BND: Tensor) -> Tensor | None: ...
 
 
 class MLP(nn.Module):
@@ -46,12 +65,12 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block. [B, N, D] -> [B, N, D]"""
 
-    def __init__(self, attention: nn.Module, d_model: int, mlp_ratio: int, dropout: float):
+    def __init__(self, attention: nn.Module, d_model: int, mlp_hidden: int, dropout: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(d_model, eps=1e-6)
         self.attn = attention
         self.norm2 = nn.LayerNorm(d_model, eps=1e-6)
-        self.mlp = MLP(d_model, mlp_ratio * d_model, dropout)
+        self.mlp = MLP(d_model, mlp_hidden, dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         x_BND = x_BND + self.attn(self.norm1(x_BND))
@@ -95,16 +114,25 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens, d_model))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(attention(d_model, heads, layer, dropout), d_model, mlp_ratio, dropout) for layer in range(depth))
+        hidden = attention.mlp_hidden(d_model, heads, mlp_ratio) if hasattr(attention, "mlp_hidden") else mlp_ratio * d_model
+        self.blocks = nn.ModuleList(Block(attention(d_model, heads, layer, dropout), d_model, hidden, dropout) for layer in range(depth))
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
         self.head = nn.Linear(d_model, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        x_BND = self.patch_embed(images).flatten(2).transpose(1, 2)
-        x_BND = torch.cat([self.cls_token.expand(len(images), -1, -1), x_BND], dim=1)
-        x_BND = self.dropout(x_BND + self.pos_embed)
+        x_BND = self.embed(images)
         for block in self.blocks:
             x_BND = block(x_BND)
+        return self.classify(x_BND)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What the first block gets: class token and patches, with their positions. [B, N, D]"""
+        x_BND = self.patch_embed(images).flatten(2).transpose(1, 2)
+        x_BND = torch.cat([self.cls_token.expand(len(images), -1, -1), x_BND], dim=1)
+        return self.dropout(x_BND + self.pos_embed)
+
+    def classify(self, x_BND: Tensor) -> Tensor:
+        """The logits that the last block's output gives. [B, classes]"""
         return self.head(self.norm(x_BND[:, 0]))
 
     @torch.no_grad()
@@ -157,9 +185,14 @@ def _initialise_parameter(name: str, value: Tensor, generator: torch.Generator) 
     elif value.ndim == 1:  # the weight of a norm
         value.fill_(1.0)
     else:
-        # Query, key and value lie in one matrix for speed and are drawn as the three that they are.
-        for matrix in value.flatten(1).chunk(3) if name.endswith("qkv.weight") else [value.flatten(1)]:
+        # Query, key and value lie in one matrix for speed and are drawn as the square ones that they are.
+        for matrix in value.split(value.shape[1]) if name.endswith("qkv.weight") else [value.flatten(1)]:
             nn.init.xavier_uniform_(matrix, generator=generator)
+
+
+def softmax_maps(logits: Tensor) -> Tensor:
+    """Softmax over the last dimension, in fp32 or better."""
+    return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def attention_class(model: str) -> AttentionClass:

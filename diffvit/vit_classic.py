@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffvit.protocol import PROTOCOLS, resolve_size
-from diffvit.vit import VisionTransformer, build_model
+from diffvit.vit import VisionTransformer, build_model, softmax_maps
 
 
 class Attention(nn.Module):
@@ -35,10 +35,33 @@ class Attention(nn.Module):
         return "sdpa"
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        return self._output(F.scaled_dot_product_attention(*self._project(x_BND)))
+
+    def logits(self, x_BND: Tensor) -> Tensor:
+        """Scores before the softmax, scaled. [B, H, N, N]: query, key"""
+        q_BHNE, k_BHNE, _ = self._project(x_BND)
+        return q_BHNE @ k_BHNE.mT * q_BHNE.shape[-1] ** -0.5
+
+    def maps(self, x_BND: Tensor) -> Tensor:
+        """The attention maps, in fp32 or better. [B, H, N, N]"""
+        return softmax_maps(self.logits(x_BND))
+
+    def apply_maps(self, maps_BHNN: Tensor, x_BND: Tensor) -> Tensor:
+        """The layer's output where its maps are these. [B, N, D]"""
+        v_BHNE = self._project(x_BND)[2]
+        return self._output(maps_BHNN.to(v_BHNE.dtype) @ v_BHNE)
+
+    def lambdas(self, x_BND: Tensor) -> None:
+        """Nothing is subtracted here."""
+        return None
+
+    def _project(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, N, D = x_BND.shape
         q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        o_BHNE = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE)
-        return self.dropout(self.proj(o_BHNE.transpose(1, 2).reshape(B, N, D)))
+        return q_BHNE, k_BHNE, v_BHNE
+
+    def _output(self, o_BHNE: Tensor) -> Tensor:
+        return self.dropout(self.proj(o_BHNE.transpose(1, 2).flatten(2)))
 
 
 def vit_classic_cifar100(size: str = "10B") -> VisionTransformer:

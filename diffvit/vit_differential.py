@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffvit.protocol import PROTOCOLS, resolve_size
-from diffvit.vit import VisionTransformer, build_model
+from diffvit.vit import VisionTransformer, build_model, softmax_maps
 
 
 def lambda_init(layer: int) -> float:
@@ -73,14 +73,39 @@ class DifferentialAttention(nn.Module):
         return first - second + self.lambda_init
 
     def forward(self, x_BND: Tensor) -> Tensor:
+        first_BPNV, second_BPNV = _two_attentions(*self._project(x_BND))
+        return self._output(first_BPNV - self.lambda_full().to(first_BPNV.dtype) * second_BPNV)
+
+    def logits(self, x_BND: Tensor) -> Tensor:
+        """Scores before the softmax, scaled, of all 2P heads. [B, H, N, N]: query, key"""
+        q_BNPsE, k_BNPsE, _ = self._project(x_BND)
+        q_BHNE, k_BHNE = q_BNPsE.flatten(2, 3).transpose(1, 2), k_BNPsE.flatten(2, 3).transpose(1, 2)
+        return q_BHNE @ k_BHNE.mT * self.head_dim**-0.5
+
+    def maps(self, x_BND: Tensor) -> Tensor:
+        """The signed difference of each pair's maps, as equation 1 applies it to V, in fp32 or better. [B, P, N, N]"""
+        maps_BHNN = softmax_maps(self.logits(x_BND))
+        return maps_BHNN[:, 0::2] - self.lambda_full().to(maps_BHNN.dtype) * maps_BHNN[:, 1::2]
+
+    def apply_maps(self, maps_BPNN: Tensor, x_BND: Tensor) -> Tensor:
+        """The layer's output where its pairs' maps are these. [B, N, D]"""
+        v_BPNV = self._project(x_BND)[2]
+        return self._output(maps_BPNN.to(v_BPNV.dtype) @ v_BPNV)
+
+    def lambdas(self, x_BND: Tensor) -> Tensor:
+        """What the second maps are multiplied with: one number for all. Scalar."""
+        return self.lambda_full()
+
+    def _project(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, N, D = x_BND.shape
         qkv_BN3D = self.qkv(x_BND).view(B, N, 3, D)
         q_BNPsE, k_BNPsE = qkv_BN3D[:, :, :2].view(B, N, 2, self.pairs, 2, self.head_dim).unbind(2)
         v_BPNV = qkv_BN3D[:, :, 2].view(B, N, self.pairs, 2 * self.head_dim).transpose(1, 2)
-        first_BPNV, second_BPNV = _two_attentions(q_BNPsE, k_BNPsE, v_BPNV)
-        o_BPNV = first_BPNV - self.lambda_full().to(first_BPNV.dtype) * second_BPNV
+        return q_BNPsE, k_BNPsE, v_BPNV
+
+    def _output(self, o_BPNV: Tensor) -> Tensor:
         o_BPNV = (1 - self.lambda_init) * self.sub_norm(o_BPNV)
-        return self.dropout(self.proj(o_BPNV.transpose(1, 2).reshape(B, N, D)))
+        return self.dropout(self.proj(o_BPNV.transpose(1, 2).flatten(2)))
 
 
 def _two_attentions(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The user's figures: loss per batch, accuracy over size, and both architectures in one picture. PNG and SVG.
 
 For each data set: training and validation loss per step for each architecture, all sizes in one plot; test accuracy over
-model size for each architecture; and one overlay of both. Colours differ in lightness too, so that grey prints work, and
+model size for each architecture; and one overlay of all. Colours differ in lightness too, so that grey prints work, and
 lines are named at their end.
 """
 
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-# Light to dark with size, and light against dark for the two architectures; safe for the common forms of colour blindness.
+# Light to dark with size, and a lightness of its own for each architecture, classic ones blue; safe for the common forms of
+# colour blindness.
 _SIZE_COLOURS = ("#E9A03B", "#C2477F", "#2A1E6E")
 _MODEL_STYLES: dict[str, dict[str, Any]] = {
     "vit_classic": {"color": "#1F3A6E", "marker": "o", "linestyle": "-"},
     "vit_differential": {"color": "#E07B39", "marker": "s", "linestyle": (0, (5, 1.5))},
+    "vit_classic_wide_heads": {"color": "#8DB6DB", "marker": "^", "linestyle": (0, (6, 1.5, 1, 1.5))},
+    "vit_differential_v2": {"color": "#B0413E", "marker": "v", "linestyle": (0, (2, 1))},
 }
 _OTHER_STYLE: dict[str, Any] = {"color": "#6B7A89", "marker": "D", "linestyle": ":"}
 _STYLE: dict[Any, Any] = {
@@ -129,8 +132,8 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
         style = dict(_MODEL_STYLES.get(model, _OTHER_STYLE))
         cells = of_model.groupby("parameters")
         mean = 100 * cells["test_accuracy"].mean()
-        # The two arms have nearly the same sizes: intervals side by side, not on top of each other.
-        x = np.asarray(mean.index, dtype=float) / 1e6 * (1 + 0.012 * (2 * models.index(model) - 1) * several)
+        # Architectures have nearly the same sizes: intervals side by side, not on top of each other.
+        x = np.asarray(mean.index, dtype=float) / 1e6 * (1 + 0.012 * (2 * models.index(model) - (len(models) - 1)))
         low, high = np.asarray(
             [wilson(100 * accuracy, n) for accuracy, n in zip(cells["test_accuracy"].mean(), cells["test_images"].min(), strict=True)]
         ).T
@@ -145,11 +148,12 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
         ends.append((x[-1], mean.iloc[-1], _model_title(model), style["color"]))
     _size_axis(axes, runs)
     axes.set_ylabel("test accuracy (%)")
-    title = "Both architectures" if several else _model_title(models[0])
+    title = _model_title(models[0]) if not several else "Both architectures" if len(models) == 2 else f"{len(models)} architectures"
     axes.set_title(f"{title} on {dataset}: test accuracy over model size")
     axes.set_ylim(*_accuracy_range(runs if scale_like is None else scale_like[scale_like["status"] == "done"]))
     if several:
-        _name_ends(axes, ends)
+        right = max(x for x, *_ in ends)  # beside all intervals, on top of none
+        _name_ends(axes, [(right, *end) for _, *end in ends])
     seeds = int(runs.groupby(["model", "parameters"])["seed"].nunique().min())
     images = int(runs["test_images"].min())
     note = "no interval over seeds (1 seed)" if seeds == 1 else f"dots: {seeds} seeds"

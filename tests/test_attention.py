@@ -1,4 +1,4 @@
-"""Both attentions against formulas written down again in fp64, and against timm's classes with copied weights."""
+"""All attentions against formulas written down again in fp64, against their own exact maps, and against timm's classes with copied weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import torch
 from timm.layers.diff_attention import DiffAttention
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-from diffvit.protocol import PROTOCOLS
-from diffvit.vit import build_model
+from diffvit.protocol import MODELS, PROTOCOLS
+from diffvit.vit import attention_class, build_model
 from diffvit.vit_classic import Attention
+from diffvit.vit_classic_wide_heads import WideHeadsAttention
 from diffvit.vit_differential import DifferentialAttention, lambda_init
+from diffvit.vit_differential_v2 import DifferentialAttentionV2
 
 
 def _random_layer(cls, d_model: int, heads: int, layer: int, seed: int = 0):
@@ -104,6 +106,88 @@ def test_classic_attention_is_softmax_attention() -> None:
     q, k, v = attention.qkv(x).chunk(3, dim=-1)
     heads = [torch.softmax(q[..., s : s + 16] @ k[..., s : s + 16].mT / 4, dim=-1) @ v[..., s : s + 16] for s in range(0, 64, 16)]
     torch.testing.assert_close(attention(x), attention.proj(torch.cat(heads, dim=-1)), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("d_model", "heads"), [(64, 4), (384, 6)])
+def test_wide_heads_are_classic_attention_with_half_the_heads(d_model: int, heads: int) -> None:
+    wide = _random_layer(WideHeadsAttention, d_model, heads, 0)
+    classic = Attention(d_model, heads // 2, 0, 0.0)
+    classic.load_state_dict(wide.state_dict())
+    x = torch.randn(2, 17, d_model)
+    assert torch.equal(wide(x), classic(x))
+    assert (wide(x) - _random_layer(Attention, d_model, heads, 0)(x)).abs().max() > 1e-3  # and not that with all of them
+
+
+def _v2_by_the_description(attention: DifferentialAttentionV2, x: torch.Tensor, heads: int) -> torch.Tensor:
+    """The formula of vit_differential_v2, output by output and with explicit maps, in fp64."""
+    state = {name: value.double() for name, value in attention.state_dict().items()}
+    x = x.double()
+    d_model = x.shape[-1]
+    d = d_model // heads
+    q1, k, v, q2 = (x @ state["qkv.weight"].T + state["qkv.bias"]).split(d_model, dim=-1)
+    lam = 1 / (1 + torch.exp(-(x @ state["lambda_proj.weight"].T + state["lambda_proj.bias"])))
+    outputs = []
+    for i in range(heads):
+        part = slice(i * d, (i + 1) * d)
+        a1, a2 = (torch.softmax(q[..., part] @ k[..., part].mT / math.sqrt(d), dim=-1) @ v[..., part] for q in (q1, q2))
+        outputs.append(a1 - lam[..., i : i + 1] * a2)
+    return torch.cat(outputs, dim=-1) @ state["proj.weight"].T + state["proj.bias"]
+
+
+@pytest.mark.parametrize(("d_model", "heads", "tokens"), [(64, 4, 17), (256, 8, 50), (384, 6, 33)])
+def test_v2_is_the_described_formula(d_model: int, heads: int, tokens: int) -> None:
+    attention = _random_layer(DifferentialAttentionV2, d_model, heads, 0)
+    x = torch.randn(3, tokens, d_model)
+    torch.testing.assert_close(attention(x).double(), _v2_by_the_description(attention, x, heads), rtol=1e-5, atol=1e-5)
+
+
+def _layer_of(model: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A layer of an architecture and an input for it."""
+    attention = _random_layer(attention_class(model), 64, 4, 2).to(dtype)
+    return attention, torch.randn(3, 17, 64, dtype=dtype)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_exact_maps_give_what_forward_gives(model: str, dtype: torch.dtype, tolerance: float) -> None:
+    attention, x = _layer_of(model, dtype)
+    maps = attention.maps(x)
+    assert maps.dtype == dtype
+    torch.testing.assert_close(attention.apply_maps(maps, x), attention(x), rtol=tolerance, atol=tolerance)
+    assert (attention.apply_maps(maps.flip(-1), x) - attention(x)).abs().max() > 1e-2  # the output depends on the maps
+
+
+@pytest.mark.parametrize(
+    ("model", "heads", "maps"),
+    [("vit_classic", 4, 4), ("vit_classic_wide_heads", 2, 2), ("vit_differential", 4, 2), ("vit_differential_v2", 8, 4)],
+)
+def test_logits_are_of_all_heads_and_maps_sum_up_to_one_less_lambda(model: str, heads: int, maps: int) -> None:
+    attention, x = _layer_of(model)
+    assert attention.logits(x).shape == (3, heads, 17, 17)
+    assert attention.maps(x).shape == (3, maps, 17, 17)
+    lambdas = attention.lambdas(x)
+    sums = attention.maps(x).sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums) if lambdas is None else (1 - lambdas).expand_as(sums))
+    # From the logits alone: softmax of neighbours, the second times lambda, are the maps.
+    softmax = torch.softmax(attention.logits(x), dim=-1)
+    if lambdas is not None:
+        softmax = softmax[:, 0::2] - (lambdas if lambdas.ndim == 0 else lambdas.unsqueeze(-1)) * softmax[:, 1::2]
+    torch.testing.assert_close(attention.maps(x), softmax)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_maps_are_fp32_where_the_layer_is_bf16(model: str) -> None:
+    attention, x = _layer_of(model, torch.bfloat16)
+    assert attention.maps(x).dtype == torch.float32
+    assert attention.apply_maps(attention.maps(x), x).dtype == torch.bfloat16
+
+
+def test_classic_logits_are_the_scaled_products() -> None:
+    attention, x = _layer_of("vit_classic", torch.float64)
+    q, k, _ = attention.qkv(x).chunk(3, dim=-1)
+    for head in range(4):
+        part = slice(16 * head, 16 * (head + 1))
+        torch.testing.assert_close(attention.logits(x)[:, head], q[..., part] @ k[..., part].mT / 4)
 
 
 def timm_twin(dataset: str, size: str) -> TimmViT:

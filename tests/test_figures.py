@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from diffvit.protocol import MODELS, PROTOCOLS
-from study.figures import draw_figures, loss_figure, scaling_figure, wilson
+from study.figures import _MODEL_STYLES, draw_figures, loss_figure, scaling_figure, wilson
 from study.table import COLUMNS
 
 
@@ -46,7 +46,7 @@ def _tables(datasets: tuple[str, ...] = ("digits", "CIFAR-100"), seeds: int = 1)
     return pd.DataFrame(runs), pd.concat(steps)
 
 
-def test_seven_figures_a_data_set_each_as_png_and_svg(tmp_path: Path) -> None:
+def test_three_figures_an_architecture_and_one_of_all_each_as_png_and_svg(tmp_path: Path) -> None:
     paths = draw_figures(*_tables(), tmp_path)
     names = {path.name for path in paths}
     expected = {
@@ -56,7 +56,7 @@ def test_seven_figures_a_data_set_each_as_png_and_svg(tmp_path: Path) -> None:
         for kind in ("png", "svg")
     }
     assert names == expected
-    assert len(expected) == 28
+    assert len(expected) == 2 * (3 * len(MODELS) + 1) * 2
     for path in paths:
         assert path.read_bytes()[:5] == (b"\x89PNG\r" if path.suffix == ".png" else b"<?xml")
 
@@ -88,11 +88,37 @@ def test_scaling_shows_percent_over_millions(seeds: int) -> None:
     runs, _ = _tables(("digits",), seeds)
     axes = scaling_figure(runs).axes[0]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
-    assert len(lines) == 2
+    assert len(lines) == len(MODELS)
     for line, (_, of_model) in zip(lines, runs.groupby("model", sort=False), strict=True):
-        np.testing.assert_allclose(line.get_xdata(), np.array([0.1, 0.2, 0.3]), rtol=0.03)
+        np.testing.assert_allclose(line.get_xdata(), np.array([0.1, 0.2, 0.3]), rtol=0.05)
         np.testing.assert_allclose(line.get_ydata(), 100 * of_model.groupby("parameters")["test_accuracy"].mean())
     assert axes.get_xscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("number", "title"), [(1, "Classic ViT on"), (2, "Both architectures on"), (3, "3 architectures on"), (4, "4 architectures on")]
+)
+def test_any_number_of_architectures_side_by_side(number: int, title: str) -> None:
+    runs, _ = _tables(("digits",))
+    runs["parameters"] = 1e5 * (1 + runs["size"].map(list(PROTOCOLS["digits"].sizes).index))
+    axes = scaling_figure(runs[runs["model"].isin(list(MODELS)[:number])]).axes[0]
+    assert axes.get_title().startswith(title)
+    lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    firsts = [line.get_xdata()[0] for line in lines]
+    assert len(lines) == number
+    assert np.mean(firsts) == pytest.approx(0.1)  # spread evenly around the true size
+    assert np.diff(firsts) == pytest.approx(0.0024)
+    low, high = axes.get_xlim()
+    assert all(low < x < high for line in lines for x in line.get_xdata())
+
+
+def test_architectures_can_be_told_apart_in_grey() -> None:
+    from matplotlib.colors import to_rgb
+
+    greys = sorted(float(np.dot(to_rgb(style["color"]), (0.299, 0.587, 0.114))) for style in _MODEL_STYLES.values())
+    assert list(_MODEL_STYLES) == list(MODELS)
+    assert min(np.diff(greys)) > 0.1
+    assert len({style["marker"] for style in _MODEL_STYLES.values()}) == len(MODELS)
 
 
 def test_both_architectures_share_a_vertical_range() -> None:
@@ -117,9 +143,9 @@ def test_a_diverged_run_is_named_and_has_no_point(tmp_path: Path) -> None:
     assert "diverged, and so without an accuracy: Classic ViT 0.3 M seed 0" in figure.get_supxlabel()
     names = [text.get_text() for text in loss_figure(of_model, steps, "val_loss").axes[0].texts]
     assert sum("diverged" in name for name in names) == 1
-    assert len(draw_figures(runs, steps, tmp_path / "some")) == 14
+    assert len(draw_figures(runs, steps, tmp_path / "some")) == 2 * (3 * len(MODELS) + 1)
     runs["status"] = "diverged"
-    assert len(draw_figures(runs, steps, tmp_path / "none")) == 8  # the losses only
+    assert len(draw_figures(runs, steps, tmp_path / "none")) == 2 * 2 * len(MODELS)  # the losses only
 
 
 def test_the_same_tables_give_the_same_files(tmp_path: Path) -> None:

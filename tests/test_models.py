@@ -1,14 +1,15 @@
-"""Sizes, costs, and equal starts of the two architectures."""
+"""Sizes, costs, and equal starts of the architectures."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from diffvit.protocol import MODELS, PROTOCOLS
+from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, PROTOCOLS
 from diffvit.train import make_optimizer
 from diffvit.vit import build_model
 from diffvit.vit_classic import vit_classic_bach, vit_classic_cifar100
+from diffvit.vit_classic_wide_heads import WideHeadsAttention
 from diffvit.vit_differential import DifferentialAttention, vit_differential_bach, vit_differential_cifar100
 
 # data set, size, classic, differential, forward GFLOP of an image: counted by hand from the protocol
@@ -32,7 +33,7 @@ def test_parameter_counts_and_flops(dataset, size, classic, differential, classi
 
 
 @pytest.mark.parametrize("dataset", PROTOCOLS)
-def test_the_arms_agree_within_one_percent(dataset: str) -> None:
+def test_all_architectures_agree_within_one_percent(dataset: str) -> None:
     for size in PROTOCOLS[dataset].sizes:
         counts = [build_model(name, size, PROTOCOLS[dataset], "meta").count_parameters() for name in MODELS]
         assert max(counts) <= 1.01 * min(counts)
@@ -62,13 +63,14 @@ def test_named_constructors_are_the_protocols_models() -> None:
             assert build("small").count_parameters() == count
 
 
+def _initial_state(name: str) -> dict[str, torch.Tensor]:
+    model = build_model(name, "0.2M", PROTOCOLS["digits"])
+    model.initialise(seed=7)
+    return model.state_dict()
+
+
 def test_the_arms_start_equal_where_they_share_a_parameter() -> None:
-    states = []
-    for name in MODELS:
-        model = build_model(name, "0.2M", PROTOCOLS["digits"])
-        model.initialise(seed=7)
-        states.append(model.state_dict())
-    classic, differential = states
+    classic, differential = (_initial_state(name) for name in ARMS)
     assert set(classic) < set(differential)
     assert all(torch.equal(classic[name], differential[name]) for name in classic)
     assert {name.split(".")[-1] for name in set(differential) - set(classic)} == {
@@ -78,6 +80,44 @@ def test_the_arms_start_equal_where_they_share_a_parameter() -> None:
         "lambda_k2",
         "weight",
     }
+
+
+def test_wide_heads_start_as_the_classic_model() -> None:
+    classic, wide = _initial_state("vit_classic"), _initial_state("vit_classic_wide_heads")
+    assert classic.keys() == wide.keys()
+    assert all(torch.equal(classic[name], wide[name]) for name in classic)
+
+
+def test_v2_starts_equal_where_it_shares_a_shape_and_in_first_queries_keys_and_values() -> None:
+    classic, v2 = _initial_state("vit_classic"), _initial_state("vit_differential_v2")
+    assert {name for name in set(v2) - set(classic)} == {
+        f"blocks.{i}.attn.lambda_proj.{kind}" for i in range(4) for kind in ("weight", "bias")
+    }
+    equal = {name for name in classic if classic[name].shape == v2[name].shape}
+    assert all(torch.equal(classic[name], v2[name]) for name in equal)
+    others = {name.split(".", 2)[2] for name in set(classic) - equal}
+    assert others == {"attn.qkv.weight", "attn.qkv.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight"}
+    for block in range(4):
+        name = f"blocks.{block}.attn.qkv.weight"
+        assert torch.equal(v2[name][:192], classic[name])
+        # The second queries are a Xavier matrix of 64 x 64 of their own.
+        assert v2[name][192:].abs().max() == pytest.approx((6 / 128) ** 0.5, rel=1e-2)
+        assert not torch.equal(v2[name][192:], v2[name][:64])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_reach_every_parameter(name: str) -> None:
+    model = build_model(name, "0.2M", PROTOCOLS["digits"])
+    model.initialise(seed=1)
+    torch.manual_seed(0)
+    model(torch.randn(4, 1, 8, 8)).square().sum().backward()
+    untouched = [path for path, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum() > 0]
+    assert untouched == []
+
+
+def test_every_architecture_has_a_title() -> None:
+    assert list(MODEL_TITLES) == list(MODELS)
+    assert len(set(MODEL_TITLES.values())) == len(MODELS)
 
 
 def test_initial_values() -> None:
@@ -114,8 +154,9 @@ def test_weight_decay_falls_on_matrices_only() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="odd"):
-        DifferentialAttention(63, 3, 0, 0.0)
+    for attention in (DifferentialAttention, WideHeadsAttention):
+        with pytest.raises(ValueError, match="odd"):
+            attention(63, 3, 0, 0.0)
     import dataclasses
 
     with pytest.raises(ValueError, match="patch size"):

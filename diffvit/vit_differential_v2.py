@@ -1,0 +1,95 @@
+"""Differential ViT V2: a second differential attention in the blocks of vit.py. EXPERIMENTAL.
+
+There is no paper. What is here follows its authors' description (Microsoft, "Differential Transformer V2", January 2026,
+huggingface.co/blog/microsoft/diff-attn-v2), carried over from language models by us, and is not compared with their code.
+
+    O_i = softmax(Q_i1 K_i' / sqrt(E)) V_i - sigmoid(x W_lambda)_i softmax(Q_i2 K_i' / sqrt(E)) V_i
+
+There are H outputs, as many as the classic layer has heads, each from two query heads that share their key and value. So
+both softmaxes are of full head dimension, lambda is a number of its own for each token and head, and neither a norm nor a
+constant part of lambda is needed.
+
+Queries are twice the classic layer's, which is paid for with a narrower MLP: the parameter counts agree within 1 %.
+
+Shapes in names: B batch, N tokens, D d_model, H heads, 2N two queries a token, E head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffvit.vit import softmax_maps
+
+
+class DifferentialAttentionV2(nn.Module):
+    """Multi-head differential attention, second version. [B, N, D] -> [B, N, D]
+
+    The rows of qkv are Q1, K, V and Q2: the first three are the classic layer's and start with its values.
+    """
+
+    def __init__(self, d_model: int, heads: int, layer: int, dropout: float):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(d_model, 4 * d_model)
+        self.lambda_proj = nn.Linear(d_model, heads)
+        self.proj = nn.Linear(d_model, d_model)
+        self.dropout = nn.Dropout(dropout)
+
+    @staticmethod
+    def mlp_hidden(d_model: int, heads: int, mlp_ratio: int) -> int:
+        """The MLP's hidden width that keeps the classic block's parameters, to the nearest multiple of 8, which GPUs are fast at."""
+        more_in_attention = (d_model + 1) * (d_model + heads)  # the second queries and lambda
+        one_hidden_unit = 2 * d_model + 1
+        return 8 * round((mlp_ratio * d_model - more_in_attention / one_hidden_unit) / 8)
+
+    @staticmethod
+    def map_flops(d_model: int, tokens: int) -> int:
+        """FLOPs of one layer's two maps and their two products with V, for one image."""
+        return 8 * tokens**2 * d_model
+
+    @staticmethod
+    def form(device: str) -> str:
+        """The computation that `device` uses, for the record."""
+        return "sdpa, one call"
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        q1_BHNE, q2_BHNE, k_BHNE, v_BHNE = self._project(x_BND)
+        # Both queries of a token meet the same keys and values, so one call takes them as 2N queries.
+        o_BH2NE = F.scaled_dot_product_attention(torch.cat([q1_BHNE, q2_BHNE], dim=2), k_BHNE, v_BHNE)
+        first_BHNE, second_BHNE = o_BH2NE.chunk(2, dim=2)
+        return self._output(first_BHNE - self._lambdas(x_BND).to(first_BHNE.dtype) * second_BHNE)
+
+    def logits(self, x_BND: Tensor) -> Tensor:
+        """Scores before the softmax, scaled, of all 2H query heads; neighbours share a key. [B, 2H, N, N]: query, key"""
+        q1_BHNE, q2_BHNE, k_BHNE, _ = self._project(x_BND)
+        q_BHsNE = torch.stack([q1_BHNE, q2_BHNE], dim=2)
+        return (q_BHsNE @ k_BHNE.mT.unsqueeze(2) * q_BHsNE.shape[-1] ** -0.5).flatten(1, 2)
+
+    def maps(self, x_BND: Tensor) -> Tensor:
+        """The signed maps whose products with V are the outputs, in fp32 or better. [B, H, N, N]"""
+        maps_B2HNN = softmax_maps(self.logits(x_BND))
+        return maps_B2HNN[:, 0::2] - self._lambdas(x_BND).to(maps_B2HNN.dtype) * maps_B2HNN[:, 1::2]
+
+    def apply_maps(self, maps_BHNN: Tensor, x_BND: Tensor) -> Tensor:
+        """The layer's output where its maps are these. [B, N, D]"""
+        v_BHNE = self._project(x_BND)[3]
+        return self._output(maps_BHNN.to(v_BHNE.dtype) @ v_BHNE)
+
+    def lambdas(self, x_BND: Tensor) -> Tensor:
+        """What each token's second map is multiplied with, 0 to 1, in fp32 or better. [B, H, N]"""
+        return self._lambdas(x_BND).squeeze(-1)
+
+    def _project(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        B, N, D = x_BND.shape
+        q1_BHNE, k_BHNE, v_BHNE, q2_BHNE = self.qkv(x_BND).view(B, N, 4, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        return q1_BHNE, q2_BHNE, k_BHNE, v_BHNE
+
+    def _lambdas(self, x_BND: Tensor) -> Tensor:
+        logits_BNH = self.lambda_proj(x_BND)
+        logits_BNH = logits_BNH.to(torch.promote_types(logits_BNH.dtype, torch.float32))
+        return torch.sigmoid(logits_BNH).transpose(1, 2).unsqueeze(-1)
+
+    def _output(self, o_BHNE: Tensor) -> Tensor:
+        return self.dropout(self.proj(o_BHNE.transpose(1, 2).flatten(2)))

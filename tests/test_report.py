@@ -1,0 +1,125 @@
+"""The report: what the page says, in HTML and in Markdown, and how it looks in a browser."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tables import study_table
+
+from study import verdict
+from study.document import Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
+from study.report import analyse, page
+
+ROOT = Path(__file__).resolve().parents[1]
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def _text(page_html: str) -> str:
+    """What a person reads."""
+    body = re.sub(r"<style>.*?</style>", "", page_html, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+def _page(table: pd.DataFrame) -> str:
+    return _text(to_html(page(analyse(table, None), [], "uv run run.py study"), "report"))
+
+
+@pytest.mark.parametrize(
+    ("options", "claims"),
+    [
+        ({"level": -0.05, "trend": -0.08, "spread": 0.008}, ("has a lower error than", "scales better with depth than")),
+        ({"spread": 0.003, "seeds": 5}, ("are equivalent at these sizes", "scale alike with depth")),
+        ({"spread": 0.05}, ("is undecided", "would have been found with a probability of 80 %")),
+        ({"seeds": 1}, ("no interval (1 seed)", "No effect at all would produce")),
+    ],
+)
+def test_the_page_opens_with_the_verdict(options: dict, claims: tuple[str, str]) -> None:
+    text = _page(study_table(**options))
+    opening = text[: text.index("The rule, fixed before the data")]
+    for claim in claims:
+        assert claim in opening
+    assert "Whether noise changes the difference has not been measured here." in opening
+
+
+def test_the_page_names_what_it_does_not_show() -> None:
+    table = study_table(dataset="BACH", images=132)
+    table.loc[0, "status"], table["steps"], table["flags"] = "diverged", 400, "runs of this cell differ in device_name: a / b"
+    text = _page(table)
+    limits = text[text.index("What this does not show") :]
+    assert "BACH: warm-up (500 steps) is not shorter than the run (400 steps)" in limits
+    assert re.search(r"with 132 test images a single accuracy near \d+ % is uncertain by 8\.\d points", limits)
+    assert "BACH: 2 seeds for each model and size." in limits
+    assert "differ in device_name: a / b" in limits and "--grid lr" in limits
+    assert "Classic ViT 10B seed 0 diverged" in text and "(+1 diverged)" in text
+
+
+def test_false_labels_and_other_conditions_have_their_place() -> None:
+    noisy = study_table(overrides="label_noise=0.4", seed=1)
+    noisy["false_labels"], noisy["memorised"], noisy["recovered"] = 18_000, 0.25, 0.5
+    text = _page(pd.concat([study_table(), noisy], ignore_index=True))
+    assert "CIFAR-100 (label_noise 0.4)" in text and "18000" in text and "25.0 %" in text and "50.0 %" in text
+    assert "Noise in images and noise in labels are different things" in text
+
+
+def test_both_forms_say_the_same_and_html_needs_nothing_else(tmp_path: Path) -> None:
+    picture = tmp_path / "figures" / "a.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"\x89PNG")
+    blocks = [
+        Heading("A <title> & more", 1), Paragraph("a lead", lead=True), Items(["one", "two"]), Code("run.py study"),
+        Table(["x", "y | z"], [["1", "2"]], "numbers", closed=True), Figures([(picture, "a picture")]),
+    ]  # fmt: skip
+    markdown, page_html = to_markdown(blocks, tmp_path), to_html(blocks, "t")
+    assert markdown.startswith("# A <title> & more\n\n**a lead**\n\n- one\n- two\n\n```\nrun.py study\n```")
+    assert "| x | y / z |\n| --- | ---: |\n| 1 | 2 |" in markdown and "![a picture](figures/a.png)" in markdown
+    assert "A &lt;title&gt; &amp; more" in page_html and "data:image/png;base64,iVBORw==" in page_html
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page_html) and "<script" not in page_html
+
+
+def test_a_percentage_keeps_its_sign() -> None:
+    assert [verdict.percent(value) for value in (-0.0202, 0.0, 0.1)] == ["-2.0 %", "+0.0 %", "+10.5 %"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_a_real_study_becomes_a_page_that_fits_wide_and_narrow_screens(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text("datasets: [digits, digits-noisy]\nsizes: [small, medium]\nseeds: 2\noverrides: {epochs: 1}\n")
+    for command in (
+        "study --grid small.yaml --address local",
+        "evaluate --grid small.yaml --corruptions --attention --device cpu",
+        "report --grid small.yaml",
+    ):
+        done = subprocess.run(["python", str(ROOT / "run.py"), *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+    report = tmp_path / "checkpoints" / "report"
+    assert done.stdout.split() == ["checkpoints/report/report.html", "checkpoints/report/report.md"]
+    text = _text((report / "report.html").read_text())
+    assert "On digits-noisy" in text and "pairs)" in text and "gaussian" in text and "Where attention goes" in text
+    for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (report / "report.md").read_text()):
+        assert (report / link).is_file()
+    for width in (1280, 400):
+        # The page says itself how wide it is; a figure or table that is wider must scroll in its own box.
+        probe = report / f"probe{width}.html"
+        probe.write_text((report / "report.html").read_text() + "<script>document.title = document.documentElement.scrollWidth</script>")
+        frame = report / f"frame{width}.html"
+        frame.write_text(f'<iframe id="f" style="border:0;width:{width}px;height:3000px" src="{probe.name}"></iframe>')
+        shot = report / f"shot{width}.png"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files", "--virtual-time-budget=5000"]
+        seen = subprocess.run([str(BROWSER), *flags, f"--window-size={width},3000", f"--screenshot={shot}", f"file://{report / 'report.html'}"],
+                              capture_output=True, timeout=120)  # fmt: skip
+        assert seen.returncode == 0 and shot.stat().st_size > 20_000
+        frame.write_text(frame.read_text() + '<script>f.onload = () => document.title = f.contentDocument.title</script>')
+        dom = subprocess.run([str(BROWSER), *flags, "--window-size=1400,3100", "--dump-dom", f"file://{frame}"], capture_output=True, text=True,
+                             timeout=120)  # fmt: skip
+        title = re.search(r"<title>(\d+)</title>", dom.stdout)
+        assert title and int(title[1]) <= width, f"the page is {title and title[1]} pixels wide on a screen of {width}"
+    if kept := os.environ.get("DIFFVIT_KEEP_REPORT"):  # to look at it
+        shutil.copytree(report, kept, dirs_exist_ok=True)
