@@ -26,7 +26,8 @@ def noise_figure(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any]], 
     for axes, corruption in zip(panels, CORRUPTIONS, strict=False):
         for model, of_model in runs.groupby("model", sort=False):
             curves = np.asarray([_errors(findings[run_id], corruption) for run_id in of_model["run_id"]])
-            axes.plot(range(curves.shape[1]), 100 * curves.mean(axis=0), markersize=4, linewidth=1.8, label=model_title(str(model)), **model_style(str(model)))
+            style = {**model_style(str(model)), "markersize": 4, "linewidth": 1.8, "label": model_title(str(model))}
+            axes.plot(range(curves.shape[1]), 100 * curves.mean(axis=0), **style)
         axes.set_title(corruption, fontsize=10)
     for axes in panels[3:]:
         axes.set_xlabel("severity (0: clean)")
