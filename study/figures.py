@@ -1,8 +1,8 @@
 """The user's figures: loss per batch, accuracy over size, and both architectures in one picture. PNG and SVG.
 
 For each data set: training and validation loss per step for each architecture, all sizes in one plot; test accuracy over
-model size for each architecture; and one overlay of both. Colours differ in lightness too, so that grey prints work, and
-lines are named at their end.
+model size for each architecture; and one overlay of both. Where a data set's runs differ in overrides, each such condition
+has figures of its own. Colours differ in lightness too, so that grey prints work, and lines are named at their end.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from diffvit.protocol import MODEL_TITLES, MODELS, protocol_of
+from study.table import conditions
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 # Light to dark with size, and light against dark for the two architectures; safe for the common forms of colour blindness.
@@ -53,7 +54,7 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path) -> list[Pat
 
     Args:
         runs: a run table, steps: its step table (see table.py).
-        out: folder for {data set}_{what}.png and .svg; created if missing.
+        out: folder for {data set}_{what}.png and .svg, or {data set}_{condition}_{what} (see conditions in table.py); created if missing.
 
     Returns:
         The files written.
@@ -61,26 +62,31 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path) -> list[Pat
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     with rc_context(_STYLE):
-        for dataset, of_dataset in runs.groupby("dataset", sort=False):
+        for (dataset, condition), of_dataset in runs.groupby(["dataset", pd.Series(conditions(runs), index=runs.index)], sort=False):
             figures: dict[str, Figure] = {}
             models = [model for model in MODELS if (of_dataset["model"] == model).any()]
             have_accuracy = []
             for model in models:
                 of_model = of_dataset[of_dataset["model"] == model]
                 for loss in _LOSSES:
-                    figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss)
+                    figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss, condition)
                 if (of_model["status"] == "done").any():
                     have_accuracy.append(model)
-                    figures[f"{model}_scaling"] = scaling_figure(of_model, scale_like=of_dataset)
+                    figures[f"{model}_scaling"] = scaling_figure(of_model, of_dataset, condition)
             if len(have_accuracy) > 1:
-                figures["scaling_overlay"] = scaling_figure(of_dataset)
+                figures["scaling_overlay"] = scaling_figure(of_dataset, condition=condition)
+            stem = "_".join([dataset, *condition.replace("=", "-").split()])
             for name, figure in figures.items():
-                written += _save(figure, out / f"{dataset}_{name}")
+                written += _save(figure, out / f"{stem}_{name}")
     return written
 
 
-def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str) -> Figure:
-    """Loss per batch of one architecture on one data set: the raw curve thin, its running mean on top, a colour a size."""
+def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, condition: str = "") -> Figure:
+    """Loss per batch of one architecture on one data set: the raw curve thin, its running mean on top, a colour a size.
+
+    Args:
+        condition: a second line of the title.
+    """
     model, dataset = runs["model"].iloc[0], runs["dataset"].iloc[0]
     figure, axes = _axes()
     ends = []
@@ -102,7 +108,7 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str) -> Figure:
     axes.set_xlim(left=0)
     axes.set_xlabel("training step (one batch each)")
     axes.set_ylabel("cross-entropy (nats), log scale")
-    axes.set_title(f"{_model_title(model)} on {dataset}: {_LOSSES[loss]} loss per batch")
+    axes.set_title(f"{_model_title(model)} on {dataset}: {_LOSSES[loss]} loss per batch" + _second_line(condition))
     _name_ends(axes, ends)
     seeds = runs["seed"].nunique()
     batch = "each step's own batch, before its update" if loss == "train_loss" else "one validation batch after each step"
@@ -110,13 +116,14 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str) -> Figure:
     return figure
 
 
-def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -> Figure:
+def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, condition: str = "") -> Figure:
     """Test accuracy in % over model size in millions of parameters, a line an architecture, with 95 % Wilson intervals.
 
     Runs that diverged have no accuracy and are named in the caption.
 
     Args:
         scale_like: runs whose accuracies set the vertical range, so that two figures can be compared.
+        condition: a second line of the title.
     """
     dataset = runs["dataset"].iloc[0]
     diverged = runs[runs["status"] == "diverged"]
@@ -146,7 +153,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
     _size_axis(axes, runs)
     axes.set_ylabel("test accuracy (%)")
     title = "Both architectures" if several else _model_title(models[0])
-    axes.set_title(f"{title} on {dataset}: test accuracy over model size")
+    axes.set_title(f"{title} on {dataset}: test accuracy over model size" + _second_line(condition))
     axes.set_ylim(*_accuracy_range(runs if scale_like is None else scale_like[scale_like["status"] == "done"]))
     if several:
         _name_ends(axes, ends)
@@ -159,6 +166,10 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
         caption += f"\ndiverged, and so without an accuracy: {named}"
     _caption(figure, caption)
     return figure
+
+
+def _second_line(condition: str) -> str:
+    return f"\n{condition}" if condition else ""
 
 
 def _axes() -> tuple[Figure, Axes]:
