@@ -82,6 +82,8 @@ _compute_options = _options(
                  help="How long after this machine's last sign of life another one may take its runs over."),
 )  # fmt: skip
 _EPOCHS = click.option("--epochs", type=int, metavar="N", help="Override the protocol's epochs.")
+_DATASET_OF_GRID = click.option("--dataset", metavar="NAME", help="The data set of --grid noise or lr. [default: digits]")
+_GRIDS = "digits|full|full-plus|noise|lr|FILE"
 _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]")
 
 
@@ -152,7 +154,7 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
 @cli.command()
 @click.option("--model", help="vit_classic, vit_differential or a control.")
 @click.option("--size", help="10B, 25B or 50B (about 10, 25, 50 million parameters); small, medium, large.")
-@click.option("--dataset", help="CIFAR-100, BACH, digits or digits-noisy.")
+@click.option("--dataset", help="CIFAR-100, BACH, digits or digits-noisy; with --grid, the data set of noise or lr.")
 @click.option("--run_id", metavar="ID", help="Which run, where several match.")
 @click.option("--grid", metavar="NAME|FILE", help="All finished runs of a grid instead; with --corruptions or --attention.")
 @_EPOCHS
@@ -172,13 +174,13 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
     kinds = [kind for kind, wanted in (("corruptions", corruptions), ("attention", attention)) if wanted]
     how: dict[str, Any] = {"data_root": data_root, "batch_size": batch_size}
     if grid:
-        if model or size or dataset or run_id:
-            raise UserError("--grid and --model, --size, --dataset or --run_id exclude each other.", "give one of both.")
+        if model or size or run_id:
+            raise UserError("--grid and --model, --size or --run_id exclude each other.", "give one of both.")
         if not kinds:
             raise UserError("--grid evaluates nothing by itself.", "add --corruptions, --attention or both.")
         from study.main import finished_checkpoints
 
-        paths = finished_checkpoints(checkpoints, grid, epochs)
+        paths = finished_checkpoints(checkpoints, grid, epochs, dataset)
     else:
         if not (model and size and dataset):
             raise UserError("which model is not said.", "give --model, --size and --dataset, or --grid.")
@@ -213,7 +215,8 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 
 
 @cli.command()
-@click.option("--grid", default="digits", show_default=True, metavar="digits|full|FILE", help="Which runs: a name, or a YAML or TOML file.")
+@click.option("--grid", default="digits", show_default=True, metavar=_GRIDS, help="Which runs: a name, or a YAML or TOML file.")
+@_DATASET_OF_GRID
 @_SEEDS
 @_EPOCHS
 @click.option("--dry_run", is_flag=True, help="List the runs with their costs and stop.")
@@ -237,8 +240,9 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_data_option
 @_checkpoints_option
 @_compute_options
-def study(grid: str, seeds: int | None, epochs: int | None, dry_run: bool, upload: bool, checkpoints: Path, save_every: str,
-          storage: str | None, sync_every: str, lease: str, resource: tuple[str, ...], **options: Any) -> None:  # fmt: skip
+def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, dry_run: bool, upload: bool,
+          checkpoints: Path, save_every: str, storage: str | None, sync_every: str, lease: str,
+          resource: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
 
     Finished runs are skipped, so the same command carries on. Without arguments: both architectures in three sizes on two
@@ -246,7 +250,7 @@ def study(grid: str, seeds: int | None, epochs: int | None, dry_run: bool, uploa
     """
     from study.grid import find_grid
 
-    chosen = find_grid(grid)
+    chosen = find_grid(grid, dataset)
     chosen.runs(seeds=seeds, overrides={"epochs": epochs})  # names and values first
     saving = _saving(save_every, storage, sync_every, lease)
     resources = dict(_resource(text) for text in resource)
@@ -264,56 +268,60 @@ def study(grid: str, seeds: int | None, epochs: int | None, dry_run: bool, uploa
 
 
 @cli.command()
-@click.option("--grid", metavar="digits|full|FILE", help="Which runs to draw. [default: the built-in grids that have finished runs]")
+@click.option("--grid", metavar=_GRIDS, help="Which runs to draw. [default: the built-in grids that have finished runs]")
+@_DATASET_OF_GRID
 @_EPOCHS
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: figures in the checkpoints folder]")
 @_checkpoints_option
-def plot(grid: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
-    """Draw the losses and the scaling of finished runs: seven figures for each data set, as PNG and SVG."""
+def plot(grid: str | None, dataset: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
+    """Draw the losses and the scaling of finished runs: seven figures for each data set and condition, as PNG and SVG."""
     from study.main import plot_grid
 
-    for path in plot_grid(checkpoints, grid, out or checkpoints / "figures", epochs=epochs):
+    for path in plot_grid(checkpoints, grid, out or checkpoints / "figures", epochs=epochs, dataset=dataset):
         click.echo(path)
 
 
 @cli.command()
 @click.option("--grid", metavar="NAME|FILE", help="Which runs to report. [default: the built-in grids that have finished runs]")
+@_DATASET_OF_GRID
 @_EPOCHS
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: report in the checkpoints folder]")
 @_checkpoints_option
-def report(grid: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
+def report(grid: str | None, dataset: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
     """Write the verdict, with its intervals and all that it rests on, as one HTML page and as Markdown."""
     from study.main import report_grid
 
-    for path in report_grid(checkpoints, grid, out or checkpoints / "report", epochs=epochs):
+    for path in report_grid(checkpoints, grid, out or checkpoints / "report", epochs=epochs, dataset=dataset):
         click.echo(path)
 
 
 @cli.command()
 @click.option("--grid", default="digits", show_default=True, metavar="NAME|FILE", help="Whose data sets and sizes.")
+@_DATASET_OF_GRID
 @_EPOCHS
 @click.option("--difference", type=float, default=2.0, show_default=True, metavar="PERCENT", help="Relative difference in error.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_checkpoints_option
-def power(grid: str, epochs: int | None, difference: float, as_json: bool, checkpoints: Path) -> None:
+def power(grid: str, dataset: str | None, epochs: int | None, difference: float, as_json: bool, checkpoints: Path) -> None:
     """Say how many seeds it takes to see a difference, from the spread between the seeds that are done."""
     from study.grid import find_grid
     from study.power import power_rows, power_text
 
-    rows = power_rows(checkpoints, find_grid(grid).runs(overrides={"epochs": epochs}), difference / 100)
+    rows = power_rows(checkpoints, find_grid(grid, dataset).runs(overrides={"epochs": epochs}), difference / 100)
     click.echo(json.dumps(rows, indent=1) if as_json else power_text(rows, difference / 100))
 
 
 @cli.command("list")
-@click.option("--grid", metavar="digits|full|FILE", help="Also list this grid's runs that are not done. [default: what is there]")
+@click.option("--grid", metavar=_GRIDS, help="Also list this grid's runs that are not done. [default: what is there]")
+@_DATASET_OF_GRID
 @_SEEDS
 @_EPOCHS
 @click.option("--verify", is_flag=True, help="Re-read every file of every run and name what is damaged; exit code 1 if anything is.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_data_option
 @_checkpoints_option
-def list_runs(grid: str | None, seeds: int | None, epochs: int | None, verify: bool, as_json: bool, data_root: str | None,
-              checkpoints: Path) -> None:  # fmt: skip
+def list_runs(grid: str | None, dataset: str | None, seeds: int | None, epochs: int | None, verify: bool, as_json: bool,
+              data_root: str | None, checkpoints: Path) -> None:  # fmt: skip
     """Show the ledger: each run, done or not, its accuracy and its files."""
     from study.main import ledger_rows, ledger_text, verify_ledger
 
@@ -322,7 +330,7 @@ def list_runs(grid: str | None, seeds: int | None, epochs: int | None, verify: b
         click.echo(json.dumps(report, indent=1) if as_json else "\n".join([*report["damaged"], report["summary"]]))
         sys.exit(1 if report["damaged"] else 0)
 
-    rows = ledger_rows(checkpoints, grid, seeds=seeds, epochs=epochs, data_root=data_root)
+    rows = ledger_rows(checkpoints, grid, seeds=seeds, epochs=epochs, data_root=data_root, dataset=dataset)
     click.echo(json.dumps(rows, indent=1) if as_json else ledger_text(rows))
 
 

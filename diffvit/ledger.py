@@ -76,8 +76,8 @@ class RunSpec:
 
     @property
     def title(self) -> str:
-        """For a person: model, size, data set, seed."""
-        return f"{self.model} {self.size} {self.dataset} seed {self.seed}"
+        """For a person: model, size, data set, seed, overrides."""
+        return f"{self.model} {self.size} {self.dataset} seed {self.seed} {overrides_text(self.overrides)}".rstrip()
 
     def names(self, run_id: str) -> dict[str, Any]:
         """What the run is called, as files say it."""
@@ -100,6 +100,11 @@ class RunSpec:
     def run_id(self, fingerprint: str) -> str:
         """Ten hexadecimal digits."""
         return _run_id(self.identity(fingerprint))
+
+
+def overrides_text(overrides: Mapping[str, Any]) -> str:
+    """Overrides as tables and titles write them: "epochs=5 lr=0.001"."""
+    return " ".join(f"{name}={value}" for name, value in overrides.items())
 
 
 def _run_id(identity: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from diffvit.ledger import RunSpec
+from diffvit.ledger import RunSpec, overrides_text
 from study.plan import PlannedRun
 
 _HEARTBEAT_SECONDS = 30.0
@@ -41,6 +41,8 @@ class StudyDisplay(Callback):
     def __init__(self, runs: list[PlannedRun], console: Console | None = None):
         self.console = console or Console(file=sys.stderr)
         self._rows = {_key(run.spec): _Row(run, f"{run.status} before" if run.status else "waiting") for run in runs}
+        # Worth a column only where they tell runs apart.
+        self._conditions = len({overrides_text(run.spec.overrides) for run in runs}) > 1
         self._start = self._beat = time.monotonic()
         self._live: Live | None = None
 
@@ -103,7 +105,7 @@ class StudyDisplay(Callback):
 
     def _draw(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for header in ("model", "size", "data set", "seed"):
+        for header in ("model", "size", "data set", "seed", *(["overrides"] if self._conditions else [])):
             table.add_column(header, no_wrap=True)
         table.add_column("progress", width=16)
         for header in ("step", "train loss", "val loss", "images/s", "test"):
@@ -120,7 +122,8 @@ class StudyDisplay(Callback):
             bar = ProgressBar(total=steps, completed=row.step, width=16)
         test = "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %"
         shown = [_number(row.train_loss, ".4f"), _number(row.val_loss, ".4f"), _number(row.pace, ",.0f")]
-        return [spec.model, spec.size, spec.dataset, str(spec.seed), bar, f"{steps if done else row.step}/{steps}", *shown, test]
+        named = [spec.model, spec.size, spec.dataset, str(spec.seed), *([overrides_text(spec.overrides)] if self._conditions else [])]
+        return [*named, bar, f"{steps if done else row.step}/{steps}", *shown, test]
 
     def _summary(self) -> str:
         elapsed = time.monotonic() - self._start

@@ -1,8 +1,8 @@
 """The user's figures: loss per batch, accuracy over size, and both architectures in one picture. PNG and SVG.
 
 For each data set: training and validation loss per step for each architecture, all sizes in one plot; test accuracy over
-model size for each architecture; and one overlay of all. Colours differ in lightness too, so that grey prints work, and
-lines are named at their end.
+model size for each architecture; and one overlay of all. Where a data set's runs differ in overrides, each such condition
+has figures of its own. Colours differ in lightness too, so that grey prints work, and lines are named at their end.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from diffvit.protocol import MODEL_TITLES, MODELS, protocol_of
+from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, protocol_of
+from study import scaling
+from study.table import conditions
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
 # Light to dark with size, and a lightness of its own for each architecture, classic ones blue; safe for the common forms of
@@ -33,7 +35,7 @@ _MODEL_STYLES: dict[str, dict[str, Any]] = {
     "vit_differential_v2": {"color": "#B0413E", "marker": "v", "linestyle": (0, (2, 1))},
 }
 _OTHER_STYLE: dict[str, Any] = {"color": "#6B7A89", "marker": "D", "linestyle": ":"}
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11.5,
     "axes.titleweight": "bold",
@@ -56,34 +58,43 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path) -> list[Pat
 
     Args:
         runs: a run table, steps: its step table (see table.py).
-        out: folder for {data set}_{what}.png and .svg; created if missing.
+        out: folder for {data set}_{what}.png and .svg, or {data set}_{condition}_{what} (see conditions in table.py); created if missing.
 
     Returns:
         The files written.
     """
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    with rc_context(_STYLE):
-        for dataset, of_dataset in runs.groupby("dataset", sort=False):
+    with rc_context(STYLE):
+        for (dataset, condition), of_dataset in runs.groupby(["dataset", pd.Series(conditions(runs), index=runs.index)], sort=False):
             figures: dict[str, Figure] = {}
             models = [model for model in MODELS if (of_dataset["model"] == model).any()]
             have_accuracy = []
             for model in models:
                 of_model = of_dataset[of_dataset["model"] == model]
                 for loss in _LOSSES:
-                    figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss)
+                    figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss, condition)
                 if (of_model["status"] == "done").any():
                     have_accuracy.append(model)
-                    figures[f"{model}_scaling"] = scaling_figure(of_model, scale_like=of_dataset)
+                    figures[f"{model}_scaling"] = scaling_figure(of_model, of_dataset, condition)
             if len(have_accuracy) > 1:
-                figures["scaling_overlay"] = scaling_figure(of_dataset)
+                figures["scaling_overlay"] = scaling_figure(of_dataset, condition=condition)
             for name, figure in figures.items():
-                written += _save(figure, out / f"{dataset}_{name}")
+                written += save(figure, out / f"{figure_stem(str(dataset), str(condition))}_{name}")
     return written
 
 
-def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str) -> Figure:
-    """Loss per batch of one architecture on one data set: the raw curve thin, its running mean on top, a colour a size."""
+def figure_stem(dataset: str, condition: str) -> str:
+    """What the files of a data set's figures under a condition begin with."""
+    return "_".join([dataset, *condition.replace("=", "-").split()])
+
+
+def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, condition: str = "") -> Figure:
+    """Loss per batch of one architecture on one data set: the raw curve thin, its running mean on top, a colour a size.
+
+    Args:
+        condition: a second line of the title.
+    """
     model, dataset = runs["model"].iloc[0], runs["dataset"].iloc[0]
     figure, axes = _axes()
     ends = []
@@ -105,21 +116,24 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str) -> Figure:
     axes.set_xlim(left=0)
     axes.set_xlabel("training step (one batch each)")
     axes.set_ylabel("cross-entropy (nats), log scale")
-    axes.set_title(f"{_model_title(model)} on {dataset}: {_LOSSES[loss]} loss per batch")
+    axes.set_title(f"{model_title(model)} on {dataset}: {_LOSSES[loss]} loss per batch" + _second_line(condition))
     _name_ends(axes, ends)
     seeds = runs["seed"].nunique()
     batch = "each step's own batch, before its update" if loss == "train_loss" else "one validation batch after each step"
-    _caption(figure, f"thin: {batch}{'' if seeds == 1 else f', {seeds} seeds'}; thick: running mean{'' if seeds == 1 else ' over seeds'}")
+    add_caption(
+        figure, f"thin: {batch}{'' if seeds == 1 else f', {seeds} seeds'}; thick: running mean{'' if seeds == 1 else ' over seeds'}"
+    )
     return figure
 
 
-def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -> Figure:
+def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, condition: str = "") -> Figure:
     """Test accuracy in % over model size in millions of parameters, a line an architecture, with 95 % Wilson intervals.
 
     Runs that diverged have no accuracy and are named in the caption.
 
     Args:
         scale_like: runs whose accuracies set the vertical range, so that two figures can be compared.
+        condition: a second line of the title.
     """
     dataset = runs["dataset"].iloc[0]
     diverged = runs[runs["status"] == "diverged"]
@@ -129,7 +143,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
     models = list(dict.fromkeys(runs["model"]))
     several = len(models) > 1
     for model, of_model in runs.groupby("model", sort=False):
-        style = dict(_MODEL_STYLES.get(model, _OTHER_STYLE))
+        style = model_style(str(model))
         cells = of_model.groupby("parameters")
         mean = 100 * cells["test_accuracy"].mean()
         # Architectures have nearly the same sizes: intervals side by side, not on top of each other.
@@ -145,11 +159,11 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
         if not several:
             for i, value in enumerate(mean):
                 axes.annotate(f"{value:.1f}", (x[i], value), textcoords="offset points", xytext=(7, 6), fontsize=9, color="#30363D")
-        ends.append((x[-1], mean.iloc[-1], _model_title(model), style["color"]))
+        ends.append((x[-1], mean.iloc[-1], model_title(model), style["color"]))
     _size_axis(axes, runs)
     axes.set_ylabel("test accuracy (%)")
-    title = _model_title(models[0]) if not several else "Both architectures" if len(models) == 2 else f"{len(models)} architectures"
-    axes.set_title(f"{title} on {dataset}: test accuracy over model size")
+    title = model_title(models[0]) if not several else "Both architectures" if len(models) == 2 else f"{len(models)} architectures"
+    axes.set_title(f"{title} on {dataset}: test accuracy over model size" + _second_line(condition))
     axes.set_ylim(*_accuracy_range(runs if scale_like is None else scale_like[scale_like["status"] == "done"]))
     if several:
         right = max(x for x, *_ in ends)  # beside all intervals, on top of none
@@ -159,10 +173,34 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None) -
     note = "no interval over seeds (1 seed)" if seeds == 1 else f"dots: {seeds} seeds"
     caption = f"bars: 95 % Wilson interval for {images:,} test images; {note}; only depth varies"
     if len(diverged):
-        named = ", ".join(f"{_model_title(run.model)} {_millions(run.parameters)} seed {run.seed}" for run in diverged.itertuples())
+        named = ", ".join(f"{model_title(run.model)} {_millions(run.parameters)} seed {run.seed}" for run in diverged.itertuples())
         caption += f"\ndiverged, and so without an accuracy: {named}"
-    _caption(figure, caption)
+    add_caption(figure, (_draw_match(axes, runs) if several else "") + caption)
     return figure
+
+
+def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
+    """An arrow from the size that a classic model would need to the differential one of the same error, and what it means.
+
+    Of the sizes that have one within the measured range, the one nearest the middle.
+    """
+    first, second = (runs[runs["model"] == arm] for arm in ARMS)
+    cells = scaling.cells_of(scaling.pair_table(first, second)) if len(first) and len(second) else None
+    if cells is None or len(cells.logs) < 2:
+        return ""
+    middle = (len(cells.logs) - 1) / 2
+    for i in sorted(range(len(cells.logs)), key=lambda i: abs(i - middle)):
+        equal = scaling.equal_cost(cells, i)
+        if equal is not None:
+            parameters, accuracy = math.exp(cells.log_costs[1, i]), 100 * (1 - math.exp(cells.means[1, i]))
+            axes.annotate("", (parameters / 1e6, accuracy), (equal / 1e6, accuracy), arrowprops={"arrowstyle": "->", "color": "#30363D"})
+            share = f"{parameters / equal:.2f} of its parameters"
+            return f"arrow: {parameters / 1e6:.3g} M differential has the error of {equal / 1e6:.3g} M classic, {share}\n"
+    return "no differential model has an error within the classic ones' range\n"
+
+
+def _second_line(condition: str) -> str:
+    return f"\n{condition}" if condition else ""
 
 
 def _axes() -> tuple[Figure, Axes]:
@@ -224,7 +262,8 @@ def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
                       fontweight="bold", annotation_clip=False)  # fmt: skip
 
 
-def _caption(figure: Figure, text: str) -> None:
+def add_caption(figure: Figure, text: str) -> None:
+    """A line below everything: what the marks mean."""
     figure.supxlabel(text, fontsize=8, color="#5B6570", x=0.01, ha="left")
 
 
@@ -237,11 +276,17 @@ def _millions(parameters: float) -> str:
     return f"{parameters / 1e6:.3g} M"
 
 
-def _model_title(model: str) -> str:
+def model_style(model: str) -> dict[str, Any]:
+    """Colour, marker and line of an architecture."""
+    return dict(_MODEL_STYLES.get(model, _OTHER_STYLE))
+
+
+def model_title(model: str) -> str:
+    """An architecture's name for a person."""
     return MODEL_TITLES.get(model, model)
 
 
-def _save(figure: Figure, stem: Path) -> Iterable[Path]:
+def save(figure: Figure, stem: Path) -> Iterable[Path]:
     """PNG and SVG, without a date, so that the same data give the same file."""
     png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
     figure.savefig(png, dpi=160)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles, RunSpec, check_writable, read_result
+from diffvit.ledger import RunFiles, RunSpec, check_writable, overrides_text, read_result
 from diffvit.saving import DEFAULT_SAVING, Saving
 from study.grid import GRIDS, Grid, find_grid
 from study.plan import PlannedRun, load_fingerprints, plan_runs
@@ -53,12 +53,15 @@ def dry_run_table(options: StudyOptions) -> str:
     specs = options.runs(_local_precision(options))
     fingerprints = load_fingerprints(specs, options.data_root, required=False)
     runs = plan_runs(specs, options.checkpoints, fingerprints)
-    header = ("model", "size", "data set", "seed", "run_id", "parameters", "batch", "steps", "GFLOP/image", "train EFLOP", "state")
+    header = (
+        "model", "size", "data set", "seed", "run_id", "parameters", "batch", "steps", "GFLOP/image", "train EFLOP", "state", "overrides",
+    )  # fmt: skip
     rows = [
         (
             run.spec.model, run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "data not here",
             f"{run.parameters:,}", str(run.spec.protocol.batch_size), f"{run.steps:,}",
             _significant(run.forward_flops / 1e9), _significant(run.train_flops / 1e18), run.status or "to do",
+            overrides_text(run.spec.overrides),
         )
         for run in runs
     ]  # fmt: skip
@@ -234,9 +237,9 @@ def _check_folders(checkpoints: Path, specs: list[RunSpec]) -> None:
 
 
 def warmup_warnings(specs: list[RunSpec]) -> list[str]:
-    """A sentence for each data set whose warm-up is not shorter than its run."""
-    by_dataset = {spec.dataset: spec.protocol.warmup_warning(spec.protocol.total_steps()) for spec in specs}
-    return [f"{dataset}: {warning}" for dataset, warning in by_dataset.items() if warning]
+    """A sentence for each data set and warm-up that is not shorter than its run."""
+    found = dict.fromkeys((spec.dataset, spec.protocol.warmup_warning(spec.protocol.total_steps())) for spec in specs)
+    return [f"{dataset}: {warning}" for dataset, warning in found if warning]
 
 
 def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> None:
@@ -287,6 +290,7 @@ def table_text(table: pd.DataFrame) -> str:
         "val loss",
         "test loss",
         "test accuracy",
+        "overrides",
     )
     rows = [
         (
@@ -294,18 +298,24 @@ def table_text(table: pd.DataFrame) -> str:
             f"{run.seconds:,.1f}", f"{run.images_per_second:,.0f}",
             *(("", "", "", "diverged") if run.status == "diverged" else
               (f"{run.train_loss:.4f}", f"{run.val_loss:.4f}", f"{run.test_loss:.4f}", f"{100 * run.test_accuracy:.2f} %")),
+            run.overrides,
         )
         for run in table.itertuples()
     ]  # fmt: skip
     flags = [f"flag: {dataset}: {flag}" for dataset, flag in table[["dataset", "flags"]].drop_duplicates().itertuples(index=False) if flag]
     diverged = [
-        f"note: {run.model} {run.size} {run.dataset} seed {run.seed}: {run.notes}" for run in table.itertuples() if run.status == "diverged"
+        f"note: {f'{run.model} {run.size} {run.dataset} seed {run.seed} {run.overrides}'.rstrip()}: {run.notes}"
+        for run in table.itertuples()
+        if run.status == "diverged"
     ]
     return "\n".join([_columns([header, *rows], right=range(5, 13)), *flags, *diverged])
 
 
-def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None = None) -> list[Path]:
+def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None = None, dataset: str | None = None) -> list[Path]:
     """Draw the finished runs of a grid, or of the built-in grids that have any. Returns the files.
+
+    Args:
+        dataset: as find_grid takes it.
 
     Raises:
         UserError: there is nothing to draw, or the folder cannot be written.
@@ -313,7 +323,7 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
     from study.figures import draw_figures
     from study.table import run_table, step_table
 
-    table = run_table(checkpoints, _finished_specs(checkpoints, grid, epochs))
+    table = run_table(checkpoints, _finished_specs(checkpoints, grid, epochs, dataset))
     check_writable(out)
     paths = draw_figures(table, step_table(checkpoints, table), out)
     if out == checkpoints / "figures":
@@ -321,7 +331,7 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
     return paths
 
 
-def report_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None = None) -> list[Path]:
+def report_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None = None, dataset: str | None = None) -> list[Path]:
     """Write the report of a grid's finished runs, or of the built-in grids' that have any. Returns the files.
 
     Raises:
@@ -329,25 +339,27 @@ def report_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | No
     """
     from study.report import write_report
 
-    specs = _finished_specs(checkpoints, grid, epochs)
+    specs = _finished_specs(checkpoints, grid, epochs, dataset)
     check_writable(out)
-    command = ["uv", "run", "run.py", "study", *(["--grid", grid] if grid else []), *(["--epochs", str(epochs)] if epochs else [])]
-    return write_report(checkpoints, specs, out, command)
+    options = {"--grid": grid, "--dataset": dataset, "--epochs": epochs}
+    given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
+    return write_report(checkpoints, specs, out, ["uv", "run", "run.py", "study", *given])
 
 
-def finished_checkpoints(checkpoints: Path, grid: str, epochs: int | None = None) -> list[Path]:
+def finished_checkpoints(checkpoints: Path, grid: str, epochs: int | None = None, dataset: str | None = None) -> list[Path]:
     """The weights of a grid's finished runs. Raises UserError where there are none."""
     from study.table import files_of, run_table
 
-    table = run_table(checkpoints, _finished_specs(checkpoints, grid, epochs))
+    table = run_table(checkpoints, _finished_specs(checkpoints, grid, epochs, dataset))
     return [files_of(checkpoints, run).weights for run in table[table["status"] == "done"].itertuples()]
 
 
-def _finished_specs(checkpoints: Path, grid: str | None, epochs: int | None) -> list[RunSpec]:
+def _finished_specs(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> list[RunSpec]:
     """The runs of a grid, or of all built-in ones; UserError where none of them is finished."""
     from study.table import run_table
 
-    grids = [find_grid(grid)] if grid else list(GRIDS.values())
+    _check_dataset(grid, dataset)
+    grids = [find_grid(grid, dataset)] if grid else list(GRIDS.values())
     specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]
     if run_table(checkpoints, specs).empty:
         name = f"the grid {grid}" if grid else "a built-in grid"
@@ -357,19 +369,37 @@ def _finished_specs(checkpoints: Path, grid: str | None, epochs: int | None) -> 
     return specs
 
 
+def _check_dataset(grid: str | None, dataset: str | None) -> None:
+    if dataset is not None and grid is None:
+        raise UserError("--dataset is given without --grid.", "--dataset goes with --grid noise or lr.")
+
+
 def ledger_rows(
-    checkpoints: Path, grid: str | None, seeds: int | None = None, epochs: int | None = None, data_root: str | None = None
+    checkpoints: Path,
+    grid: str | None,
+    seeds: int | None = None,
+    epochs: int | None = None,
+    data_root: str | None = None,
+    dataset: str | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each finished run, and with a grid for each of its runs that is not done.
+
+    Args:
+        dataset: as find_grid takes it.
 
     Raises:
         UserError: an unknown grid, or a damaged result file.
     """
-    from study.table import files_of, run_table
+    from study.table import effective_overrides, files_of, run_table
 
+    def cell(model: str, size: str, dataset: str, seed: int, overrides: str) -> tuple:
+        return model, size, dataset, seed, *effective_overrides(dataset, overrides)
+
+    _check_dataset(grid, dataset)
     specs = None
     if grid:
-        specs = find_grid(grid).runs(_local_precision(StudyOptions(find_grid(grid), checkpoints)), seeds, {"epochs": epochs})
+        options = StudyOptions(find_grid(grid, dataset), checkpoints, seeds, epochs)
+        specs = options.runs(_local_precision(options))
     table = run_table(checkpoints, specs)
     rows = []
     for run in table.itertuples():
@@ -387,18 +417,19 @@ def ledger_rows(
         )
     if specs:
         fingerprints = load_fingerprints(specs, data_root, required=False)
-        cells_done = {(row["model"], row["size"], row["dataset"], row["seed"]) for row in rows}
+        cells_done = {cell(*(row[key] for key in ("model", "size", "dataset", "seed", "overrides"))) for row in rows}
         ids_done = {row["run_id"] for row in rows}
         for spec in specs:
             run_id = spec.run_id(fingerprints[spec.dataset]) if spec.dataset in fingerprints else None
             # Without the data at hand, a run of the cell counts; with them, only this very run.
-            if run_id in ids_done if run_id else (spec.model, spec.size, spec.dataset, spec.seed) in cells_done:
+            of_spec = cell(spec.model, spec.size, spec.dataset, spec.seed, overrides_text(spec.overrides))
+            if run_id in ids_done if run_id else of_spec in cells_done:
                 continue
             started = bool(run_id) and RunFiles.of(checkpoints, spec, str(run_id)).log.is_file()
             rows.append(
                 {
                     "state": "unfinished" if started else "to do", "run_id": run_id, "model": spec.model, "size": spec.size,
-                    "dataset": spec.dataset, "seed": spec.seed, "overrides": " ".join(f"{k}={v}" for k, v in spec.overrides.items()),
+                    "dataset": spec.dataset, "seed": spec.seed, "overrides": overrides_text(spec.overrides),
                     "test_accuracy": None, "finished": None, "files": [], "missing": [],
                 }
             )  # fmt: skip

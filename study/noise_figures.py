@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diffvit.corruptions import CORRUPTIONS
-from study.figures import caption, model_style, model_title
+from study.figures import add_caption, model_style, model_title
 
 
 def noise_figure(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any]], name: str) -> Figure:
@@ -37,7 +37,7 @@ def noise_figure(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any]], 
     last.axis("off")
     last.legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False)
     figure.suptitle(f"{name}: test error under corruption", x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-    caption(figure, f"mean over {runs['size'].nunique()} sizes and {runs['seed'].nunique()} seeds; CIFAR-C's constants")
+    add_caption(figure, f"mean over {runs['size'].nunique()} sizes and {runs['seed'].nunique()} seeds; CIFAR-C's constants")
     return figure
 
 

@@ -8,24 +8,23 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 
 from diffvit.ledger import RunSpec, read_evaluations, write_atomically
-from diffvit.protocol import ARMS, MODEL_TITLES, Protocol, protocol_of
+from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
 from study import scaling, verdict
 from study.document import Block, Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
-from study.figures import draw_figures, wilson
+from study.figures import STYLE, draw_figures, figure_stem, model_title, save, wilson
+from study.noise_figures import noise_figure
 from study.scaling import Estimate, Ratio
-from study.table import files_of, run_table, step_table
+from study.table import conditions, files_of, run_table, step_table
 from study.verdict import Answer, Comparison, percent
-
-# Overrides that make a condition of a data set; what is left is the protocol that all its runs share.
-_CONDITIONS = ("input_noise", "label_noise", "lr", "warmup_steps")
 
 
 @dataclass(frozen=True)
@@ -33,31 +32,34 @@ class Subject:
     """The runs of one data set under one condition.
 
     Attributes:
-        name: for figures and sentences. base: whether it is the data set's plain condition.
-        condition: override -> value as text, of what makes the condition.
+        name: for sentences. condition: as table.conditions names it, "" for the plain one.
     """
 
     name: str
     dataset: str
+    condition: str
     table: pd.DataFrame
-    base: bool
-    condition: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def base(self) -> bool:
+        """Whether it is the data set's plain condition."""
+        return not self.condition
+
+    @property
+    def overrides(self) -> set[str]:
+        """Names of the overrides that make the condition."""
+        return {part.partition("=")[0] for part in self.condition.split()}
 
 
 def subjects(table: pd.DataFrame) -> list[Subject]:
     """The data sets and conditions of a run table, each data set's plain condition first."""
     found = []
-    for dataset, of_dataset in table.groupby("dataset", sort=False):
-        conditions = {text: _condition(text) for text in of_dataset["overrides"].unique()}
-        for text, condition in sorted(conditions.items(), key=lambda item: (len(item[1]), item[0])):
-            name = str(dataset) + (f" ({', '.join(f'{key} {value}' for key, value in condition.items())})" if condition else "")
-            found.append(Subject(name, str(dataset), of_dataset[of_dataset["overrides"] == text], not condition, condition))
-    return found
-
-
-def _condition(overrides: str) -> dict[str, str]:
-    values = dict(part.split("=", 1) for part in overrides.split())
-    return {key: values[key] for key in _CONDITIONS if key in values}
+    groups = table.groupby(["dataset", pd.Series(conditions(table), index=table.index)], sort=False)
+    for (dataset, condition), runs in groups:
+        name = f"{dataset} ({', '.join(condition.split())})" if condition else str(dataset)
+        found.append(Subject(name, str(dataset), str(condition), runs))
+    order = list(dict.fromkeys(part.dataset for part in found))
+    return sorted(found, key=lambda part: (order.index(part.dataset), len(part.overrides), part.condition))
 
 
 # ---------------------------------------------------------------------------------------------------------- analysis
@@ -99,7 +101,7 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
     for part in parts:
         for model in part.table["model"].unique():
             if model not in arms and (other := verdict.compare(part.table, part.name, (arms[0], model))):
-                title = f"{MODEL_TITLES.get(model, model)} against {MODEL_TITLES.get(arms[0], arms[0])} on {part.name}"
+                title = f"{model_title(model)} against {model_title(arms[0])} on {part.name}"
                 controls.append((title, other.answers[0].estimate, other.answers[0].pairs))
     return Analysis(
         table, parts, comparisons, decided, noise[0][1] if noise else "", [answer for answer, _ in noise[1:]], controls, findings
@@ -127,14 +129,14 @@ def _noise_answers(parts: Sequence[Subject], arms: tuple[str, str]) -> list[tupl
     base = {part.dataset: part for part in parts if part.base}
     found: list[tuple[Answer | None, str]] = []
     for key, what in (("input_noise", "trained on noisy images, tested on clean ones"),):
-        found += [(_noise(base, part, arms), f"{part.name}: {what}") for part in parts if set(part.condition) == {key}]
+        found += [(_noise(base, part, arms), f"{part.name}: {what}") for part in parts if part.overrides == {key}]
     for dataset, part in base.items():
         if twin := base.get(f"{dataset}-noisy"):
             found.append((verdict.noise_answer(part.table, twin.table, twin.name, arms), f"{twin.name}: noise in training and test images"))
     for part in base.values():
         answer = verdict.noise_answer(part.table, part.table, part.name, arms, measure="corrupted error")
         found.append((answer, f"{part.name}: trained on clean images, tested under five corruptions"))
-    found += [(_noise(base, part, arms), f"{part.name}: false training labels") for part in parts if set(part.condition) == {"label_noise"}]
+    found += [(_noise(base, part, arms), f"{part.name}: false training labels") for part in parts if part.overrides == {"label_noise"}]
     return [(answer, what) for answer, what in found if answer is not None]
 
 
@@ -158,13 +160,24 @@ def write_report(checkpoints: Path, specs: Iterable[RunSpec], out: Path, command
     if table.empty:
         return []
     analysis = analyse(table, checkpoints)
-    figures = draw_figures(table, step_table(checkpoints, table), out / "figures")
+    figures = draw_figures(table, step_table(checkpoints, table), out / "figures") + _draw_findings(analysis, out / "figures")
     seeds = int(table["seed"].max()) + 1
     blocks = page(analysis, figures, shlex.join([*command, *(["--seeds", str(seeds)] if seeds > 1 else [])]))
     html, markdown = out / "report.html", out / "report.md"
     write_atomically(html, to_html(blocks, "Differential ViT against classic ViT").encode())
     write_atomically(markdown, to_markdown(blocks, out).encode())
     return [html, markdown]
+
+
+def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
+    """Figures of what `evaluate` found."""
+    corrupted = {run_id: found["corruptions"] for run_id, found in analysis.findings.items() if "corruptions" in found}
+    written: list[Path] = []
+    with rc_context(STYLE):
+        for part in analysis.subjects:
+            if part.table["run_id"].isin(list(corrupted)).any():
+                written += save(noise_figure(part.table, corrupted, part.name), out / f"{figure_stem(part.dataset, part.condition)}_noise")
+    return written
 
 
 def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Block]:
@@ -185,7 +198,7 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
     blocks += _figures(analysis, figures)
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
-    blocks += _noise_section(analysis)
+    blocks += _noise_section(analysis, figures)
     blocks += [Heading("What this does not show"), Items(_limits(analysis))]
     blocks += [Heading("Reproduce"), Code(command), *_provenance(analysis.table)]
     return blocks
@@ -209,7 +222,7 @@ def _accuracy_tables(analysis: Analysis) -> list[Block]:
         for (_, model), cell in part.table.groupby(["parameters", "model"]):
             done = cell[cell["status"] == "done"]
             ended_else = len(cell) - len(done)
-            parameters, title = f"{cell['parameters'].iloc[0] / 1e6:.3g} M", MODEL_TITLES.get(model, model)
+            parameters, title = f"{cell['parameters'].iloc[0] / 1e6:.3g} M", model_title(model)
             if done.empty:
                 rows.append([title, parameters, str(len(cell)), "diverged", "", "", "", ""])
                 continue
@@ -224,7 +237,7 @@ def _accuracy_tables(analysis: Analysis) -> list[Block]:
         header = ["model", "size", "seeds", "test accuracy", "95 % Wilson", "SD over seeds", "cross-entropy", "minutes a run"]
         blocks.append(Table(header, rows, f"{part.name}: mean over seeds, {images:,} test images"))
     runs = [
-        [MODEL_TITLES.get(run.model, run.model), run.size, run.dataset, run.overrides or "", str(run.seed), run.run_id, run.status,
+        [model_title(run.model), run.size, run.dataset, run.overrides or "", str(run.seed), run.run_id, run.status,
          *(["", ""] if run.status != "done" else [f"{100 * run.test_accuracy:.2f} %", f"{run.test_loss:.4f}"])]
         for run in analysis.table.itertuples()
     ]  # fmt: skip
@@ -238,20 +251,34 @@ def _accuracy_tables(analysis: Analysis) -> list[Block]:
 
 def _figures(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
     """The user's figures, the overlay first."""
+    by_name = {path.stem: path for path in figures if path.suffix == ".png"}
     blocks: list[Block] = []
     for part in analysis.subjects:
-        own = [path for path in figures if path.suffix == ".png" and _belongs(path, part, analysis.subjects)]
-        own.sort(key=lambda path: ("overlay" not in path.name, "scaling" not in path.name, path.name))
+        titles = {f"{figure_stem(part.dataset, part.condition)}_{name}": title for name, title in _figure_titles().items()}
+        own = [(by_name[name], title) for name, title in titles.items() if name in by_name]
         if own:
-            blocks += [Heading(f"Figures: {part.name}", 3), Figures([(path, _caption(path, part)) for path in own])]
+            blocks += [Heading(f"Figures: {part.name}", 3), Figures(own)]
     return blocks
+
+
+def _figure_titles() -> dict[str, str]:
+    """What the figures of a data set show, by the names that draw_figures gives, in order."""
+    titles = {"scaling_overlay": "Test accuracy over model size, all architectures"}
+    for what in ("scaling", "train_loss", "val_loss"):
+        shown = {
+            "scaling": "test accuracy over model size",
+            "train_loss": "training loss per batch",
+            "val_loss": "validation loss per batch",
+        }[what]
+        titles |= {f"{model}_{what}": f"{model_title(model)}: {shown}" for model in MODELS}
+    return titles
 
 
 def _scaling_tables(analysis: Analysis) -> list[Block]:
     blocks: list[Block] = []
     rows: list[list[str]] = []
     for name, comparison in analysis.comparisons.items():
-        first, second = (MODEL_TITLES.get(arm, arm) for arm in comparison.arms)
+        first, second = (model_title(arm) for arm in comparison.arms)
         for measure, lines in comparison.lines.items():
             rows += [[name, measure, f"slope, {title}", _number(line.slope)] for title, line in zip((first, second), lines, strict=True)]
             rows.append([name, measure, "slope, difference", _slope_difference(comparison, measure)])
@@ -305,7 +332,7 @@ def _secondary(name: str, comparison: Comparison) -> list[str]:
     return sentences
 
 
-def _noise_section(analysis: Analysis) -> list[Block]:
+def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
     from diffvit.robustness import summarise
 
     blocks: list[Block] = []
@@ -315,7 +342,7 @@ def _noise_section(analysis: Analysis) -> list[Block]:
     labels = analysis.table[analysis.table["false_labels"].notna()] if "false_labels" in analysis.table else analysis.table.iloc[:0]
     if len(labels):
         rows = [
-            [f"{MODEL_TITLES.get(model, model)}, {size}", str(overrides), f"{cell['false_labels'].mean():.0f}",
+            [f"{model_title(model)}, {size}", str(overrides), f"{cell['false_labels'].mean():.0f}",
              *(f"{100 * cell[column].mean():.1f} %" for column in ("memorised", "recovered", "test_accuracy"))]
             for (overrides, size, model), cell in labels.groupby(["overrides", "size", "model"], sort=False)
         ]  # fmt: skip
@@ -333,12 +360,14 @@ def _noise_section(analysis: Analysis) -> list[Block]:
             errors = [100 * float(np.mean([each[name]["error"] for each in found])) for name in names]
             clean = errors[names.index("clean")]
             relative = f"{errors[names.index('mean')] / clean:.2f}" if clean else ""
-            title = f"{MODEL_TITLES.get(model, model)}, {cell['parameters'].iloc[0] / 1e6:.3g} M"
+            title = f"{model_title(model)}, {cell['parameters'].iloc[0] / 1e6:.3g} M"
             rows.append([title, *(f"{error:.1f}" for error in errors), relative])
         caption = (
             f"{part.name}: error in % on corrupted test images, mean over severities and seeds; the five's mean also relative to clean"
         )
         blocks.append(Table(["model", *names, "mean / clean"], rows, caption))
+        drawn = [path for path in figures if path.name == f"{figure_stem(part.dataset, part.condition)}_noise.png"]
+        blocks += [Figures([(path, f"{part.name}: error under corruption, by severity") for path in drawn])] if drawn else []
     return [Heading("Noise"), Paragraph(_NOISE_AXES), *blocks] if blocks else []
 
 
@@ -382,7 +411,7 @@ def _limits(analysis: Analysis) -> list[str]:
 
 
 def _tuning(analysis: Analysis) -> str:
-    if any("lr" in part.condition for part in analysis.subjects):
+    if any("lr" in part.overrides for part in analysis.subjects):
         return "Other learning rates were tried with the same budget for both: see the conditions."
     return "Whether another learning rate would favour one of them is what `study --grid lr` answers; it is not answered here."
 
@@ -399,14 +428,6 @@ def _provenance(table: pd.DataFrame) -> list[Block]:
     rows += [[f"data of {row.dataset}", row.fingerprint] for row in fingerprints.itertuples()]
     rows.append(["training time of all runs", f"{table['seconds'].sum() / 3600:.2f} hours"])
     return [Table(["", ""], rows, left=2)]
-
-
-def _belongs(path: Path, part: Subject, parts: Sequence[Subject]) -> bool:
-    raise NotImplementedError
-
-
-def _caption(path: Path, part: Subject) -> str:
-    raise NotImplementedError
 
 
 def _number(estimate: Estimate) -> str:

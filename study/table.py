@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 
 from diffvit.errors import UserError
-from diffvit.ledger import RunFiles, RunSpec, read_results, write_atomically
+from diffvit.ledger import RunFiles, RunSpec, overrides_text, read_results, write_atomically
 from diffvit.log import read_log
+from diffvit.protocol import PROTOCOLS
 
 # Order of the run table's columns; identity first, outcome, then where it ran.
 COLUMNS = (
@@ -44,7 +45,7 @@ def run_table(checkpoints: Path, grid: Iterable[RunSpec] | None = None) -> pd.Da
     for name in ("train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "memorised", "recovered"):
         table[name] = table[name].astype(float)
     table["false_labels"] = table["false_labels"].astype("Int64")  # whole numbers, and gaps for runs without label noise
-    table = table.sort_values(["dataset", "parameters", "model", "seed", "run_id"], ignore_index=True)
+    table = table.sort_values(["dataset", "overrides", "parameters", "model", "seed", "run_id"], ignore_index=True)
     cell_of = {result["run_id"]: _cell_key({**result["identity"], "model": ""}) for result in results}
     table["flags"] = _flags(table, [cell_of[run_id] for run_id in table["run_id"]])
     return table
@@ -60,9 +61,40 @@ def _sorted(value: Any) -> Any:
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
     row = {**result, **result["versions"], "fingerprint": result["identity"]["fingerprint"]}
-    row["overrides"] = " ".join(f"{name}={value}" for name, value in result["overrides"].items())
+    row["overrides"] = overrides_text(result["overrides"])
     row["notes"] = "; ".join(result["notes"])
     return {column: row.get(column) for column in COLUMNS}
+
+
+# Overrides that change what is learnt from, not only how: they name a condition even where all runs share them.
+_ALWAYS_NAMED = ("label_noise", "input_noise")
+
+
+def conditions(table: pd.DataFrame) -> list[str]:
+    """For each run, the overrides that tell it from other runs of its data set, such as "label_noise=0.2"; "" for a plain one.
+
+    Overrides that say what the protocol says, and those that all runs of the data set share, are left out; noise in training is always
+    named.
+    """
+    of_runs = [effective_overrides(run.dataset, run.overrides) for run in table.itertuples()]
+    shared: dict[str, set[str]] = {}
+    for dataset, parts in zip(table["dataset"], of_runs, strict=True):
+        shared[dataset] = shared.get(dataset, set(parts)) & set(parts)
+    return [
+        " ".join(part for part in parts if part not in shared[dataset] or part.partition("=")[0] in _ALWAYS_NAMED)
+        for dataset, parts in zip(table["dataset"], of_runs, strict=True)
+    ]
+
+
+def effective_overrides(dataset: str, overrides: str | None) -> list[str]:
+    """The parts, in order of name, of a run's overrides as text, without those that say what the data set's protocol says."""
+    protocol = PROTOCOLS.get(dataset)
+
+    def changes(part: str) -> bool:
+        name, _, value = part.partition("=")
+        return value != str(getattr(protocol, name, None))
+
+    return sorted(filter(changes, (overrides or "").split()))
 
 
 def _flags(table: pd.DataFrame, cells: list[str]) -> list[str]:

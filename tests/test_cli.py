@@ -109,6 +109,16 @@ BAD_INPUT = [
     (("train", "--model", "vit_classic", "--size", "10B", "--dataset", "CIFAR-100", "--data_root", "nowhere"), "--data_root"),
     (("evaluate", "--model", "vit_classic", "--size", "10B", "--dataset", "CIFAR-100"), "run.py list"),
     (("study", "--grid", "fulll"), "did you mean full"),
+    (("study", "--grid", "full", "--dataset", "CIFAR-100"), "--grid noise or lr"),
+    (("study", "--dataset", "CIFAR-100"), "--grid noise or lr"),
+    (("study", "--grid", "noise", "--dataset", "CIFAR-10"), "did you mean CIFAR-100"),
+    (("plot", "--dataset", "digits"), "--grid noise or lr"),
+    (("list", "--dataset", "digits"), "--grid noise or lr"),
+    (("study", "--grid", "conditions.yaml"), "a list of overrides"),
+    (("study", "--grid", "condition.yaml"), "at most 0.99"),
+    (("study", "--grid", "elsewhere.yaml"), "add it to datasets"),
+    (("study", "--grid", "unknown.yaml"), "did you mean digits"),
+    (("study", "--grid", "seeds-of.yaml"), "whole numbers"),
     (("study", "--grid", "missing.yaml"), "built-in grids"),
     (("study", "--grid", "typo.yaml"), "did you mean datasets"),
     (("study", "--grid", "broken.yaml"), "CONTRIBUTING"),
@@ -143,6 +153,11 @@ GRID_FILES = {
     "size.yaml": "datasets: [digits]\nsizes: [10B]",
     "override.yaml": "datasets: [digits]\noverrides: {epoch: 3}",
     "seeds.yaml": "datasets: [digits]\nseeds: [a]",
+    "conditions.yaml": "datasets: [digits]\nconditions: [label_noise]",
+    "condition.yaml": "datasets: [digits]\nconditions: [{label_noise: 1}]",
+    "elsewhere.yaml": "datasets: [digits]\nseeds: {BACH: 3}",
+    "unknown.yaml": "datasets: [digits]\noverrides: {digit: {epochs: 3}}",
+    "seeds-of.yaml": "datasets: [digits]\nseeds: {digits: many}",
     "empty.yaml": "sizes: [small]",
     "tiny.yaml": "datasets: [digits]\nsizes: [small]",
 }
@@ -256,6 +271,27 @@ def test_dry_run_of_the_full_grid(cli, tmp_path: Path) -> None:
         assert count in outcome.out
     assert "warm-up (500 steps) is not shorter than the run (400 steps)" in outcome.out
     assert not list(tmp_path.iterdir())
+
+
+def test_grids_for_another_data_set(cli) -> None:
+    outcome = cli("study", "--grid", "noise", "--dataset", "cifar-100", "--dry_run")
+    rows = [line for line in outcome.out.splitlines() if line.startswith("vit_")]
+    assert outcome.code == 0 and len(rows) == 24 and all("CIFAR-100" in row for row in rows)
+    assert [sum(row.endswith(end) for row in rows) for end in ("to do", "input_noise=0.1", "label_noise=0.2", "label_noise=0.4")] == [6] * 4
+    listed = cli("list", "--grid", "lr", "--dataset", "CIFAR-100")
+    assert "0 of 18 runs done" in listed.out and listed.out.count("lr=0.0003") == 6
+    assert cli("plot", "--grid", "lr", "--dataset", "CIFAR-100").code == 2  # nothing to draw
+
+
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_a_run_counts_for_its_own_condition_only(cli, monkeypatch: pytest.MonkeyPatch, at_hand: bool) -> None:
+    if not at_hand:
+        monkeypatch.setattr("study.main.load_fingerprints", lambda *_, **__: {})
+    cli(*TRAIN, "--epochs", "1", "--lr", "0.009")
+    listed = cli("list", "--grid", "lr", "--epochs", "1").out.splitlines()
+    assert "1 of 18 runs done" in listed[-1]
+    done = [line for line in listed if line.startswith("done")]
+    assert len(done) == 1 and "lr=0.009" in done[0]
 
 
 def test_every_command_and_option_has_help() -> None:

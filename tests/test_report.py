@@ -64,7 +64,7 @@ def test_false_labels_and_other_conditions_have_their_place() -> None:
     noisy = study_table(overrides="label_noise=0.4", seed=1)
     noisy["false_labels"], noisy["memorised"], noisy["recovered"] = 18_000, 0.25, 0.5
     text = _page(pd.concat([study_table(), noisy], ignore_index=True))
-    assert "CIFAR-100 (label_noise 0.4)" in text and "18000" in text and "25.0 %" in text and "50.0 %" in text
+    assert "CIFAR-100 (label_noise=0.4)" in text and "18000" in text and "25.0 %" in text and "50.0 %" in text
     assert "Noise in images and noise in labels are different things" in text
 
 
@@ -112,11 +112,18 @@ def test_a_real_study_becomes_a_page_that_fits_wide_and_narrow_screens(tmp_path:
         frame = report / f"frame{width}.html"
         frame.write_text(f'<iframe id="f" style="border:0;width:{width}px;height:3000px" src="{probe.name}"></iframe>')
         shot = report / f"shot{width}.png"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files", "--virtual-time-budget=5000"]
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--allow-file-access-from-files",
+            "--virtual-time-budget=5000",
+        ]
         seen = subprocess.run([str(BROWSER), *flags, f"--window-size={width},3000", f"--screenshot={shot}", f"file://{report / 'report.html'}"],
                               capture_output=True, timeout=120)  # fmt: skip
         assert seen.returncode == 0 and shot.stat().st_size > 20_000
-        frame.write_text(frame.read_text() + '<script>f.onload = () => document.title = f.contentDocument.title</script>')
+        frame.write_text(frame.read_text() + "<script>f.onload = () => document.title = f.contentDocument.title</script>")
         dom = subprocess.run([str(BROWSER), *flags, "--window-size=1400,3100", "--dump-dom", f"file://{frame}"], capture_output=True, text=True,
                              timeout=120)  # fmt: skip
         title = re.search(r"<title>(\d+)</title>", dom.stdout)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from diffvit.errors import UserError
 from diffvit.ledger import RunFiles, RunSpec, read_results
 from diffvit.log import read_log
 from study.cluster import Cluster, connect, find_address
@@ -23,7 +24,7 @@ from study.display import StudyDisplay
 from study.grid import GRIDS, Grid, find_grid
 from study.plan import load_fingerprints, plan_runs
 from study.runner import Settings, run_all, slots
-from study.table import prediction_table, run_table, step_table
+from study.table import conditions, prediction_table, run_table, step_table
 
 ROOT = Path(__file__).resolve().parents[1]
 EIGHT = Grid("eight", datasets=("digits", "digits-noisy"), sizes=("small", "medium"), overrides={"max_steps": 4})
@@ -170,6 +171,109 @@ def test_grid_files(tmp_path: Path, name: str, text: str) -> None:
     assert specs[0] == RunSpec.of("vit_classic", "0.1M", "digits", seed=3, overrides={"epochs": 2})
 
 
+@pytest.mark.parametrize(("name", "dataset", "expected"), [
+    ("noise", None, [{}, {"input_noise": 0.35}, {"label_noise": 0.2}, {"label_noise": 0.4}]),
+    ("noise", "cifar-100", [{}, {"input_noise": 0.1}, {"label_noise": 0.2}, {"label_noise": 0.4}]),
+    ("lr", None, [{"lr": 1e-3}, {}, {"lr": 9e-3}]),
+    ("lr", "CIFAR-100", [{"lr": 3.33e-5}, {}, {"lr": 3e-4}]),
+])  # fmt: skip
+def test_grids_of_conditions(name: str, dataset: str | None, expected: list[dict]) -> None:
+    specs = find_grid(name, dataset).runs()
+    assert len(specs) == 6 * len(expected)
+    assert [specs[i].overrides for i in range(0, len(specs), 6)] == expected
+    assert {spec.dataset for spec in specs} == {"CIFAR-100" if dataset else "digits"}
+    assert len({(spec.model, spec.size, str(spec.overrides)) for spec in specs}) == len(specs) == len({spec.title for spec in specs})
+    plain = {spec.run_id("f") for spec in find_grid("full" if dataset else "digits").runs()}
+    assert sum(spec.run_id("f") in plain for spec in specs) == 6  # the plain runs are those that are there already
+
+
+def test_full_plus_has_more_of_bach() -> None:
+    counts = pd.Series([(spec.dataset, str(spec.overrides)) for spec in find_grid("full-plus").runs()]).value_counts()
+    assert counts.to_dict() == {("CIFAR-100", "{}"): 6, ("BACH", "{}"): 30, ("BACH", "{'warmup_steps': 100}"): 30}
+    assert len(find_grid("full-plus").runs(seeds=3)) == 6 * 3 * 3
+    assert find_grid("full-plus").runs(overrides={"warmup_steps": 7})[-1].overrides == {"warmup_steps": 7}
+
+
+@pytest.mark.parametrize("name", ["full", "digits", "full-plus", "a.yaml"])
+def test_grids_that_have_data_sets_of_their_own(name: str) -> None:
+    with pytest.raises(UserError, match="data sets of its own") as caught:
+        find_grid(name, "CIFAR-100")
+    assert "noise or lr" in caught.value.hint
+
+
+def test_grid_files_by_data_set(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "models: [vit_classic]\nsizes: [small]\ndatasets: [digits, digits-noisy]\nseeds: {digits: 2}\n"
+        "overrides: {epochs: 5, Digits-Noisy: {epochs: 8, dropout: 0.1}}\nconditions: {digits: [{}, {lr: 1e-3}, {lr: 3e-3}]}\n"
+    )
+    specs = [(spec.dataset, spec.seed, spec.overrides) for spec in find_grid(str(path)).runs()]
+    # The protocol's own learning rate makes no run beside the plain one.
+    assert specs == [
+        ("digits", 0, {"epochs": 5}), ("digits", 1, {"epochs": 5}),
+        ("digits", 0, {"epochs": 5, "lr": 1e-3}), ("digits", 1, {"epochs": 5, "lr": 1e-3}),
+        ("digits-noisy", 0, {"epochs": 8, "dropout": 0.1}),
+    ]  # fmt: skip
+
+
+def test_grid_files_with_conditions_for_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text('datasets = ["digits", "digits-noisy"]\nconditions = [{}, {label_noise = 0.2}]\nseeds = 2\n')
+    specs = find_grid(str(path)).runs()
+    assert len(specs) == 2 * 2 * 3 * 2 * 2
+    assert sum(spec.overrides == {"label_noise": 0.2} for spec in specs) == len(specs) / 2
+
+
+def _noise_ledger(folder: Path) -> list[RunSpec]:
+    """Both arms of one size, plain and with false labels, trained for a few steps."""
+    from diffvit.train import train
+
+    specs = Grid("some", ("digits",), sizes=("small",), overrides={"max_steps": 3}, conditions=({}, {"label_noise": 0.2})).runs()
+    for spec in specs:
+        train(spec, folder, device="cpu")
+    return specs
+
+
+def test_conditions_are_told_apart_in_tables_display_and_figures(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from study.figures import draw_figures
+    from study.main import table_text, warmup_warnings
+
+    specs = _noise_ledger(tmp_path)
+    table = run_table(tmp_path, specs)
+    assert table["overrides"].tolist() == ["max_steps=3"] * 2 + ["max_steps=3 label_noise=0.2"] * 2
+    assert table["false_labels"].isna().tolist() == [True, True, False, False] and table["false_labels"].max() == 252
+    assert table["memorised"].between(0, 1).tolist() == table["recovered"].between(0, 1).tolist() == [False, False, True, True]
+    assert conditions(table) == ["", "", "label_noise=0.2", "label_noise=0.2"]
+    assert conditions(table[2:]) == ["label_noise=0.2"] * 2  # not taken for plain ones where they are alone
+    assert table_text(table).count("label_noise=0.2") == 2
+    assert len(run_table(tmp_path, specs[:2])) == 2
+    assert len(warmup_warnings(specs)) == 1
+
+    runs = plan_runs(specs, tmp_path, load_fingerprints(specs, None, required=True))
+    display = StudyDisplay(runs, Console(width=200, record=True))
+    assert len(display._rows) == 4
+    display.console.print(display._draw())
+    assert display.console.export_text().count("label_noise=0.2") == 2
+
+    names = {path.name for path in draw_figures(table, step_table(tmp_path, table), tmp_path / "figures")}
+    plain = {name for name in names if "label_noise" not in name}
+    assert len(names) == 28 and len(plain) == 14 and "digits_scaling_overlay.png" in plain
+    assert names - plain == {name.replace("digits_", "digits_label_noise-0.2_") for name in plain}
+
+
+def test_results_from_before_label_noise_still_load(tmp_path: Path) -> None:
+    specs = _noise_ledger(tmp_path)[:1]
+    path = next(tmp_path.glob("vit_classic/*_result.json"))
+    content = json.loads(path.read_text())
+    old = {key: value for key, value in content.items() if key not in ("false_labels", "memorised", "recovered")}
+    path.write_text(json.dumps(old))
+    table = run_table(tmp_path)
+    assert len(content) - len(old) == 3 and len(table) == 4 and len(specs) == 1
+    assert table.set_index("run_id").loc[old["run_id"], ["false_labels", "memorised", "recovered"]].isna().all()
+
+
 def test_planned_costs() -> None:
     runs = {(run.spec.model, run.spec.size, run.spec.dataset): run for run in plan_runs(GRIDS["full"].runs(), Path("nowhere"), {})}
     total = sum(run.train_flops for run in runs.values())
@@ -179,6 +283,8 @@ def test_planned_costs() -> None:
     per_cycle = -(-5000 // 512)
     validated = 4_400 // per_cycle * 5_000
     assert run.train_flops == run.forward_flops * (3 * 50 * 45_000 + validated + 5_000 + 10_000)
+    (falsely,) = plan_runs([RunSpec.of("vit_classic", "10B", "CIFAR-100", overrides={"label_noise": 0.2})], Path("nowhere"), {})
+    assert falsely.train_flops == run.train_flops + run.forward_flops * 9_000
 
 
 def test_address_comes_from_option_then_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

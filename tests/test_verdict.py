@@ -90,7 +90,7 @@ def test_conditions_are_told_apart_and_the_plain_one_is_the_base() -> None:
     table = pd.concat([study_table(), study_table(overrides="label_noise=0.2"), study_table(overrides="label_noise=0.4 input_noise=0.1")])
     parts = subjects(table)
     assert [(part.name, part.base) for part in parts] == [
-        ("CIFAR-100", True), ("CIFAR-100 (label_noise 0.2)", False), ("CIFAR-100 (input_noise 0.1, label_noise 0.4)", False)]  # fmt: skip
+        ("CIFAR-100", True), ("CIFAR-100 (label_noise=0.2)", False), ("CIFAR-100 (input_noise=0.1, label_noise=0.4)", False)]  # fmt: skip
     epochs = subjects(study_table(overrides="epochs=5"))
     assert epochs[0].base and epochs[0].name == "CIFAR-100"  # all runs share it
 
