@@ -200,6 +200,17 @@ def test_both_arms_train_on_the_same_noise_and_test_on_clean_images(tmp_path: Pa
         assert verify_run(files.result) == []
 
 
+def test_a_resumed_run_meets_the_same_noise(tmp_path: Path) -> None:
+    overrides = {**SHORT, "label_noise": 0.4, "input_noise": 0.3}
+    whole = _run(tmp_path / "whole", overrides=overrides)
+    asked = iter(range(1, 100))
+    with pytest.raises(Stopped):
+        _run(tmp_path / "parts", overrides=overrides, should_stop=lambda: next(asked) >= 5)
+    resumed = _run(tmp_path / "parts", overrides=overrides)
+    assert "# resumed after step 5;" in resumed.log.read_text()
+    assert resumed.weights.read_bytes() == whole.weights.read_bytes()
+
+
 def test_memorised_and_recovered_are_what_the_saved_model_answers(tmp_path: Path) -> None:
     files = _run(tmp_path, overrides={"epochs": 3, "label_noise": 0.2})
     result = read_result(files.result)
