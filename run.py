@@ -97,6 +97,8 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 @click.option(
     "--max_steps", type=int, metavar="N", help="Stop after N steps: a trial. Its test uses as many images as its training, at least 64."
 )
+@click.option("--label_noise", type=float, metavar="X", help="Share of training labels that are false. [default: 0]")
+@click.option("--input_noise", type=float, metavar="X", help="Gaussian noise on training images, pixels in 0-1. [default: 0]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides initial weights, order and dropout.")
 @click.option("--upload", type=bool, default=False, metavar="BOOL", help="Send the finished run to the Hugging Face hub.")
 @_data_option

@@ -71,7 +71,7 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
         raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
     options = {"include_dashboard": True, "object_store_memory": _OBJECT_STORE_BYTES} if own else {}
     try:
-        context = ray.init(address=chosen, log_to_driver=False, logging_level="ERROR", **options)
+        context = _start(chosen, options)
     except (ConnectionError, ValueError) as error:
         raise UserError(
             f"the Ray cluster at {chosen} cannot be joined: {str(error).splitlines()[0]}.", "check `ray status`, or use --address local."
@@ -85,6 +85,30 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
         )  # fmt: skip
     finally:
         ray.shutdown()
+
+
+def _start(address: str, options: dict[str, Any]) -> Any:
+    """ray.init. A Ray of our own gets a second chance: on a machine that is busy, its processes can miss Ray's own deadlines."""
+    import ray
+
+    for is_last in (False, True):
+        try:
+            return ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+        except (ConnectionError, ValueError):
+            raise
+        except Exception as error:  # Ray raises a bare Exception for it
+            ray.shutdown()
+            if is_last or address != "local":
+                raise RayDidNotStartError(
+                    f"Ray did not start: {' '.join(str(error).split())[:200]}", "free some of the machine, and give the same command again."
+                ) from error
+    raise AssertionError("unreachable")
+
+
+class RayDidNotStartError(UserError):
+    """Not the user's fault; trying again may help."""
+
+    exit_code = 1
 
 
 def find_address(address: str | None = None) -> str:

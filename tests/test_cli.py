@@ -69,6 +69,40 @@ def test_train_evaluate_list_plot(cli, tmp_path: Path) -> None:
     assert all(Path(path).is_file() for path in drawn.out.split())
 
 
+def test_findings_are_kept_and_end_in_the_report(cli) -> None:
+    Path("two.yaml").write_text("datasets: [digits]\nsizes: [small]\noverrides: {max_steps: 2}")
+    for model in ("vit_classic", "vit_differential"):
+        assert cli("train", "--model", model, "--size", "small", "--dataset", "digits", "--max_steps", "2").code == 0
+    first = cli("evaluate", "--grid", "two.yaml", "--corruptions")
+    assert first.code == 0 and first.out.count("gaussian") == 2 and "clutter-images" in first.out
+    kept = sorted(Path("checkpoints").glob("*/*_evaluations.json"))
+    before = [path.read_bytes() for path in kept]
+    trial = cli("evaluate", "--grid", "two.yaml", "--corruptions", "--limit", "64", "--json")
+    assert len(json.loads(trial.out)) == 2 and [path.read_bytes() for path in kept] == before  # a trial is not kept
+    assert cli("evaluate", "--grid", "two.yaml", "--corruptions").out == first.out and len(kept) == 2
+    assert cli("list", "--verify").code == 0
+    kept[0].write_text(kept[0].read_text().replace("gaussian", "gaussien"))
+    damaged = cli("list", "--verify")
+    assert damaged.code == 1 and kept[0].name in damaged.out
+    assert cli("report", "--grid", "two.yaml").code == 2  # and nothing is reported from it
+    kept[0].write_bytes(before[0])
+    outcome = cli("report", "--grid", "two.yaml")
+    assert outcome.code == 0 and outcome.out.split() == ["checkpoints/report/report.html", "checkpoints/report/report.md"]
+    page = Path("checkpoints/report/report.md").read_text()
+    assert "no interval (1 seed)" in page and "figures/digits_noise.png" in page and "error in % on corrupted test images" in page
+
+
+def test_power_says_how_many_seeds_are_needed(cli) -> None:
+    rows = json.loads(cli("power", "--grid", "digits", "--difference", "10", "--json").out)
+    assert [(row["dataset"], row["question"], row["pairs"]) for row in rows] == [
+        (dataset, question, 0) for dataset in ("digits", "digits-noisy") for question in ("level", "trend")]  # fmt: skip
+    for row in rows:  # more seeds, more power; and the number that is needed is the first that suffices
+        chances = list(row["power"].values())
+        assert chances == sorted(chances) and 2 <= row["needed"] <= 20
+    said = cli("power", "--difference", "10").out
+    assert "assumed: no cell has two seeds yet" in said and "true difference is 10 %" in said
+
+
 def test_both_spellings_of_an_option(cli) -> None:
     first = cli(*TRAIN, "--max_steps", "2", "--batch_size", "16", "--warmup_steps", "1")
     second = cli(*TRAIN, "--max-steps", "2", "--batch-size", "16", "--warmup-steps", "1")
@@ -108,6 +142,15 @@ BAD_INPUT = [
     (("train",), "--help"),
     (("train", "--model", "vit_classic", "--size", "10B", "--dataset", "CIFAR-100", "--data_root", "nowhere"), "--data_root"),
     (("evaluate", "--model", "vit_classic", "--size", "10B", "--dataset", "CIFAR-100"), "run.py list"),
+    (("evaluate",), "--model, --size and --dataset, or --grid"),
+    (("evaluate", "--grid", "digits"), "--corruptions, --attention or both"),
+    (("evaluate", "--grid", "digits", "--size", "small", "--attention"), "one of both"),
+    (("evaluate", "--grid", "digits", "--corruptions"), "run.py list"),
+    (("report",), "run.py study"),
+    (("report", "--dataset", "CIFAR-100"), "--grid noise or lr"),
+    (("power", "--difference", "0"), "above 0 and below 100"),
+    (("power", "--grid", "fulll"), "did you mean full"),
+    ((*TRAIN, "--label_noise", "1"), "at most 0.99"),
     (("study", "--grid", "fulll"), "did you mean full"),
     (("study", "--grid", "full", "--dataset", "CIFAR-100"), "--grid noise or lr"),
     (("study", "--dataset", "CIFAR-100"), "--grid noise or lr"),
