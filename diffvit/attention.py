@@ -165,6 +165,23 @@ def cluttered(data: Dataset, background: str, rows: Sequence[int]) -> tuple[Tens
     return torch.cat(canvases), torch.cat(boxes)
 
 
+def summary_lines(findings: Mapping[str, Any]) -> list[str]:
+    """What was found, a line a layer, for a person."""
+    names = ("layer", "lambda", "entropy", "noise", "images", "logit top1", "median", "hidden top1", "median")
+    widths = (7, 7, 8, 7, 7, 11, 7, 12, 7)
+    lines = [" ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    for layer in findings["layers"]:
+        subtracted = f"{layer['lambda']:.3f}" if layer["lambda"] is not None else ""
+        shares = " ".join(f"{100 * layer['signal_share'][background]:>5.1f} %" for background in ("noise", "images"))
+        logits, hidden = layer["attention_logits"], layer["hidden_states"]
+        lines.append(
+            f"{layer['layer']:>7} {subtracted:>7} {layer['entropy']:>8.3f} {shares} {logits['top1']:>11.2f} {logits['median']:>7.3f} "
+            f"{hidden['top1']:>12.2f} {hidden['median']:>7.3f}"
+        )
+    uniform = f"uniform attention: entropy {findings['uniform_entropy']:.3f} nats, {100 * findings['signal_area']:.1f} % on the object"
+    return [*lines, f"  {uniform}; {findings['images']} images; noise, images: share on the object in front of them"]
+
+
 def picture_pixels(picture: Mapping[str, Any]) -> np.ndarray:
     """The image of one of the "pictures" of evaluate_attention, uint8 [height, width] or [height, width, 3]."""
     from PIL import Image

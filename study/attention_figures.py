@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from diffvit.attention import picture_pixels
 from diffvit.protocol import MODELS, protocol_of
 from diffvit.vit import build_model
-from study.figures import _MODEL_STYLES, _OTHER_STYLE, _caption, _millions, _model_title
+from study.figures import add_caption, millions, model_style, model_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,12 +61,12 @@ def attention_pictures(findings_by_model: Mapping[str, Mapping[str, Any]], title
             _picture_axes(axes, answer["box"], outline="black", halo="white")
             axes.imshow(maps[model, row], cmap=colours, norm=scale, extent=(0, 1, 1, 0), interpolation="nearest")
             axes.set_xlabel(f"{mark} {_short(answer['predicted'])}", fontsize=9, color=colour)
-    for axes, name in zip(cells[0], ("test image", *map(_model_title, models)), strict=True):
+    for axes, name in zip(cells[0], ("test image", *map(model_title, models)), strict=True):
         axes.set_title(name, fontsize=9.5, loc="center", fontweight="bold")
     bar = figure.colorbar(ScalarMappable(scale, colours), ax=cells, extend=extend, shrink=min(1.0, 3.5 / len(rows)), aspect=30, pad=0.03)
     bar.set_label("class token's attention to a patch\n(1: were it uniform)", fontsize=9)
     figure.suptitle(title, fontsize=11.5, fontweight="bold", x=0.01, ha="left")
-    _caption(figure, "last layer, mean over heads; outlined: the object;\nunder each map: the predicted class, right (✓) or wrong (✗)")
+    add_caption(figure, "last layer, mean over heads; outlined: the object;\nunder each map: the predicted class, right (✓) or wrong (✗)")
     return figure
 
 
@@ -103,7 +103,7 @@ def attention_curves(runs: Sequence[tuple[str, str, Mapping[str, Any]]], dataset
     for size, axes in zip(sizes, cells[0], strict=True):
         depth = protocol_of(dataset).depths[size]
         parameters = build_model(models[0], size, protocol_of(dataset), "meta").count_parameters()
-        axes.set_title(f"{_millions(parameters)}, {depth} layers", fontsize=10, loc="center")
+        axes.set_title(f"{millions(parameters)}, {depth} layers", fontsize=10, loc="center")
     for axes in cells[-1]:
         axes.set_xlabel("depth (0: first layer, 1: last)")
         axes.set_xlim(-0.04, 1.04)
@@ -115,7 +115,7 @@ def attention_curves(runs: Sequence[tuple[str, str, Mapping[str, Any]]], dataset
     legend.get_title().set(fontsize=11.5, fontweight="bold")
     images = min(findings["images"] for _, _, findings in runs)
     seeds = max(sum((model, size) == (m, s) for m, s, _ in runs) for model, size, _ in runs)
-    _caption(figure, f"over the patches, mean over heads and {images:,} test images; {_seeds(seeds)}")
+    add_caption(figure, f"over the patches, mean over heads and {images:,} test images; {_seeds(seeds)}")
     return figure
 
 
@@ -130,14 +130,14 @@ def _draw_measure(axes: Axes, measure: str, models: Sequence[str], of_size: Sequ
         ]
         if not curves:
             continue
-        style = dict(_MODEL_STYLES.get(model, _OTHER_STYLE))
+        style = model_style(model)
         layers = len(curves[0])
         depth = np.linspace(0, 1, layers) if layers > 1 else np.array([1.0])
         for curve in curves if len(curves) > 1 else []:
             axes.plot(depth, curve, color=style["color"], linewidth=0.6, alpha=0.5)
         # Markers for a shallow model; in a deep one they would hide the line.
         axes.plot(
-            depth, np.mean(curves, axis=0), linewidth=1.8, markersize=5, markevery=-(-layers // 12), label=_model_title(model), **style
+            depth, np.mean(curves, axis=0), linewidth=1.8, markersize=5, markevery=-(-layers // 12), label=model_title(model), **style
         )
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pandas as pd
@@ -109,7 +109,7 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, condition: s
         drawn = smooth.dropna()
         diverged = int((of_size["status"] == "diverged").sum())
         of_several = f"{diverged} of {len(of_size)} " if len(of_size) > 1 else ""
-        name = _millions(of_size["parameters"].iloc[0]) + (f" ({of_several}diverged)" if diverged else "")
+        name = millions(of_size["parameters"].iloc[0]) + (f" ({of_several}diverged)" if diverged else "")
         if len(drawn):
             ends.append((drawn.index[-1], drawn.iloc[-1], name, colour))
     _log_loss_axis(axes)
@@ -173,7 +173,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, c
     note = "no interval over seeds (1 seed)" if seeds == 1 else f"dots: {seeds} seeds"
     caption = f"bars: 95 % Wilson interval for {images:,} test images; {note}; only depth varies"
     if len(diverged):
-        named = ", ".join(f"{model_title(run.model)} {_millions(run.parameters)} seed {run.seed}" for run in diverged.itertuples())
+        named = ", ".join(f"{model_title(run.model)} {millions(run.parameters)} seed {run.seed}" for run in diverged.itertuples())
         caption += f"\ndiverged, and so without an accuracy: {named}"
     add_caption(figure, (_draw_match(axes, runs) if several else "") + caption)
     return figure
@@ -250,7 +250,7 @@ def _running_mean(curve: pd.Series) -> pd.Series:
 
 def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     """Names at the lines' ends, moved apart where they would overlap."""
-    axes.figure.canvas.draw()  # fixes the scales, so that positions can be measured
+    cast(Figure, axes.figure).draw_without_rendering()  # fixes the scales, so that positions can be measured
     gap = 15.0  # pixels at 100 dpi: a line of text
     placed: list[float] = []
     for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
@@ -272,7 +272,8 @@ def _size_colour(dataset: str, size: Any) -> str:
     return _SIZE_COLOURS[sizes.index(size) % len(_SIZE_COLOURS)]
 
 
-def _millions(parameters: float) -> str:
+def millions(parameters: float) -> str:
+    """A number of parameters for a person."""
     return f"{parameters / 1e6:.3g} M"
 
 

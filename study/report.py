@@ -19,6 +19,7 @@ from matplotlib import rc_context
 from diffvit.ledger import RunSpec, read_evaluations, write_atomically
 from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
 from study import scaling, verdict
+from study.attention_figures import attention_curves, attention_pictures
 from study.document import Block, Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from study.figures import STYLE, draw_figures, figure_stem, model_title, save, wilson
 from study.noise_figures import noise_figure
@@ -172,12 +173,26 @@ def write_report(checkpoints: Path, specs: Iterable[RunSpec], out: Path, command
 def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
     """Figures of what `evaluate` found."""
     corrupted = {run_id: found["corruptions"] for run_id, found in analysis.findings.items() if "corruptions" in found}
+    attended = {run_id: found["attention"] for run_id, found in analysis.findings.items() if "attention" in found}
     written: list[Path] = []
     with rc_context(STYLE):
         for part in analysis.subjects:
+            stem = figure_stem(part.dataset, part.condition)
             if part.table["run_id"].isin(list(corrupted)).any():
-                written += save(noise_figure(part.table, corrupted, part.name), out / f"{figure_stem(part.dataset, part.condition)}_noise")
+                written += save(noise_figure(part.table, corrupted, part.name), out / f"{stem}_noise")
+            runs = part.table[part.table["run_id"].isin(list(attended))]
+            if len(runs):
+                found = [(run.model, run.size, attended[run.run_id]) for run in runs.itertuples()]
+                written += save(attention_curves(found, part.dataset), out / f"{stem}_attention")
+                pictures = attention_pictures(_side_by_side(runs, attended), f"{part.name}: where the largest models look")
+                written += save(pictures, out / f"{stem}_attention_maps")
     return written
+
+
+def _side_by_side(runs: pd.DataFrame, attended: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Model -> findings, of the largest size and first seed of each."""
+    largest = runs.sort_values(["parameters", "seed"], ascending=[False, True]).groupby("model").first()
+    return {str(model): attended[str(run_id)] for model, run_id in largest["run_id"].items()}
 
 
 def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Block]:
@@ -199,6 +214,7 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
     blocks += _figures(analysis, figures)
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
     blocks += _noise_section(analysis, figures)
+    blocks += _attention_section(analysis, figures)
     blocks += [Heading("What this does not show"), Items(_limits(analysis))]
     blocks += [Heading("Reproduce"), Code(command), *_provenance(analysis.table)]
     return blocks
@@ -376,6 +392,47 @@ _NOISE_AXES = (
     "part, with the rest, stain and scanner as noise; its labels were agreed on by pathologists. Corruptions have CIFAR-C's constants "
     "and are applied at the images' own size."
 )
+
+
+def _attention_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
+    attended = {run_id: found["attention"] for run_id, found in analysis.findings.items() if "attention" in found}
+    blocks: list[Block] = []
+    for part in analysis.subjects:
+        runs = part.table[part.table["run_id"].isin(list(attended))]
+        if runs.empty:
+            continue
+        rows = []
+        for (_, model), cell in runs.groupby(["parameters", "model"]):
+            found = [attended[run_id] for run_id in cell["run_id"]]
+            rows.append([f"{model_title(str(model))}, {cell['parameters'].iloc[0] / 1e6:.3g} M", *_attention_cells(found)])
+        first = attended[runs["run_id"].iloc[0]]
+        header = ["model", "lambda", "entropy", "on object, noise", "on object, images", "logits top-1", "median", "hidden top-1", "median"]
+        uniform = f"uniform attention: entropy {first['uniform_entropy']:.2f} nats, {100 * first['signal_area']:.0f} % on the object"
+        blocks.append(Table(header, rows, f"{part.name}: mean over layers and seeds, {first['images']} test images; {uniform}"))
+        stem = figure_stem(part.dataset, part.condition)
+        titles = {f"{stem}_attention": "Entropy and share on the object, over depth", f"{stem}_attention_maps": "The last layer's maps"}
+        blocks.append(
+            Figures([(path, f"{part.name}: {titles[path.stem]}") for path in figures if path.suffix == ".png" and path.stem in titles])
+        )
+    return [Heading("Where attention goes"), Paragraph(_ATTENTION), *blocks] if blocks else []
+
+
+_ATTENTION = (
+    "From the exact maps of every layer: entropy of the class token's attention over the patches; the share of it that falls on the object "
+    "when the image is pasted at a random place before noise or before other images; and the largest (top-1) and median absolute attention "
+    "logits and hidden states. Differential maps have negative parts, so shares and entropies are those of absolute values."
+)
+
+
+def _attention_cells(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Means over layers and runs; of top-1 the largest."""
+    layers = [layer for each in found for layer in each["layers"]]
+    lambdas = [layer["lambda"] for layer in layers if layer["lambda"] is not None]
+    cells = [f"{np.mean(lambdas):.2f}" if lambdas else "none", f"{np.mean([layer['entropy'] for layer in layers]):.2f}"]
+    cells += [f"{100 * np.mean([layer['signal_share'][background] for layer in layers]):.1f} %" for background in ("noise", "images")]
+    for what in ("attention_logits", "hidden_states"):
+        cells += [f"{max(layer[what]['top1'] for layer in layers):.1f}", f"{np.mean([layer[what]['median'] for layer in layers]):.2f}"]
+    return cells
 
 
 def _limits(analysis: Analysis) -> list[str]:
