@@ -16,16 +16,18 @@ import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 
+from diffvit.corruptions import CORRUPTIONS
 from diffvit.ledger import RunSpec, read_evaluations, write_atomically
 from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
+from diffvit.robustness import right_answers, summarise
 from study import scaling, verdict
 from study.attention_figures import attention_curves, attention_pictures
 from study.document import Block, Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from study.figures import STYLE, draw_figures, figure_stem, model_title, save, wilson
 from study.noise_figures import noise_figure
 from study.scaling import Estimate, Ratio
-from study.table import conditions, files_of, run_table, step_table
-from study.verdict import Answer, Comparison, percent
+from study.table import conditions, files_of, run_table, step_table, wrong_answers
+from study.verdict import Answer, Comparison, WrongAnswers, percent
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Analysis:
 
     Attributes:
         comparisons: of each subject's two arms. answers: the family, with verdicts. noise_source: what the noise answer compares.
-        controls: (title, estimate, pairs) of other architectures against the classic one. corrupted: mean corrupted error a run, by run_id.
+        other_noise: (what is compared, answer) for the exploratory ones. controls: (title, estimate, pairs) of other architectures
+            against the classic one. findings: run_id -> what `evaluate` found.
     """
 
     table: pd.DataFrame
@@ -80,7 +83,7 @@ class Analysis:
     comparisons: dict[str, Comparison]
     answers: list[Answer]
     noise_source: str
-    other_noise: list[Answer]
+    other_noise: list[tuple[str, Answer]]
     controls: list[tuple[str, Estimate, int]]
     findings: dict[str, dict[str, Any]]
 
@@ -94,19 +97,19 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
     findings = _findings(table, checkpoints)
     table = table.assign(corrupted_error=[_corrupted_error(findings.get(run_id, {})) for run_id in table["run_id"]])
     parts = subjects(table)
-    comparisons = {part.name: found for part in parts if (found := verdict.compare(part.table, part.name, arms, checkpoints))}
+    wrong_of = (lambda run: wrong_answers(checkpoints, run)) if checkpoints else None
+    comparisons = {part.name: found for part in parts if (found := verdict.compare(part.table, part.name, arms, wrong_of))}
     family = [answer for part in parts if part.base and part.name in comparisons for answer in comparisons[part.name].answers]
-    noise = _noise_answers(parts, arms)
-    decided = verdict.decide([*family, *(answer for answer, _ in noise[:1])])
+    confirmatory, exploratory = _noise_answers(parts, arms, wrong_of, findings)
+    noise, more = confirmatory[:1], [*confirmatory[1:], *exploratory]
+    decided = verdict.decide([*family, *(answer for _, answer in noise)])
     controls = []
     for part in parts:
         for model in part.table["model"].unique():
             if model not in arms and (other := verdict.compare(part.table, part.name, (arms[0], model))):
                 title = f"{model_title(model)} against {model_title(arms[0])} on {part.name}"
                 controls.append((title, other.answers[0].estimate, other.answers[0].pairs))
-    return Analysis(
-        table, parts, comparisons, decided, noise[0][1] if noise else "", [answer for answer, _ in noise[1:]], controls, findings
-    )
+    return Analysis(table, parts, comparisons, decided, noise[0][0] if noise else "", more, controls, findings)
 
 
 def _findings(table: pd.DataFrame, checkpoints: Path | None) -> dict[str, dict[str, Any]]:
@@ -117,32 +120,56 @@ def _findings(table: pd.DataFrame, checkpoints: Path | None) -> dict[str, dict[s
 
 def _corrupted_error(findings: dict[str, Any]) -> float:
     """Mean error under the five corruptions, of a run that was evaluated on the whole test set; else nan."""
-    from diffvit.robustness import summarise
-
     if "corruptions" not in findings:
         return math.nan
     return next(row["error"] for row in summarise(findings["corruptions"]) if row["corruption"] == "mean")
 
 
-def _noise_answers(parts: Sequence[Subject], arms: tuple[str, str]) -> list[tuple[Answer, str]]:
-    """(answer, what it compares). The first is the question of the study, by an order that was fixed beforehand: trained on noisy inputs;
-    else a noisy twin of the data set; else test images corrupted. Those after it are exploratory."""
+_Named = tuple[str, Answer]
+
+
+def _noise_answers(
+    parts: Sequence[Subject], arms: tuple[str, str], wrong_of: WrongAnswers | None, findings: dict[str, dict[str, Any]]
+) -> tuple[list[_Named], list[_Named]]:
+    """What is compared, and the answer: candidates for the study's question about noise, and others.
+
+    The first candidate is the question, in an order that was fixed beforehand: training on noisy images; else a noisy twin of the data
+    set; else corrupted test images. False labels are another axis.
+    """
     base = {part.dataset: part for part in parts if part.base}
-    found: list[tuple[Answer | None, str]] = []
-    for key, what in (("input_noise", "trained on noisy images, tested on clean ones"),):
-        found += [(_noise(base, part, arms), f"{part.name}: {what}") for part in parts if part.overrides == {key}]
+    of_predictions = (wrong_of, wrong_of) if wrong_of else None
+    candidates: list[tuple[str, Answer | None]] = []
+    for part in parts:
+        if part.overrides == {"input_noise"} and part.dataset in base:
+            answer = verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms, wrong=of_predictions)
+            candidates.append((f"{part.name}: trained on noisy images, tested on clean ones", answer))
     for dataset, part in base.items():
         if twin := base.get(f"{dataset}-noisy"):
-            found.append((verdict.noise_answer(part.table, twin.table, twin.name, arms), f"{twin.name}: noise in training and test images"))
+            answer = verdict.noise_answer(part.table, twin.table, twin.name, arms, wrong=of_predictions)
+            candidates.append((f"{twin.name}: noise in training and test images", answer))
+    corrupted = tuple(_wrong_under(names, findings) for names in (["clean"], list(CORRUPTIONS)))
     for part in base.values():
-        answer = verdict.noise_answer(part.table, part.table, part.name, arms, measure="corrupted error")
-        found.append((answer, f"{part.name}: trained on clean images, tested under five corruptions"))
-    found += [(_noise(base, part, arms), f"{part.name}: false training labels") for part in parts if part.overrides == {"label_noise"}]
-    return [(answer, what) for answer, what in found if answer is not None]
+        evaluated = part.table[part.table["corrupted_error"].notna()]
+        answer = verdict.noise_answer(evaluated, evaluated, part.name, arms, "corrupted error", (corrupted[0], corrupted[1]))
+        candidates.append((f"{part.name}: trained on clean images, tested under five corruptions", answer))
+    others = [
+        (f"{part.name}: false training labels", verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms))
+        for part in parts
+        if part.overrides == {"label_noise"} and part.dataset in base
+    ]
+    known, known_others = ([(what, answer) for what, answer in each if answer is not None] for each in (candidates, others))
+    return known, known_others
 
 
-def _noise(base: dict[str, Subject], part: Subject, arms: tuple[str, str]) -> Answer | None:
-    return verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms) if part.dataset in base else None
+def _wrong_under(corruptions: Sequence[str], findings: dict[str, dict[str, Any]]) -> WrongAnswers:
+    """Run -> for each test image, the share of its answers under these corruptions that were wrong."""
+
+    def of_run(run: Any) -> np.ndarray:
+        found = findings[run.run_id]["corruptions"]
+        asked = [each for each in found["conditions"] if each["corruption"] in corruptions]
+        return np.mean([~right_answers(each, found["images"]) for each in asked], axis=0)
+
+    return of_run
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -208,7 +235,7 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
     if not any(answer.question == "noise" for answer in analysis.answers):
         blocks.append(Paragraph("Whether noise changes the difference has not been measured here.", lead=True))
     elif analysis.noise_source:
-        blocks.append(Paragraph(f"The noise question compares {analysis.noise_source}, with clean images for both."))
+        blocks.append(Paragraph(f"The question about noise compares {analysis.noise_source}, with clean images in both."))
     blocks.append(Paragraph(_RULE))
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
     blocks += _figures(analysis, figures)
@@ -349,12 +376,13 @@ def _secondary(name: str, comparison: Comparison) -> list[str]:
 
 
 def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
-    from diffvit.robustness import summarise
-
     blocks: list[Block] = []
     if analysis.other_noise:
-        rows = [[answer.subject, _relative(answer.estimate), str(answer.pairs)] for answer in analysis.other_noise]
-        blocks.append(Table(["condition", "change of the difference in error (95 % interval)", "pairs"], rows, "Other noise, exploratory"))
+        rows = [
+            [what, _relative(answer.estimate), _interval(answer.new_images), str(answer.pairs)] for what, answer in analysis.other_noise
+        ]
+        header = ["what is compared with clean", "change of the difference in error (95 % interval)", "seeds and images resampled", "pairs"]
+        blocks.append(Table(header, rows, "Other noise, exploratory"))
     labels = analysis.table[analysis.table["false_labels"].notna()] if "false_labels" in analysis.table else analysis.table.iloc[:0]
     if len(labels):
         rows = [
@@ -495,6 +523,10 @@ def _number(estimate: Estimate) -> str:
 def _relative(estimate: Estimate) -> str:
     low, high = estimate.interval
     return percent(estimate.value) + (f" ({percent(low)} to {percent(high)})" if estimate.df else " (no interval, 1 seed)")
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
 
 
 def _ratio(ratio: Ratio) -> str:

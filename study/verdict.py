@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -88,11 +88,15 @@ class Comparison:
 COSTS = {"parameters": "parameters", "forward_flops": "FLOPs", "seconds": "training time"}
 
 
-def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, checkpoints: Path | None = None) -> Comparison | None:
+# A row of a run table -> for each test image 1 if its answer was wrong, else 0, or a share if it was asked several times. [images]
+WrongAnswers = Callable[[Any], np.ndarray]
+
+
+def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, wrong_of: WrongAnswers | None = None) -> Comparison | None:
     """Compare two architectures on the runs of one data set and one condition; None where they share no size and seed.
 
     Args:
-        checkpoints: where the runs' predictions are, for the secondary interval; None leaves it out.
+        wrong_of: what runs answered wrongly, for the secondary interval; None leaves it out.
     """
     first, second = (table[table["model"] == arm] for arm in arms)
     pairs = scaling.pair_table(first, second)
@@ -100,7 +104,7 @@ def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, che
         return None
     by_measure = {measure: scaling.cells_of(scaling.pair_table(first, second, measure)) for measure in ("error", "cross-entropy")}
     cells = by_measure["error"]
-    wrong = _wrong_answers(checkpoints, first, second, pairs) if checkpoints else None
+    wrong = _wrong_answers(wrong_of, first, second, pairs) if wrong_of else None
     spread, source = _null_spread(cells, wrong)
     several = len(cells.logs) > 1
     questions = {"level": scaling.level_weights(cells), **({"trend": scaling.trend_weights(cells)} if several else {})}
@@ -128,34 +132,42 @@ def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, che
 
 
 def noise_answer(
-    clean: pd.DataFrame, noisy: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, measure: str = "error"
+    clean: pd.DataFrame,
+    noisy: pd.DataFrame,
+    subject: str,
+    arms: tuple[str, str] = ARMS,
+    measure: str = "error",
+    wrong: tuple[WrongAnswers, WrongAnswers] | None = None,
 ) -> Answer | None:
     """How much noise changes the log ratio of the arms' errors: below 0, the second arm suffers less. None without common pairs.
 
     Args:
-        clean, noisy: run tables of the two conditions.
+        clean, noisy: run tables of the two conditions; of two data sets, sizes are matched by rank.
         measure: of the noisy one, as pair_table takes it; the clean one's is its error.
+        wrong: what runs of the clean and of the noisy table answered wrongly, for the secondary interval.
     """
-    one, other = (
-        scaling.pair_table(table[table["model"] == arms[0]], table[table["model"] == arms[1]], each)
-        for table, each in ((clean, "error"), (noisy, measure))
-    )
-    other = other.rename(index=_size_of_rank(other, one), level="size") if len(one) and len(other) else other
-    pairs = scaling.interaction_pairs(one, other)
+    noisy = noisy.assign(size=noisy["size"].map(_size_of_rank(noisy, clean)))
+    (clean_0, clean_1), (noisy_0, noisy_1) = ([table[table["model"] == arm] for arm in arms] for table in (clean, noisy))
+    pairs = scaling.interaction_pairs(scaling.pair_table(clean_0, clean_1), scaling.pair_table(noisy_0, noisy_1, measure))
     if pairs.empty:
         return None
     cells = scaling.cells_of(pairs)
     weights = scaling.level_weights(cells)
+    new_images = None
+    if wrong:
+        baseline, answers = _wrong_answers(wrong[0], clean_0, clean_1, pairs), _wrong_answers(wrong[1], noisy_0, noisy_1, pairs)
+        if all(one.shape == other.shape for one, other in zip(baseline, answers, strict=True)):
+            new_images = scaling.crossed_bootstrap(answers, weights, baseline)
     return Answer(
         "noise", subject, arms, scaling.contrast(cells, weights), int(cells.counts.sum()), int(cells.counts.max()),
-        flips=scaling.sign_flips(cells, weights),
+        flips=scaling.sign_flips(cells, weights), new_images=new_images,
         null_half=scaling.null_range(weights, cells.counts, ASSUMED_SPREAD * math.sqrt(2)), null_source=_ASSUMED,
     )  # fmt: skip
 
 
 def _size_of_rank(noisy: pd.DataFrame, clean: pd.DataFrame) -> dict[str, str]:
-    """Sizes of two data sets are the same where their ranks are; labels may differ."""
-    ranked = [list(table.groupby("size")["cost_0"].mean().sort_values().index) for table in (noisy, clean)]
+    """Size labels of one table -> those of another, smallest first."""
+    ranked = [list(table.groupby("size")["parameters"].mean().sort_values().index) for table in (noisy, clean)]
     return dict(zip(*ranked, strict=False))
 
 
@@ -205,14 +217,12 @@ def _null_spread(cells: Cells, wrong: list[np.ndarray] | None) -> tuple[float, s
     return float(np.sqrt(np.mean(np.square(spreads)))), source
 
 
-def _wrong_answers(checkpoints: Path, first: pd.DataFrame, second: pd.DataFrame, pairs: pd.DataFrame) -> list[np.ndarray]:
-    """For each size, smallest first: [2, seeds, test images], 1 where an answer is wrong."""
-    from study.table import wrong_answers
-
+def _wrong_answers(of_run: WrongAnswers, first: pd.DataFrame, second: pd.DataFrame, pairs: pd.DataFrame) -> list[np.ndarray]:
+    """For each size, smallest first: what was wrong of each test image's answers. [2, seeds, images]"""
     runs = [{(run.size, run.seed): run for run in arm[arm["status"] == "done"].itertuples()} for arm in (first, second)]
     sizes = pairs.groupby("size")["cost_0"].mean().sort_values().index
     by_size = {size: [pair for pair in pairs.index if pair[0] == size] for size in sizes}
-    return [np.stack([[wrong_answers(checkpoints, arm[pair]) for pair in of_size] for arm in runs]) for of_size in by_size.values()]
+    return [np.stack([[of_run(arm[pair]) for pair in of_size] for arm in runs]) for of_size in by_size.values()]
 
 
 def _left_out(table: pd.DataFrame, arms: tuple[str, str], pairs: pd.DataFrame) -> list[str]:

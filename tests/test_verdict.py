@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+import numpy as np
 import pandas as pd
 import pytest
 from tables import study_table
@@ -84,6 +85,33 @@ def test_noise_that_hurts_one_arm_more_is_found() -> None:
     assert "Differential ViT is better suited to noise" in verdict.sentence(noise) and "trained on noisy images" in analysis.noise_source
     # The noisy condition is no question of its own: it is in the one above.
     assert [answer.question for answer in analysis.answers] == ["level", "trend", "noise"]
+
+
+def test_noise_is_resampled_over_images_with_clean_answers_as_the_baseline() -> None:
+    table = study_table(spread=0.005, images=400)
+    table["corrupted_error"] = (1 - table["test_accuracy"]) * 1.2
+    difficulty = np.random.default_rng(0).random(400)
+
+    def wrong(share: float):
+        return lambda run: (difficulty < (1 - run.test_accuracy) * share).astype(np.float32)
+
+    answer = verdict.noise_answer(table, table, "CIFAR-100", ARMS, "corrupted error", (wrong(1.0), wrong(1.2)))
+    assert answer is not None and answer.estimate.value == pytest.approx(0, abs=0.01)
+    assert answer.new_images is not None and answer.new_images[0] < 0.01 and answer.new_images[1] > -0.01
+    assert verdict.noise_answer(table, table, "CIFAR-100", ARMS, "corrupted error").new_images is None
+
+
+def test_sizes_of_a_noisy_twin_are_matched_by_rank() -> None:
+    noisy = study_table(level=-0.1, spread=0.005, seed=1)
+    noisy["size"] = noisy["size"].map({"10B": "s", "25B": "m", "50B": "l"})
+    answer = verdict.noise_answer(study_table(spread=0.005), noisy, "twin")
+    assert answer is not None and answer.pairs == 9 and answer.estimate.value == pytest.approx(-0.1, abs=0.02)
+
+
+def test_false_labels_never_become_the_question_about_noise() -> None:
+    analysis = analyse(pd.concat([study_table(), study_table(overrides="label_noise=0.4", seed=1)], ignore_index=True), None)
+    assert [answer.question for answer in analysis.answers] == ["level", "trend"] and analysis.noise_source == ""
+    assert [what for what, _ in analysis.other_noise] == ["CIFAR-100 (label_noise=0.4): false training labels"]
 
 
 def test_conditions_are_told_apart_and_the_plain_one_is_the_base() -> None:
