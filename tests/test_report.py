@@ -7,8 +7,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from tables import study_table
@@ -68,6 +70,20 @@ def test_false_labels_and_other_conditions_have_their_place() -> None:
     assert "Noise in images and noise in labels are different things" in text
 
 
+def test_each_arm_is_compared_at_its_own_best_learning_rate() -> None:
+    # At the protocol's rate the differential arm is worse; at three times the rate it is better, and the classic one is not.
+    plain, higher = study_table(level=0.1, spread=0.005), study_table(level=-0.1, spread=0.005, overrides="lr=0.0003", seed=1)
+    plain["val_accuracy"] = np.where(plain["model"] == "vit_classic", 0.6, 0.5)
+    higher["val_accuracy"] = np.where(higher["model"] == "vit_classic", 0.4, 0.7)
+    higher.loc[higher["model"] == "vit_classic", "test_accuracy"] -= 0.2
+    text = _page(pd.concat([plain, higher], ignore_index=True))
+    section = text[text.index("Learning rates") :]
+    assert "Classic ViT, 10B 60.00 % 40.00 %" in section and "Differential ViT, 50B 50.00 % 70.00 %" in section
+    number = re.search(r"chosen on the validation split: difference in test error ([-+]\d+\.\d) %", section)
+    assert number and float(number[1]) == pytest.approx(-9.5, abs=1.5)
+    assert "has a higher error than" in text[: text.index("The rule")]
+
+
 def test_both_forms_say_the_same_and_html_needs_nothing_else(tmp_path: Path) -> None:
     picture = tmp_path / "figures" / "a.png"
     picture.parent.mkdir()
@@ -97,7 +113,9 @@ def test_a_real_study_becomes_a_page_that_fits_wide_and_narrow_screens(tmp_path:
         "evaluate --grid small.yaml --corruptions --attention --device cpu",
         "report --grid small.yaml",
     ):
-        done = subprocess.run(["python", str(ROOT / "run.py"), *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stderr
     report = tmp_path / "checkpoints" / "report"
     assert done.stdout.split() == ["checkpoints/report/report.html", "checkpoints/report/report.md"]
