@@ -282,10 +282,10 @@ def _accuracy_tables(analysis: Analysis) -> list[Block]:
         blocks.append(Table(header, rows, f"{part.name}: mean over seeds, {images:,} test images"))
     runs = [
         [model_title(run.model), run.size, run.dataset, run.overrides or "", str(run.seed), run.run_id, run.status,
-         *(["", ""] if run.status != "done" else [f"{100 * run.test_accuracy:.2f} %", f"{run.test_loss:.4f}"])]
+         *(["", ""] if run.status != "done" else [_with_wilson(run.test_accuracy, run.test_images), f"{run.test_loss:.4f}"])]
         for run in analysis.table.itertuples()
     ]  # fmt: skip
-    header = ["model", "size", "data set", "overrides", "seed", "run_id", "status", "test accuracy", "cross-entropy"]
+    header = ["model", "size", "data set", "overrides", "seed", "run_id", "status", "test accuracy (95 % Wilson)", "cross-entropy"]
     blocks.append(Table(header, runs, f"Every run ({len(runs)})", left=4, closed=True))
     left_out = [phrase for comparison in analysis.comparisons.values() for phrase in comparison.left_out]
     if left_out:
@@ -325,6 +325,10 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
         first, second = (model_title(arm) for arm in comparison.arms)
         for measure, lines in comparison.lines.items():
             rows += [[name, measure, f"slope, {title}", _number(line.slope)] for title, line in zip((first, second), lines, strict=True)]
+            rows += [
+                [name, measure, f"at {line.middle / 1e6:.3g} M, {title}", _at_middle(line.intercept, measure)]
+                for title, line in zip((first, second), lines, strict=True)
+            ]
             rows.append([name, measure, "slope, difference", _slope_difference(comparison, measure)])
         for answer in comparison.answers:
             rows.append([name, "error", answer.question, _relative(answer.estimate)])
@@ -339,6 +343,13 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
         rows = [[title, _relative(estimate), str(pairs)] for title, estimate, pairs in analysis.controls]
         blocks.append(Table(["control", "difference in error (95 % interval)", "pairs"], rows, "Other architectures"))
     return blocks
+
+
+def _at_middle(intercept: Estimate, measure: str) -> str:
+    """A line's value at the middle of the sizes: an error in percent, or nats."""
+    factor, unit = (100, " %") if measure == "error" else (1, "")
+    value, low, high = (factor * math.exp(each) for each in (intercept.value, *intercept.interval))
+    return f"{value:.3g}{unit} ({low:.3g} to {high:.3g})" if intercept.df else f"{value:.3g}{unit} (no interval, 1 seed)"
 
 
 def _slope_difference(comparison: Comparison, measure: str) -> str:
@@ -388,10 +399,11 @@ def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
     if len(labels):
         rows = [
             [f"{model_title(model)}, {size}", str(overrides), f"{cell['false_labels'].mean():.0f}",
-             *(f"{100 * cell[column].mean():.1f} %" for column in ("memorised", "recovered", "test_accuracy"))]
+             *(f"{100 * cell[column].mean():.1f} %" for column in ("memorised", "recovered")),
+             _with_wilson(cell["test_accuracy"].mean(), cell["test_images"].min())]
             for (overrides, size, model), cell in labels.groupby(["overrides", "size", "model"], sort=False)
         ]  # fmt: skip
-        header = ["model", "condition", "false labels", "memorised", "true label given", "clean test accuracy"]
+        header = ["model", "condition", "false labels", "memorised", "true label given", "clean test accuracy (95 % Wilson)"]
         blocks.append(Table(header, rows, "False training labels: what the final model answers for their images", left=2))
     evaluated = {run_id: found["corruptions"] for run_id, found in analysis.findings.items() if "corruptions" in found}
     for part in analysis.subjects:
@@ -537,6 +549,11 @@ def _provenance(table: pd.DataFrame) -> list[Block]:
     rows += [[f"data of {row.dataset}", row.fingerprint] for row in fingerprints.itertuples()]
     rows.append(["training time of all runs", f"{table['seconds'].sum() / 3600:.2f} hours"])
     return [Table(["", ""], rows, left=2)]
+
+
+def _with_wilson(accuracy: float, images: float) -> str:
+    low, high = wilson(100 * accuracy, int(images))
+    return f"{100 * accuracy:.2f} % ({low:.1f} to {high:.1f})"
 
 
 def _number(estimate: Estimate) -> str:

@@ -17,6 +17,7 @@ Cross-entropy, ratios, slopes, power laws and everything else are exploratory: s
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -226,7 +227,7 @@ def _wrong_answers(of_run: WrongAnswers, first: pd.DataFrame, second: pd.DataFra
 
 
 def _left_out(table: pd.DataFrame, arms: tuple[str, str], pairs: pd.DataFrame) -> list[str]:
-    """Runs that enter no pair, and why."""
+    """Runs that enter no pair, and why; also those that are not there although others of their size or seed are."""
     phrases = []
     for run in table[table["model"].isin(arms)].itertuples():
         name = f"{MODEL_TITLES.get(run.model, run.model)} {run.size} seed {run.seed}"
@@ -234,6 +235,13 @@ def _left_out(table: pd.DataFrame, arms: tuple[str, str], pairs: pd.DataFrame) -
             phrases.append(f"{name} {run.status}")
         elif (run.size, run.seed) not in pairs.index:
             phrases.append(f"{name} has no partner")
+    there = {(run.model, run.size, run.seed) for run in table.itertuples()}
+    sizes, seeds = dict.fromkeys(table["size"]), dict.fromkeys(sorted(table["seed"]))
+    phrases += [
+        f"{MODEL_TITLES.get(model, model)} {size} seed {seed} failed or was not trained"
+        for model, size, seed in itertools.product(arms, sizes, seeds)
+        if (model, size, seed) not in there
+    ]
     return phrases
 
 

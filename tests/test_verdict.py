@@ -130,6 +130,8 @@ def test_diverged_runs_are_named_and_their_partners_left_out() -> None:
     comparison = verdict.compare(table, "CIFAR-100")
     assert comparison is not None and comparison.answers[0].pairs == 8
     assert sorted(comparison.left_out) == ["Classic ViT 50B seed 1 has no partner", "Differential ViT 50B seed 1 diverged"]
+    failed = verdict.compare(table[~gone], "CIFAR-100")
+    assert failed is not None and "Differential ViT 50B seed 1 failed or was not trained" in failed.left_out
 
 
 def test_architectures_that_share_nothing_are_not_compared() -> None:
