@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text. `lead` is set large: what a reader must not miss."""
+    """Text. `lead` is set large: what a reader must not miss. `tag` is a word before it."""
 
     text: str
     lead: bool = False
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def _markdown(block: Block, folder: Path) -> str:
     match block:
         case Heading(text, level):
             return f"{'#' * level} {text}"
-        case Paragraph(text, lead):
-            return f"**{text}**" if lead else text
+        case Paragraph(text, _, tag):
+            return f"**{tag.capitalize()}.** {text}" if tag else text
         case Items(texts):
             return "\n".join(f"- {text}" for text in texts)
         case Code(text):
@@ -92,7 +94,14 @@ def _relative(path: Path, folder: Path) -> str:
 def to_html(blocks: Sequence[Block], title: str) -> str:
     """The page as one HTML file: style and figures are inside, nothing is loaded from elsewhere."""
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
-    return template.render(blocks=[(type(block).__name__, block) for block in blocks], title=title, embedded=_embedded)
+    return template.render(blocks=[(type(block).__name__, block) for block in blocks], title=title, embedded=_embedded, tied=_tied)
+
+
+def _tied(text: str) -> str:
+    """Text whose numbers stay on a line with their signs and units."""
+    for loose in (" %", " M", "p = ", "p < "):
+        text = text.replace(loose, loose.replace(" ", "\N{NO-BREAK SPACE}"))
+    return re.sub(r"(?<![\w-])-(?=\d)", "\N{NON-BREAKING HYPHEN}", text)
 
 
 def _embedded(path: Path) -> str:
@@ -116,19 +125,21 @@ h3 { font-size: 1.02rem; margin: 1.6rem 0 .4rem; }
 p, ul { max-width: 46rem; margin: .5rem 0; }
 ul { padding-left: 1.2rem; }
 p.lead { font-size: 1.08rem; background: var(--shade); border-left: 4px solid var(--accent); padding: .7rem .9rem; margin: .7rem 0; }
+.tag { display: inline-block; background: var(--accent); color: #fff; border-radius: 4px; padding: 0 .5rem; font-size: .85rem; }
 .wide { overflow-x: auto; margin: .6rem 0 1rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
+th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4rem; }
 th.left, td.left { text-align: left; }
 caption, summary { color: var(--soft); font-size: .88rem; text-align: left; padding: .3rem 0; }
 summary { cursor: pointer; }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem; margin: .8rem 0; }
 figure { margin: 0; overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: .4rem; }
-figure img { display: block; width: 100%; min-width: 32rem; height: auto; }
+figure img { display: block; width: 100%; min-width: 20rem; height: auto; }
 figcaption { position: sticky; left: 0; color: var(--soft); font-size: .84rem; padding: .2rem .3rem; }
 pre { background: var(--shade); padding: .7rem .9rem; overflow-x: auto; font-size: .88rem; }
-@media (max-width: 40rem) { body { font-size: 15px; padding: 1rem .8rem 3rem; } h1 { font-size: 1.35rem; } }
+@media (max-width: 40rem) { body { font-size: 15px; padding: 1rem .8rem 3rem; } h1 { font-size: 1.35rem; }
+  table { font-size: .8rem; } th, td { padding: .25rem .4rem; } th { min-width: 3rem; } figure { padding: .2rem; } }
 @media print { figure { break-inside: avoid; } }
 </style>
 </head>
@@ -137,9 +148,9 @@ pre { background: var(--shade); padding: .7rem .9rem; overflow-x: auto; font-siz
 {% if kind == "Heading" %}
 <h{{ block.level }}>{{ block.text }}</h{{ block.level }}>
 {% elif kind == "Paragraph" %}
-<p{% if block.lead %} class="lead"{% endif %}>{{ block.text }}</p>
+<p{% if block.lead %} class="lead"{% endif %}>{% if block.tag %}<b class="tag">{{ block.tag }}</b> {% endif %}{{ tied(block.text) }}</p>
 {% elif kind == "Items" %}
-<ul>{% for text in block.texts %}<li>{{ text }}</li>{% endfor %}</ul>
+<ul>{% for text in block.texts %}<li>{{ tied(text) }}</li>{% endfor %}</ul>
 {% elif kind == "Code" %}
 <pre>{{ block.text }}</pre>
 {% elif kind == "Figures" %}
@@ -157,7 +168,7 @@ pre { background: var(--shade); padding: .7rem .9rem; overflow-x: auto; font-siz
 </tr></thead>
 <tbody>
 {% for row in block.rows %}
-<tr>{% for cell in row %}<td{% if loop.index0 < block.left %} class="left"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+<tr>{% for cell in row %}<td{% if loop.index0 < block.left %} class="left"{% endif %}>{{ tied(cell) }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>
 {% if block.closed %}</details>{% endif %}

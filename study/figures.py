@@ -182,7 +182,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, c
 def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
     """An arrow from the size that a classic model would need to the differential one of the same error, and what it means.
 
-    Of the sizes that have one within the measured range, the one nearest the middle.
+    Of the sizes that have one within the measured range, the one nearest the middle; "" where none has.
     """
     first, second = (runs[runs["model"] == arm] for arm in ARMS)
     cells = scaling.cells_of(scaling.pair_table(first, second)) if len(first) and len(second) else None
@@ -196,7 +196,7 @@ def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
             axes.annotate("", (parameters / 1e6, accuracy), (equal / 1e6, accuracy), arrowprops={"arrowstyle": "->", "color": "#30363D"})
             share = f"{parameters / equal:.2f} of its parameters"
             return f"arrow: {parameters / 1e6:.3g} M differential has the error of {equal / 1e6:.3g} M classic, {share}\n"
-    return "no differential model has an error within the classic ones' range\n"
+    return ""
 
 
 def _second_line(condition: str) -> str:

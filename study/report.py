@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from study.attention_figures import attention_curves, attention_pictures
 from study.document import Block, Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from study.figures import STYLE, draw_figures, figure_stem, model_title, save, wilson
 from study.noise_figures import noise_figure
-from study.scaling import Estimate, Ratio
+from study.scaling import Cells, Estimate, Ratio
 from study.table import conditions, files_of, run_table, step_table, wrong_answers
 from study.verdict import Answer, Comparison, WrongAnswers, percent
 
@@ -229,13 +229,13 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
         figures: PNG files among these are shown, by the names that draw_figures gives.
     """
     blocks: list[Block] = [Heading("Does a Differential ViT scale better than a classic ViT, and does noise change it?", 1)]
-    blocks += [Paragraph(verdict.sentence(answer), lead=True) for answer in analysis.answers]
+    blocks += [Paragraph(verdict.sentence(answer), lead=True, tag=answer.verdict) for answer in analysis.answers]
     if not analysis.answers:
         blocks.append(Paragraph("No answer yet: the two architectures have no size and seed in common.", lead=True))
     if not any(answer.question == "noise" for answer in analysis.answers):
         blocks.append(Paragraph("Whether noise changes the difference has not been measured here.", lead=True))
     elif analysis.noise_source:
-        blocks.append(Paragraph(f"The question about noise compares {analysis.noise_source}, with clean images in both."))
+        blocks.append(Paragraph(f"With noise means here {analysis.noise_source}; without, the same on clean images."))
     blocks.append(Paragraph(_RULE))
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
     blocks += _figures(analysis, figures)
@@ -268,17 +268,16 @@ def _accuracy_tables(analysis: Analysis) -> list[Block]:
             ended_else = len(cell) - len(done)
             parameters, title = f"{cell['parameters'].iloc[0] / 1e6:.3g} M", model_title(model)
             if done.empty:
-                rows.append([title, parameters, str(len(cell)), "diverged", "", "", "", ""])
+                rows.append([title, parameters, "diverged", str(len(cell)), "", "", ""])
                 continue
-            accuracy, images = 100 * done["test_accuracy"].mean(), int(done["test_images"].min())
-            low, high = wilson(accuracy, images)
             spread = f"{100 * done['test_accuracy'].std():.2f}" if len(done) > 1 else "1 seed"
             rows.append([
-                title, parameters, str(len(done)) + (f" (+{ended_else} diverged)" if ended_else else ""), f"{accuracy:.2f} %",
-                f"{low:.1f} to {high:.1f}", spread, f"{done['test_loss'].mean():.4f}", f"{done['seconds'].mean() / 60:.1f}",
+                title, parameters, _with_wilson(done["test_accuracy"].mean(), done["test_images"].min()),
+                str(len(done)) + (f" (+{ended_else} diverged)" if ended_else else ""), spread, f"{done['test_loss'].mean():.4f}",
+                f"{done['seconds'].mean() / 60:.1f}",
             ])  # fmt: skip
         images = int(part.table["test_images"].min()) if part.table["test_images"].notna().any() else 0
-        header = ["model", "size", "seeds", "test accuracy", "95 % Wilson", "SD over seeds", "cross-entropy", "minutes a run"]
+        header = ["model", "size", "test accuracy (95 % Wilson)", "seeds", "SD over seeds", "cross-entropy", "minutes a run"]
         blocks.append(Table(header, rows, f"{part.name}: mean over seeds, {images:,} test images"))
     runs = [
         [model_title(run.model), run.size, run.dataset, run.overrides or "", str(run.seed), run.run_id, run.status,
@@ -322,18 +321,10 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
     blocks: list[Block] = []
     rows: list[list[str]] = []
     for name, comparison in analysis.comparisons.items():
-        first, second = (model_title(arm) for arm in comparison.arms)
-        for measure, lines in comparison.lines.items():
-            rows += [[name, measure, f"slope, {title}", _number(line.slope)] for title, line in zip((first, second), lines, strict=True)]
-            rows += [
-                [name, measure, f"at {line.middle / 1e6:.3g} M, {title}", _at_middle(line.intercept, measure)]
-                for title, line in zip((first, second), lines, strict=True)
-            ]
-            rows.append([name, measure, "slope, difference", _slope_difference(comparison, measure)])
-        for answer in comparison.answers:
-            rows.append([name, "error", answer.question, _relative(answer.estimate)])
-        rows += [[name, *what.split(", "), _relative(estimate)] for what, estimate in comparison.exploratory]
-    blocks.append(Table(["data set", "measure", "quantity", "value (95 % interval)"], rows, "Lines and contrasts", left=3))
+        for quantity, shown in _quantities(comparison).items():
+            rows.append([name, quantity, *(shown(comparison, measure) for measure in ("error", "cross-entropy"))])
+    header = ["data set", "quantity", "error (95 % interval)", "cross-entropy (95 % interval)"]
+    blocks.append(Table(header, rows, "Lines and contrasts", left=2))
     rows = [[name, cost, _ratio(ratio)] for name, each in analysis.comparisons.items() for cost, ratio in each.ratios.items()]
     header = ["data set", "cost", "differential / classic (95 % interval)"]
     blocks.append(Table(header, rows, "Cost at which both have the same error", left=2))
@@ -345,6 +336,26 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
     return blocks
 
 
+_Shown = Callable[[Comparison, str], str]
+
+
+def _quantities(comparison: Comparison) -> dict[str, _Shown]:
+    """Name -> how a comparison shows it for a measure."""
+    titles = [model_title(arm) for arm in comparison.arms]
+    if not comparison.lines:  # one size
+        return {"level: differential / classic": lambda each, measure: _relative(scaling.level(each.cells[measure]))}
+    middle = f"{comparison.lines['error'][0].middle / 1e6:.3g} M"
+    return {
+        "level: differential / classic": lambda each, measure: _relative(scaling.level(each.cells[measure])),
+        "trend: its change over the sizes": lambda each, measure: _relative(scaling.trend(each.cells[measure])),
+        f"line at {middle}, {titles[0]}": lambda each, measure: _at_middle(each.lines[measure][0].intercept, measure),
+        f"line at {middle}, {titles[1]}": lambda each, measure: _at_middle(each.lines[measure][1].intercept, measure),
+        f"slope, {titles[0]}": lambda each, measure: _number(each.lines[measure][0].slope),
+        f"slope, {titles[1]}": lambda each, measure: _number(each.lines[measure][1].slope),
+        "slope, difference": lambda each, measure: _slope_difference(each.cells[measure]),
+    }
+
+
 def _at_middle(intercept: Estimate, measure: str) -> str:
     """A line's value at the middle of the sizes: an error in percent, or nats."""
     factor, unit = (100, " %") if measure == "error" else (1, "")
@@ -352,17 +363,20 @@ def _at_middle(intercept: Estimate, measure: str) -> str:
     return f"{value:.3g}{unit} ({low:.3g} to {high:.3g})" if intercept.df else f"{value:.3g}{unit} (no interval, 1 seed)"
 
 
-def _slope_difference(comparison: Comparison, measure: str) -> str:
+def _slope_difference(cells: Cells) -> str:
     """Second less first: the trend, per unit of log parameters."""
-    cells = comparison.cells[measure]
     return _number(scaling.contrast(cells, -scaling.slope_weights(cells.x)))
 
 
 def _match_sentences(name: str, comparison: Comparison) -> list[str]:
+    """Which classic size has a differential model's error, where larger classic models are always better."""
     sentences = []
     for parameters, equal in comparison.matches:
-        of_size = f"{equal / 1e6:.3g} M, {parameters / equal:.2f} of its parameters" if equal else "a size outside the measured range"
-        sentences.append(f"{name}: the differential model of {parameters / 1e6:.3g} M has the error of a classic one of {of_size}.")
+        if equal is not None:
+            of_size = f"{equal / 1e6:.3g} M: it needs {parameters / equal:.2f} of its parameters"
+            sentences.append(f"{name}: the differential model of {parameters / 1e6:.3g} M has the error of a classic one of {of_size}.")
+    if not sentences:
+        sentences.append(f"{name}: no measured differential model has an error that a classic size within the measured range has.")
     return sentences
 
 

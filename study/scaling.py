@@ -284,11 +284,16 @@ def _fieller(cells: Cells, difference: float, slope: float, weights: np.ndarray)
 
 
 def equal_cost(cells: Cells, size: int) -> float | None:
-    """The first arm's cost at the second arm's mean measure in a size, between measured sizes on log-log lines; None outside them."""
+    """The first arm's cost at the second arm's mean measure in a size, between measured sizes on log-log lines.
+
+    None outside them, and where a larger model of the first arm is not always better: several sizes would then have that measure.
+    """
     x, y = cells.log_costs[0], cells.means[0]
+    if not (np.diff(y) < 0).all():
+        return None
     target = cells.means[1][size]
     for i in range(len(x) - 1):
-        if min(y[i], y[i + 1]) <= target <= max(y[i], y[i + 1]) and y[i] != y[i + 1]:
+        if y[i + 1] <= target <= y[i]:
             return float(math.exp(x[i] + (target - y[i]) / (y[i + 1] - y[i]) * (x[i + 1] - x[i])))
     return None
 
@@ -405,4 +410,6 @@ def power(effect: float, spread: float, weights: np.ndarray, seeds: int) -> floa
     if noncentrality > 30:  # beyond what the distribution's code can take, and 1 to all digits
         return 1.0
     bound = _t(0.5 + LEVEL / 2, df)
-    return float(stats.nct.sf(bound, df, noncentrality) + stats.nct.cdf(-bound, df, noncentrality))
+    chance = float(stats.nct.sf(bound, df, noncentrality) + stats.nct.cdf(-bound, df, noncentrality))
+    # With many degrees of freedom its code can fail, where the normal distribution is as good.
+    return chance if math.isfinite(chance) else float(stats.norm.sf(bound - noncentrality))

@@ -77,7 +77,6 @@ class Comparison:
     arms: tuple[str, str]
     cells: dict[str, Cells]
     answers: list[Answer]
-    exploratory: list[tuple[str, Estimate]]
     lines: dict[str, tuple[Line, Line]]
     ratios: dict[str, Ratio]
     matches: list[tuple[float, float | None]]
@@ -117,11 +116,8 @@ def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, wro
         )
         for question, weights in questions.items()
     ]  # fmt: skip
-    exploratory = [("cross-entropy, level", scaling.level(by_measure["cross-entropy"]))]
-    if several:
-        exploratory.append(("cross-entropy, trend", scaling.trend(by_measure["cross-entropy"])))
     return Comparison(
-        subject, arms, by_measure, answers, exploratory,
+        subject, arms, by_measure, answers,
         lines={name: (scaling.line(each, 0), scaling.line(each, 1)) for name, each in by_measure.items()} if several else {},
         ratios={name: scaling.effective_ratio(scaling.cells_of(scaling.pair_table(first, second, "error", cost)))
                 for cost, name in COSTS.items()},
@@ -276,7 +272,8 @@ def sentence(answer: Answer) -> str:
     if answer.verdict == "equivalent":
         text += f" The interval lies within +-{100 * MARGIN:.0f} %."
     if answer.verdict == "undecided":
-        text += f" A true difference of {_plain_percent(answer.estimate.detectable())} would have been found with a probability of 80 %."
+        less, more = (percent(sign * answer.estimate.detectable()) for sign in (-1, 1))
+        text += f" True values of {less} or {more} would have been found with a probability of 80 %."
         if answer.estimate.p < ALPHA:
             text += " Taken alone the interval excludes 0; as one of several questions it does not suffice."
     if answer.verdict in ("better", "worse") and answer.new_images and answer.new_images[0] <= 0 <= answer.new_images[1]:
@@ -292,10 +289,6 @@ _WHAT = {"level": "difference in error", "trend": "change of the difference from
 def percent(log_ratio: float) -> str:
     """A log ratio as a relative change: -0.02 -> "-2.0 %"."""
     return f"{100 * math.expm1(log_ratio):+.1f} %"
-
-
-def _plain_percent(log_ratio: float) -> str:
-    return f"{100 * math.expm1(log_ratio):.1f} %"
 
 
 def p_value(p: float) -> str:

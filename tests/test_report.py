@@ -26,6 +26,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 def _text(page_html: str) -> str:
     """What a person reads."""
     body = re.sub(r"<style>.*?</style>", "", page_html, flags=re.DOTALL)
+    body = body.replace("\N{NO-BREAK SPACE}", " ").replace("\N{NON-BREAKING HYPHEN}", "-")
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
@@ -89,11 +90,11 @@ def test_both_forms_say_the_same_and_html_needs_nothing_else(tmp_path: Path) -> 
     picture.parent.mkdir()
     picture.write_bytes(b"\x89PNG")
     blocks = [
-        Heading("A <title> & more", 1), Paragraph("a lead", lead=True), Items(["one", "two"]), Code("run.py study"),
+        Heading("A <title> & more", 1), Paragraph("a lead", lead=True, tag="better"), Items(["one", "two"]), Code("run.py study"),
         Table(["x", "y | z"], [["1", "2"]], "numbers", closed=True), Figures([(picture, "a picture")]),
     ]  # fmt: skip
     markdown, page_html = to_markdown(blocks, tmp_path), to_html(blocks, "t")
-    assert markdown.startswith("# A <title> & more\n\n**a lead**\n\n- one\n- two\n\n```\nrun.py study\n```")
+    assert markdown.startswith("# A <title> & more\n\n**Better.** a lead\n\n- one\n- two\n\n```\nrun.py study\n```")
     assert "| x | y / z |\n| --- | ---: |\n| 1 | 2 |" in markdown and "![a picture](figures/a.png)" in markdown
     assert "A &lt;title&gt; &amp; more" in page_html and "data:image/png;base64,iVBORw==" in page_html
     assert not re.search(r"(?:src|href)=\"(?!data:)", page_html) and "<script" not in page_html

@@ -47,7 +47,7 @@ def test_where_nothing_can_be_said_the_sentence_says_what_would_have_been_found(
     answer = next(each for each in analyse(table, None).answers if each.question == "level")
     text = verdict.sentence(answer)
     assert answer.verdict == "undecided" and "is undecided" in text
-    size = float(re.search(r"A true difference of (\d+\.\d) % would have been found with a probability of 80 %", text)[1])
+    size = float(re.search(r"True values of -\d+\.\d % or \+(\d+\.\d) % would have been found with a probability of 80 %", text)[1])
     # At that difference, the power is what the sentence claims.
     cells = analyse(table, None).comparisons["CIFAR-100"].cells["error"]
     assert scaling.power(math.log1p(size / 100), cells.pair_spread(), scaling.level_weights(cells), 3) == pytest.approx(0.8, abs=0.02)
