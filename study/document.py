@@ -133,7 +133,8 @@ th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: 
 th.left, td.left { text-align: left; }
 caption, summary { color: var(--soft); font-size: .88rem; text-align: left; padding: .3rem 0; }
 summary { cursor: pointer; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); gap: 1rem; margin: .8rem 0; }
+.figures { display: grid; align-items: start; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr));
+  margin: .8rem 0; }
 figure { margin: 0; overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: .4rem; }
 figure img { display: block; width: 100%; min-width: 20rem; height: auto; }
 figcaption { position: sticky; left: 0; color: var(--soft); font-size: .84rem; padding: .2rem .3rem; }
@@ -164,7 +165,7 @@ pre { background: var(--shade); padding: .7rem .9rem; overflow-x: auto; font-siz
 <div class="wide"><table>
 {% if block.caption and not block.closed %}<caption>{{ block.caption }}</caption>{% endif %}
 <thead><tr>
-{% for cell in block.header %}<th{% if loop.index0 < block.left %} class="left"{% endif %}>{{ cell }}</th>{% endfor %}
+{% for cell in block.header %}<th{% if loop.index0 < block.left %} class="left"{% endif %}>{{ tied(cell) }}</th>{% endfor %}
 </tr></thead>
 <tbody>
 {% for row in block.rows %}

@@ -343,7 +343,7 @@ def report_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | No
     check_writable(out)
     options = {"--grid": grid, "--dataset": dataset, "--epochs": epochs}
     given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
-    return write_report(checkpoints, specs, out, ["uv", "run", "run.py", "study", *given])
+    return write_report(checkpoints, specs, out, given)
 
 
 def finished_checkpoints(checkpoints: Path, grid: str, epochs: int | None = None, dataset: str | None = None) -> list[Path]:

@@ -151,7 +151,7 @@ def _noise_answers(
     for part in base.values():
         evaluated = part.table[part.table["corrupted_error"].notna()]
         answer = verdict.noise_answer(evaluated, evaluated, part.name, arms, "corrupted error", (corrupted[0], corrupted[1]))
-        candidates.append((f"{part.name}: trained on clean images, tested under five corruptions", answer))
+        candidates.append((f"{part.name}: test images under five corruptions", answer))
     others = [
         (f"{part.name}: false training labels", verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms))
         for part in parts
@@ -175,11 +175,11 @@ def _wrong_under(corruptions: Sequence[str], findings: dict[str, dict[str, Any]]
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def write_report(checkpoints: Path, specs: Iterable[RunSpec], out: Path, command: Sequence[str]) -> list[Path]:
+def write_report(checkpoints: Path, specs: Iterable[RunSpec], out: Path, options: Sequence[str]) -> list[Path]:
     """Analyse a grid's finished runs, draw their figures and write report.html and report.md.
 
     Args:
-        specs: the grid's runs. out: a folder. command: trains the grid; the number of seeds is added.
+        specs: the grid's runs. out: a folder. options: of the command line, that name the grid.
 
     Returns:
         The two files, or none where nothing is finished.
@@ -190,11 +190,18 @@ def write_report(checkpoints: Path, specs: Iterable[RunSpec], out: Path, command
     analysis = analyse(table, checkpoints)
     figures = draw_figures(table, step_table(checkpoints, table), out / "figures") + _draw_findings(analysis, out / "figures")
     seeds = int(table["seed"].max()) + 1
-    blocks = page(analysis, figures, shlex.join([*command, *(["--seeds", str(seeds)] if seeds > 1 else [])]))
+    kinds = sorted({kind for found in analysis.findings.values() for kind in found})
+    commands = [_command("study", options, f"--seeds {seeds}" if seeds > 1 else "")]
+    commands += [_command("evaluate", options or ["--grid", "digits"], " ".join(f"--{kind}" for kind in kinds))] if kinds else []
+    blocks = page(analysis, figures, "\n".join([*commands, _command("report", options)]))
     html, markdown = out / "report.html", out / "report.md"
     write_atomically(html, to_html(blocks, "Differential ViT against classic ViT").encode())
     write_atomically(markdown, to_markdown(blocks, out).encode())
     return [html, markdown]
+
+
+def _command(name: str, options: Sequence[str], more: str = "") -> str:
+    return f"uv run run.py {name} {shlex.join(options)} {more}".replace("  ", " ").rstrip()
 
 
 def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
@@ -534,9 +541,10 @@ def _limits(analysis: Analysis) -> list[str]:
         for flag in part.table["flags"].unique():
             if flag:
                 limits.append(f"{part.name}: {flag}.")
-    sizes = analysis.table.groupby("dataset")["size"].nunique().max()
+    parameters = analysis.table.groupby("dataset")["parameters"]
+    factor = (parameters.max() / parameters.min()).max()
     limits += [
-        f"{sizes} sizes over a factor of about five say nothing about larger models, and only depth varies.",
+        f"Sizes over a factor of {factor:.1f} say nothing about larger models, and only depth varies.",
         "Parameters are equal within 1 %; FLOPs and training time are not, and the ratios above give all three.",
         "One protocol for both, without augmentation. " + _tuning(analysis),
         "Intervals hold for these test images. The bootstrap over images too is given beside them, and it is on the wide side.",
@@ -558,7 +566,7 @@ def _protocol(part: Subject) -> Protocol:
 
 def _provenance(table: pd.DataFrame) -> list[Block]:
     facts = {"code": "git_commit", "device": "device_name", **{name: name for name in ("precision", "torch", "diffvit", "attention")}}
-    rows = [[what, ", ".join(sorted({str(value) for value in table[column].dropna()}))] for what, column in facts.items()]
+    rows = [[what, "; ".join(sorted({str(value) for value in table[column].dropna()}))] for what, column in facts.items()]
     fingerprints = table[["dataset", "fingerprint"]].drop_duplicates()
     rows += [[f"data of {row.dataset}", row.fingerprint] for row in fingerprints.itertuples()]
     rows.append(["training time of all runs", f"{table['seconds'].sum() / 3600:.2f} hours"])
