@@ -91,18 +91,19 @@ def _start(address: str, options: dict[str, Any]) -> Any:
     """ray.init. A Ray of our own gets a second chance: on a machine that is busy, its processes can miss Ray's own deadlines."""
     import ray
 
-    for is_last in (False, True):
+    tries = 2 if address == "local" else 1
+    while True:
+        tries -= 1
         try:
             return ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
         except (ConnectionError, ValueError):
             raise
         except Exception as error:  # Ray raises a bare Exception for it
             ray.shutdown()
-            if is_last or address != "local":
+            if not tries:
                 raise RayDidNotStartError(
                     f"Ray did not start: {' '.join(str(error).split())[:200]}", "free some of the machine, and give the same command again."
                 ) from error
-    raise AssertionError("unreachable")
 
 
 class RayDidNotStartError(UserError):
