@@ -102,7 +102,7 @@ def test_who_was_silent_for_too_long_gives_way(tmp_path: Path) -> None:
         if not taken:  # another machine, for which this one has been dead for long
             storage = Storage(url)
             lease = Lease(storage, f".state/{storage._entries('.state')[0]}/lease", 2, "another machine", 60.0)
-            assert storage.create(f"{lease.folder}/000002", b"{}") and lease.renew()
+            assert storage.create(f"{lease.folder}/000002", b'{"owner": "another machine"}') and lease.renew()
             taken.append(lease)
 
     saving = Saving(every=Every(steps=1), storage=url, lease_seconds=0.9)
