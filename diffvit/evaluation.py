@@ -163,7 +163,8 @@ def find_out(
     Raises:
         UserError: the checkpoint, the data or what is kept are missing or damaged.
     """
-    known = {} if again or limit is not None else read_evaluations(files)
+    kept = read_evaluations(files)  # also where it is not used: what is damaged shall be known before the work
+    known = {} if again or limit is not None else kept
     if limit is not None:
         how["limit"] = limit
     found = {}

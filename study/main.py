@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles, RunSpec, check_writable, overrides_text, read_result
+from diffvit.ledger import RunFiles, RunSpec, check_writable, overrides_text, read_evaluations, read_result
 from diffvit.saving import DEFAULT_SAVING, Saving
 from study.grid import GRIDS, Grid, find_grid
 from study.plan import PlannedRun, load_fingerprints, plan_runs
@@ -341,17 +342,46 @@ def report_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | No
 
     specs = _finished_specs(checkpoints, grid, epochs, dataset)
     check_writable(out)
-    options = {"--grid": grid, "--dataset": dataset, "--epochs": epochs}
-    given = [text for name, value in options.items() if value is not None for text in (name, str(value))]
-    return write_report(checkpoints, specs, out, given)
+    return write_report(checkpoints, specs, out, _commands(checkpoints, grid, epochs, dataset))
+
+
+def _commands(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> list[str]:
+    """The commands that give these runs again. Without a grid: of the built-in ones that have runs which those before do not have."""
+    from study.table import run_table
+
+    commands: list[str] = []
+    seen: set[str] = set()
+    for name in [grid] if grid else list(GRIDS):
+        specs = find_grid(name, dataset).runs(overrides={"epochs": epochs})
+        runs = run_table(checkpoints, specs)
+        if set(runs["run_id"]) <= seen:
+            continue
+        seen |= set(runs["run_id"])
+        values = {"--grid": name, "--dataset": dataset, "--epochs": epochs}
+        options = shlex.join(text for option, value in values.items() if value is not None for text in (option, str(value)))
+        more_seeds = {spec.seed for spec in specs} == {0} and int(runs["seed"].max()) > 0
+        commands.append(f"uv run run.py study {options}" + (f" --seeds {int(runs['seed'].max()) + 1}" if more_seeds else ""))
+        kinds = {kind for files in _files(checkpoints, runs) for kind in read_evaluations(files)}
+        if kinds:
+            commands.append(f"uv run run.py evaluate {options} " + " ".join(f"--{kind}" for kind in sorted(kinds)))
+    return [*commands, "uv run run.py report" + (f" {options}" if grid else "")]
+
+
+def _files(checkpoints: Path, table: pd.DataFrame) -> list[RunFiles]:
+    from study.table import files_of
+
+    return [files_of(checkpoints, run) for run in table.itertuples()]
 
 
 def finished_checkpoints(checkpoints: Path, grid: str, epochs: int | None = None, dataset: str | None = None) -> list[Path]:
     """The weights of a grid's finished runs. Raises UserError where there are none."""
-    from study.table import files_of, run_table
+    from study.table import run_table
 
     table = run_table(checkpoints, _finished_specs(checkpoints, grid, epochs, dataset))
-    return [files_of(checkpoints, run).weights for run in table[table["status"] == "done"].itertuples()]
+    done = table[table["status"] == "done"]
+    if done.empty:
+        raise UserError(f"all finished runs of {grid} have diverged.", "there are no weights to evaluate.")
+    return [files.weights for files in _files(checkpoints, done)]
 
 
 def _finished_specs(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> list[RunSpec]:

@@ -17,12 +17,16 @@ def noise_figure(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any]], 
     """Error in % over severity, a panel a corruption, means over sizes and seeds; severity 0 is the clean test set.
 
     Args:
-        runs: rows of a run table. findings: run_id -> what evaluate_corruptions found; other runs are left out.
+        runs: rows of a run table; sizes and seeds that not all architectures have are left out.
+        findings: run_id -> what evaluate_corruptions found; other runs are left out.
         name: of the data set, for the title.
     """
     figure = Figure(figsize=(7.2, 4.8), layout="constrained")
     panels = figure.subplots(2, 3, sharey=True, sharex=True).ravel()
     runs = runs[runs["run_id"].isin(list(findings))]
+    # Means over other sizes or seeds would compare those.
+    models = runs["model"].nunique()
+    runs = runs[runs.groupby(["size", "seed"])["model"].transform("nunique") == models]
     for axes, corruption in zip(panels, CORRUPTIONS, strict=False):
         for model, of_model in runs.groupby("model", sort=False):
             curves = np.asarray([_errors(findings[run_id], corruption) for run_id in of_model["run_id"]])

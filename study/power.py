@@ -32,10 +32,12 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
         "question", "power" (seeds -> probability) and "needed" (the fewest seeds that give 80 %; None beyond 50).
 
     Raises:
-        UserError: a difference that is none.
+        UserError: a difference that is none, or a grid without the two architectures.
     """
     if not 0 < difference < 1:
         raise UserError(f"the difference is {100 * difference:g} %.", "give a percentage above 0 and below 100.")
+    if not any(spec.model in ARMS for spec in specs):
+        raise UserError("the grid has neither of the two architectures that are compared.", f"name {' or '.join(ARMS)} in its models.")
     measured = {part.dataset: verdict.compare(part.table, part.name) for part in subjects(run_table(checkpoints, specs)) if part.base}
     rows = []
     for dataset in dict.fromkeys(spec.dataset for spec in specs):
@@ -63,7 +65,8 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
 
 def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
     """The rows for a person."""
-    lines = [f"probability in % that the 95 % interval excludes 0, if the true difference is {100 * difference:g} %", ""]
+    lines = [f"probability in % that the 95 % interval excludes 0, if the true difference is {100 * difference:g} %"]
+    lines += ["(for one question alone; Holm's correction over several asks for a little more)", ""]
     lines.append(f"{'data set':<14} {'question':<8} " + " ".join(f"{seeds:>4}" for seeds in SEEDS) + "  seeds; for 80 %")
     for row in rows:
         needed = f"{row['needed']}" if row["needed"] else f"more than {max(SEEDS)}"

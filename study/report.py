@@ -5,9 +5,9 @@ One list of blocks (document.py) becomes an HTML page and the same in Markdown.
 
 from __future__ import annotations
 
+import contextlib
 import math
-import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,14 @@ class Subject:
     """The runs of one data set under one condition.
 
     Attributes:
-        name: for sentences. condition: as table.conditions names it, "" for the plain one.
+        name: for sentences. condition: as table.conditions names it, "" for the plain one. base: the data set's condition of reference.
     """
 
     name: str
     dataset: str
     condition: str
     table: pd.DataFrame
-
-    @property
-    def base(self) -> bool:
-        """Whether it is the data set's plain condition."""
-        return not self.condition
+    base: bool
 
     @property
     def overrides(self) -> set[str]:
@@ -55,14 +51,27 @@ class Subject:
 
 
 def subjects(table: pd.DataFrame) -> list[Subject]:
-    """The data sets and conditions of a run table, each data set's plain condition first."""
-    found = []
+    """The data sets and conditions of a run table, each data set's base first: the plain condition, or the one of fewest overrides."""
     groups = table.groupby(["dataset", pd.Series(conditions(table), index=table.index)], sort=False)
-    for (dataset, condition), runs in groups:
+    order = list(dict.fromkeys(table["dataset"]))
+    found: list[Subject] = []
+    for (dataset, condition), runs in sorted(groups, key=lambda item: (order.index(item[0][0]), len(item[0][1].split()), item[0][1])):
         name = f"{dataset} ({', '.join(condition.split())})" if condition else str(dataset)
-        found.append(Subject(name, str(dataset), str(condition), runs))
-    order = list(dict.fromkeys(part.dataset for part in found))
-    return sorted(found, key=lambda part: (order.index(part.dataset), len(part.overrides), part.condition))
+        found.append(Subject(name, dataset, condition, runs, base=not any(part.dataset == dataset for part in found)))
+    return found
+
+
+def comparable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The runs of a table that may be compared, and a phrase for those that may not.
+
+    Runs of one cell in several precisions, or on several versions of the data, would be counted as pairs of each other: of each data set
+    only the kind that has most runs is kept.
+    """
+    kinds = table[["precision", "fingerprint"]].astype(str).agg(" ".join, axis=1)
+    most = {dataset: of_dataset.value_counts().index[0] for dataset, of_dataset in kinds.groupby(table["dataset"])}
+    keep = kinds == table["dataset"].map(most)
+    left = table[~keep].groupby(["dataset", "precision", "fingerprint"]).size()
+    return table[keep], [f"{count} runs of {dataset} in {precision} on data {data}" for (dataset, precision, data), count in left.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------- analysis
@@ -75,7 +84,7 @@ class Analysis:
     Attributes:
         comparisons: of each subject's two arms. answers: the family, with verdicts. noise_source: what the noise answer compares.
         other_noise: (what is compared, answer) for the exploratory ones. controls: (title, estimate, pairs) of other architectures
-            against the classic one. findings: run_id -> what `evaluate` found.
+            against the classic one. findings: run_id -> what `evaluate` found. left_out: runs that enter no comparison, a phrase each.
     """
 
     table: pd.DataFrame
@@ -86,6 +95,7 @@ class Analysis:
     other_noise: list[tuple[str, Answer]]
     controls: list[tuple[str, Estimate, int]]
     findings: dict[str, dict[str, Any]]
+    left_out: list[str]
 
 
 def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str] = ARMS) -> Analysis:
@@ -94,9 +104,13 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
     Args:
         checkpoints: the ledger, for predictions and for what `evaluate` found; None: the table only.
     """
-    findings = _findings(table, checkpoints)
-    table = table.assign(corrupted_error=[_corrupted_error(findings.get(run_id, {})) for run_id in table["run_id"]])
+    table, left_out = comparable(table)
+    findings, more_left_out = _findings(table, checkpoints)
+    left_out += more_left_out
+    corrupted = pd.DataFrame([_errors_found(findings.get(run_id, {})) for run_id in table["run_id"]], table.index, _FOUND)
+    table = pd.concat([table, corrupted], axis=1)
     parts = subjects(table)
+    left_out += [f"{part.name}: {phrase}" for part in parts for phrase in verdict.left_out(part.table, arms)]
     wrong_of = (lambda run: wrong_answers(checkpoints, run)) if checkpoints else None
     comparisons = {part.name: found for part in parts if (found := verdict.compare(part.table, part.name, arms, wrong_of))}
     family = [answer for part in parts if part.base and part.name in comparisons for answer in comparisons[part.name].answers]
@@ -109,20 +123,29 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
             if model not in arms and (other := verdict.compare(part.table, part.name, (arms[0], model))):
                 title = f"{model_title(model)} against {model_title(arms[0])} on {part.name}"
                 controls.append((title, other.answers[0].estimate, other.answers[0].pairs))
-    return Analysis(table, parts, comparisons, decided, noise[0][0] if noise else "", more, controls, findings)
+    return Analysis(table, parts, comparisons, decided, noise[0][0] if noise else "", more, controls, findings, left_out)
 
 
-def _findings(table: pd.DataFrame, checkpoints: Path | None) -> dict[str, dict[str, Any]]:
-    if checkpoints is None:
-        return {}
-    return {run.run_id: read_evaluations(files_of(checkpoints, run)) for run in table.itertuples()}
+def _findings(table: pd.DataFrame, checkpoints: Path | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """run_id -> what `evaluate` found, by kind; and a phrase for findings with warnings, which are not used."""
+    found: dict[str, dict[str, Any]] = {}
+    left_out = []
+    for run in table.itertuples() if checkpoints else []:
+        kinds = read_evaluations(files_of(Path(str(checkpoints)), run))
+        found[run.run_id] = {kind: findings for kind, findings in kinds.items() if not findings["warnings"]}
+        left_out += [f"{kind} of the run {run.run_id}: {each['warnings'][0]}" for kind, each in kinds.items() if each["warnings"]]
+    return found, left_out
 
 
-def _corrupted_error(findings: dict[str, Any]) -> float:
-    """Mean error under the five corruptions, of a run that was evaluated on the whole test set; else nan."""
+_FOUND = ["evaluated_error", "corrupted_error", "evaluated_images"]
+
+
+def _errors_found(findings: dict[str, Any]) -> list[float]:
+    """A run's error on clean images, its mean error under the five corruptions, both of the same evaluation, and its images."""
     if "corruptions" not in findings:
-        return math.nan
-    return next(row["error"] for row in summarise(findings["corruptions"]) if row["corruption"] == "mean")
+        return [math.nan] * 3
+    errors = {row["corruption"]: row["error"] for row in summarise(findings["corruptions"])}
+    return [errors["clean"], errors["mean"], findings["corruptions"]["images"]]
 
 
 _Named = tuple[str, Answer]
@@ -134,13 +157,14 @@ def _noise_answers(
     """What is compared, and the answer: candidates for the study's question about noise, and others.
 
     The first candidate is the question, in an order that was fixed beforehand: training on noisy images; else a noisy twin of the data
-    set; else corrupted test images. False labels are another axis.
+    set; else corrupted test images; of several data sets, the one with most test images. False labels are another axis.
     """
+    parts = sorted(parts, key=lambda part: -part.table["test_images"].fillna(0).max())
     base = {part.dataset: part for part in parts if part.base}
     of_predictions = (wrong_of, wrong_of) if wrong_of else None
     candidates: list[tuple[str, Answer | None]] = []
     for part in parts:
-        if part.overrides == {"input_noise"} and part.dataset in base:
+        if part.overrides == {"input_noise"} and not part.base:
             answer = verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms, wrong=of_predictions)
             candidates.append((f"{part.name}: trained on noisy images, tested on clean ones", answer))
     for dataset, part in base.items():
@@ -150,12 +174,13 @@ def _noise_answers(
     corrupted = tuple(_wrong_under(names, findings) for names in (["clean"], list(CORRUPTIONS)))
     for part in base.values():
         evaluated = part.table[part.table["corrupted_error"].notna()]
-        answer = verdict.noise_answer(evaluated, evaluated, part.name, arms, "corrupted error", (corrupted[0], corrupted[1]))
+        measures = ("evaluated error", "corrupted error")
+        answer = verdict.noise_answer(evaluated, evaluated, part.name, arms, measures, (corrupted[0], corrupted[1]))
         candidates.append((f"{part.name}: test images under five corruptions", answer))
     others = [
         (f"{part.name}: false training labels", verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms))
         for part in parts
-        if part.overrides == {"label_noise"} and part.dataset in base
+        if part.overrides == {"label_noise"} and not part.base
     ]
     known, known_others = ([(what, answer) for what, answer in each if answer is not None] for each in (candidates, others))
     return known, known_others
@@ -175,11 +200,11 @@ def _wrong_under(corruptions: Sequence[str], findings: dict[str, dict[str, Any]]
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def write_report(checkpoints: Path, specs: Iterable[RunSpec], out: Path, options: Sequence[str]) -> list[Path]:
+def write_report(checkpoints: Path, specs: Iterable[RunSpec], out: Path, commands: Sequence[str]) -> list[Path]:
     """Analyse a grid's finished runs, draw their figures and write report.html and report.md.
 
     Args:
-        specs: the grid's runs. out: a folder. options: of the command line, that name the grid.
+        specs: the runs of the grids. out: a folder. commands: lines that reproduce them.
 
     Returns:
         The two files, or none where nothing is finished.
@@ -189,19 +214,11 @@ def write_report(checkpoints: Path, specs: Iterable[RunSpec], out: Path, options
         return []
     analysis = analyse(table, checkpoints)
     figures = draw_figures(table, step_table(checkpoints, table), out / "figures") + _draw_findings(analysis, out / "figures")
-    seeds = int(table["seed"].max()) + 1
-    kinds = sorted({kind for found in analysis.findings.values() for kind in found})
-    commands = [_command("study", options, f"--seeds {seeds}" if seeds > 1 else "")]
-    commands += [_command("evaluate", options or ["--grid", "digits"], " ".join(f"--{kind}" for kind in kinds))] if kinds else []
-    blocks = page(analysis, figures, "\n".join([*commands, _command("report", options)]))
+    blocks = page(analysis, figures, "\n".join(commands))
     html, markdown = out / "report.html", out / "report.md"
     write_atomically(html, to_html(blocks, "Differential ViT against classic ViT").encode())
     write_atomically(markdown, to_markdown(blocks, out).encode())
     return [html, markdown]
-
-
-def _command(name: str, options: Sequence[str], more: str = "") -> str:
-    return f"uv run run.py {name} {shlex.join(options)} {more}".replace("  ", " ").rstrip()
 
 
 def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
@@ -217,16 +234,23 @@ def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
             runs = part.table[part.table["run_id"].isin(list(attended))]
             if len(runs):
                 found = [(run.model, run.size, attended[run.run_id]) for run in runs.itertuples()]
-                written += save(attention_curves(found, part.dataset), out / f"{stem}_attention")
-                pictures = attention_pictures(_side_by_side(runs, attended), f"{part.name}: where the largest models look")
-                written += save(pictures, out / f"{stem}_attention_maps")
+                written += save(attention_curves(found, part.dataset, part.name), out / f"{stem}_attention")
+                with contextlib.suppress(ValueError):  # models that were shown different pictures have none to compare
+                    pictures = attention_pictures(_side_by_side(runs, attended), f"{part.name}: where the largest models look")
+                    written += save(pictures, out / f"{stem}_attention_maps")
     return written
 
 
 def _side_by_side(runs: pd.DataFrame, attended: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Model -> findings, of the largest size and first seed of each."""
-    largest = runs.sort_values(["parameters", "seed"], ascending=[False, True]).groupby("model").first()
-    return {str(model): attended[str(run_id)] for model, run_id in largest["run_id"].items()}
+    """Model -> findings, of the largest size and first seed that all models have; ValueError where there is none."""
+    models = set(runs["model"])
+    shared = {pair for pair, of_pair in runs.groupby(["size", "seed"]) if set(of_pair["model"]) == models}
+    candidates = runs[[pair in shared for pair in zip(runs["size"], runs["seed"], strict=True)]]
+    if candidates.empty:
+        raise ValueError("the models share no size and seed")
+    largest = candidates.sort_values(["parameters", "seed"], ascending=[False, True]).iloc[0]
+    chosen = candidates[(candidates["size"] == largest["size"]) & (candidates["seed"] == largest["seed"])]
+    return {str(run.model): attended[str(run.run_id)] for run in chosen.itertuples()}
 
 
 def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Block]:
@@ -237,8 +261,9 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
     """
     blocks: list[Block] = [Heading("Does a Differential ViT scale better than a classic ViT, and does noise change it?", 1)]
     blocks += [Paragraph(verdict.sentence(answer), lead=True, tag=answer.verdict) for answer in analysis.answers]
-    if not analysis.answers:
-        blocks.append(Paragraph("No answer yet: the two architectures have no size and seed in common.", lead=True))
+    for part in analysis.subjects:
+        if part.base and part.name not in analysis.comparisons:
+            blocks.append(Paragraph(_nothing_to_compare(part), lead=True, tag="no answer"))
     if not any(answer.question == "noise" for answer in analysis.answers):
         blocks.append(Paragraph("Whether noise changes the difference has not been measured here.", lead=True))
     elif analysis.noise_source:
@@ -253,6 +278,14 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
     blocks += [Heading("What this does not show"), Items(_limits(analysis))]
     blocks += [Heading("Reproduce"), Code(command), *_provenance(analysis.table)]
     return blocks
+
+
+def _nothing_to_compare(part: Subject, arms: tuple[str, str] = ARMS) -> str:
+    ended = []
+    for arm in arms:
+        statuses = part.table[part.table["model"] == arm]["status"]
+        ended.append(f"{model_title(arm)}: {(statuses == 'done').sum()} done, {(statuses == 'diverged').sum()} diverged")
+    return f"On {part.name}, the two architectures have no finished run of one size and seed in common ({'; '.join(ended)})."
 
 
 _RULE = (
@@ -293,9 +326,8 @@ def _accuracy_tables(analysis: Analysis) -> list[Block]:
     ]  # fmt: skip
     header = ["model", "size", "data set", "overrides", "seed", "run_id", "status", "test accuracy (95 % Wilson)", "cross-entropy"]
     blocks.append(Table(header, runs, f"Every run ({len(runs)})", left=4, closed=True))
-    left_out = [phrase for comparison in analysis.comparisons.values() for phrase in comparison.left_out]
-    if left_out:
-        blocks.append(Paragraph(f"Left out of the comparisons: {'; '.join(left_out)}."))
+    if analysis.left_out:
+        blocks.append(Paragraph(f"Left out of the comparisons: {'; '.join(analysis.left_out)}."))
     return blocks
 
 
@@ -328,13 +360,17 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
     blocks: list[Block] = []
     rows: list[list[str]] = []
     for name, comparison in analysis.comparisons.items():
-        for quantity, shown in _quantities(comparison).items():
-            rows.append([name, quantity, *(shown(comparison, measure) for measure in ("error", "cross-entropy"))])
+        shown = [_quantities(comparison, measure) for measure in _MEASURES]
+        rows += [[name, quantity, *(each.get(quantity, "") for each in shown)] for quantity in shown[0]]
     header = ["data set", "quantity", "error (95 % interval)", "cross-entropy (95 % interval)"]
     blocks.append(Table(header, rows, "Lines and contrasts", left=2))
-    rows = [[name, cost, _ratio(ratio)] for name, each in analysis.comparisons.items() for cost, ratio in each.ratios.items()]
-    header = ["data set", "cost", "differential / classic (95 % interval)"]
-    blocks.append(Table(header, rows, "Cost at which both have the same error", left=2))
+    rows = [
+        [name, cost, *(_ratio(each.ratios[measure, cost]) if (measure, cost) in each.ratios else "" for measure in _MEASURES)]
+        for name, each in analysis.comparisons.items()
+        for cost in verdict.COSTS.values()
+    ]
+    header = ["data set", "cost", "at equal error (95 % interval)", "at equal cross-entropy (95 % interval)"]
+    blocks.append(Table(header, rows, "What the differential model costs, as a share of the classic one that is as good", left=2))
     for name, comparison in analysis.comparisons.items():
         blocks.append(Items([*_match_sentences(name, comparison), *_secondary(name, comparison)]))
     if analysis.controls:
@@ -343,24 +379,22 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
     return blocks
 
 
-_Shown = Callable[[Comparison, str], str]
+_MEASURES = ("error", "cross-entropy")
 
 
-def _quantities(comparison: Comparison) -> dict[str, _Shown]:
-    """Name -> how a comparison shows it for a measure."""
-    titles = [model_title(arm) for arm in comparison.arms]
-    if not comparison.lines:  # one size
-        return {"level: differential / classic": lambda each, measure: _relative(scaling.level(each.cells[measure]))}
-    middle = f"{comparison.lines['error'][0].middle / 1e6:.3g} M"
-    return {
-        "level: differential / classic": lambda each, measure: _relative(scaling.level(each.cells[measure])),
-        "trend: its change over the sizes": lambda each, measure: _relative(scaling.trend(each.cells[measure])),
-        f"line at {middle}, {titles[0]}": lambda each, measure: _at_middle(each.lines[measure][0].intercept, measure),
-        f"line at {middle}, {titles[1]}": lambda each, measure: _at_middle(each.lines[measure][1].intercept, measure),
-        f"slope, {titles[0]}": lambda each, measure: _number(each.lines[measure][0].slope),
-        f"slope, {titles[1]}": lambda each, measure: _number(each.lines[measure][1].slope),
-        "slope, difference": lambda each, measure: _slope_difference(each.cells[measure]),
-    }
+def _quantities(comparison: Comparison, measure: str) -> dict[str, str]:
+    """Name -> value with interval, of a measure; what too few runs have is not there."""
+    if measure not in comparison.cells:
+        return {}
+    cells = comparison.cells[measure]
+    shown = {"level: differential / classic": _relative(scaling.level(cells))}
+    if measure in comparison.lines:
+        shown["trend: its change over the sizes"] = _relative(scaling.trend(cells))
+        lines = [(model_title(arm), line) for arm, line in zip(comparison.arms, comparison.lines[measure], strict=True)]
+        shown |= {f"line at {line.middle / 1e6:.3g} M, {title}": _at_middle(line.intercept, measure) for title, line in lines}
+        shown |= {f"slope, {title}": _number(line.slope) for title, line in lines}
+        shown["slope, difference (+: differential gains more from size)"] = _slope_difference(cells)
+    return shown
 
 
 def _at_middle(intercept: Estimate, measure: str) -> str:
@@ -399,12 +433,13 @@ def _secondary(name: str, comparison: Comparison) -> list[str]:
         sentences.append(text + ".")
     if not math.isnan(comparison.correlation):
         sentences.append(f"{name}: correlation of the two architectures' errors within pairs of a seed: {comparison.correlation:+.2f}.")
-    law = comparison.law["error"]
-    if law:
-        exponents = " and ".join(f"{value:.2f}" for value in law.exponents)
-        freedom = f"{law.df} degree{'s' if law.df != 1 else ''} of freedom"
-        fits = f"fits with exponents {exponents} and a floor of {100 * law.floor:.1f} % error"
-        sentences.append(f"{name}: a power law with one floor for both {fits}; with {freedom} these are not to be trusted.")
+    for measure, law in comparison.laws.items():
+        if law:
+            exponents = " and ".join(f"{value:.2f}" for value in law.exponents)
+            freedom = f"{law.df} degree{'s' if law.df != 1 else ''} of freedom"
+            floor = f"{100 * law.floor:.1f} %" if measure == "error" else f"{law.floor:.3g} nats"
+            fits = f"a power law of {measure} with one floor for both fits with exponents {exponents} and a floor of {floor}"
+            sentences.append(f"{name}: {fits}; with {freedom} these are not to be trusted.")
     return sentences
 
 
@@ -416,7 +451,7 @@ def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
         ]
         header = ["what is compared with clean", "change of the difference in error (95 % interval)", "seeds and images resampled", "pairs"]
         blocks.append(Table(header, rows, "Other noise, exploratory"))
-    labels = analysis.table[analysis.table["false_labels"].notna()] if "false_labels" in analysis.table else analysis.table.iloc[:0]
+    labels = analysis.table[analysis.table["memorised"].notna()] if "memorised" in analysis.table else analysis.table.iloc[:0]
     if len(labels):
         rows = [
             [f"{model_title(model)}, {size}", str(overrides), f"{cell['false_labels'].mean():.0f}",
@@ -452,7 +487,7 @@ def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
 _NOISE_AXES = (
     "Noise in images and noise in labels are different things. BACH is a case of the first: large images whose label rests on a small "
     "part, with the rest, stain and scanner as noise; its labels were agreed on by pathologists. Corruptions have CIFAR-C's constants "
-    "and are applied at the images' own size."
+    "and are applied at the images' stored size (BACH: 512 pixels, after its one resize)."
 )
 
 
@@ -506,11 +541,14 @@ def _tuning_section(analysis: Analysis, arms: tuple[str, str] = ARMS) -> list[Bl
             continue
         runs = pd.concat([part.table.assign(rate=part.condition or f"lr={protocol_of(dataset).lr}") for part in rates])
         runs = runs[(runs["status"] == "done") & runs["model"].isin(arms)]
+        if runs.empty:
+            continue
         by_rate = runs.pivot_table(index=["model", "size"], columns="rate", values="val_accuracy")
         names = sorted(by_rate.columns, key=lambda name: float(name.partition("=")[2]))
-        rows = [[f"{model_title(model)}, {size}", *(f"{100 * value:.2f} %" for value in row)] for (model, size), row in
-                zip(by_rate.index, by_rate[names].to_numpy(), strict=True)]  # fmt: skip
-        blocks.append(Table(["model", *names], rows, f"{dataset}: validation accuracy by learning rate, mean over seeds"))
+        images = protocol_of(dataset).images[1]
+        rows = [[f"{model_title(model)}, {size}", *(_with_wilson(value, images) if value == value else "diverged" for value in row)]
+                for (model, size), row in zip(by_rate.index, by_rate[names].to_numpy(), strict=True)]  # fmt: skip
+        blocks.append(Table(["model", *names], rows, f"{dataset}: validation accuracy by learning rate (95 % Wilson), mean over seeds"))
         best = by_rate.idxmax(axis=1)
         chosen = runs[[best[model, size] == rate for model, size, rate in zip(runs["model"], runs["size"], runs["rate"], strict=True)]]
         if tuned := verdict.compare(chosen, dataset, arms):

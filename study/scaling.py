@@ -52,13 +52,17 @@ class Estimate:
         """Of a t test against 0."""
         if not self.df:
             return math.nan
-        if self.se == 0:
-            return float(self.value == 0)
+        if self.se == 0:  # on few test images, seeds can agree by chance: no spread to judge by
+            return 1.0
         return float(2 * stats.t.sf(abs(self.value / self.se), self.df))
 
-    def detectable(self, power: float = 0.8) -> float:
-        """How far from 0 a true value must be for its interval to exclude 0 with this probability."""
-        return (_t(0.5 + LEVEL / 2, self.df) + _t(power, self.df)) * self.se if self.df else math.nan
+    def detectable(self, power: float = 0.8, questions: int = 1) -> float:
+        """How far from 0 a true value must be to be found with this probability.
+
+        Args:
+            questions: size of the family; Bonferroni's bound, which Holm's correction never exceeds.
+        """
+        return (_t(1 - (1 - LEVEL) / 2 / questions, self.df) + _t(power, self.df)) * self.se if self.df else math.nan
 
 
 @functools.cache
@@ -121,10 +125,16 @@ def pair_table(first: pd.DataFrame, second: pd.DataFrame, measure: str = "error"
     Runs that are not done, and those whose partner is missing, are left out.
 
     Args:
-        measure: "error" of the test set, "cross-entropy" there, or "corrupted error", the mean under corruptions.
-        cost: "parameters", "forward_flops", or "seconds" of training.
+        measure: "error" of the test set, "cross-entropy" there; "evaluated error" and "corrupted error", what evaluate found.
+        cost: "parameters", "forward_flops", or "seconds" of training, of all workers together.
+
+    Raises:
+        ValueError: a size and seed twice in an arm: such pairs would be no pairs.
     """
-    return _measured(first, measure, cost).join(_measured(second, measure, cost), how="inner", lsuffix="_0", rsuffix="_1")
+    arms = [_measured(arm, measure, cost) for arm in (first, second)]
+    if not all(arm.index.is_unique for arm in arms):
+        raise ValueError("an arm has more than one run of a size and seed")
+    return arms[0].join(arms[1], how="inner", lsuffix="_0", rsuffix="_1")
 
 
 def _measured(arm: pd.DataFrame, measure: str, cost: str) -> pd.DataFrame:
@@ -132,12 +142,13 @@ def _measured(arm: pd.DataFrame, measure: str, cost: str) -> pd.DataFrame:
     arm = arm[arm["status"] == "done"]
     if measure == "cross-entropy":
         log = np.log(arm["test_loss"].astype(float))
-    elif measure == "corrupted error":
-        log = log_error(1 - arm["corrupted_error"], arm["test_images"])
+    elif measure in ("evaluated error", "corrupted error"):
+        log = log_error(1 - arm[measure.replace(" ", "_")], arm["evaluated_images"])
     else:
         log = log_error(arm["test_accuracy"], arm["test_images"])
-    frame = pd.DataFrame({"size": arm["size"], "seed": arm["seed"], "log": log, "cost": arm[cost].astype(float)})
-    return frame.dropna().set_index(["size", "seed"])
+    costs = arm[cost].astype(float) * (arm["workers"].astype(float).fillna(1) if cost == "seconds" else 1)
+    frame = pd.DataFrame({"size": arm["size"], "seed": arm["seed"], "log": log, "cost": costs})
+    return frame.replace([np.inf, -np.inf], np.nan).dropna().set_index(["size", "seed"])
 
 
 def cells_of(pairs: pd.DataFrame) -> Cells:

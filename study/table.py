@@ -144,7 +144,10 @@ def prediction_table(checkpoints: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 def wrong_answers(checkpoints: Path, run: Any) -> np.ndarray:
     """1 for each test image that a run (a row of the run table) answered wrongly, else 0. [images]"""
-    answers = _read(files_of(checkpoints, run).predictions)
+    path = files_of(checkpoints, run).predictions
+    answers = _read(path)
+    if not {"label", "predicted"} <= set(answers) or len(answers) != run.test_images:
+        raise UserError(f"{path} is damaged.", "`list --verify` names what else is; delete the run's _result.json and train it again.")
     return (answers["label"] != answers["predicted"]).to_numpy(np.float32)
 
 
@@ -154,7 +157,7 @@ def _read(path: Path) -> pd.DataFrame:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
-            f"{path} cannot be read: {reason}.", "delete the run's _result.json, and the same command trains it again."
+            f"{path} cannot be read: {reason}.", "delete the run's _result.json, and `study` or `train` trains it again."
         ) from error
 
 

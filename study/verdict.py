@@ -45,7 +45,7 @@ class Answer:
     Attributes:
         question: "level", "trend" or "noise".
         subject: the data set, with the condition where there are several.
-        p_holm: corrected over the family; nan with one seed.
+        p_holm: corrected over the family; nan with one seed. questions: how many that family has.
         flips: p of the sign-flip test.
         new_images: interval of the crossed bootstrap, where predictions are there.
         null_half, null_source: with one seed, half of the range that no effect would produce, and where its spread comes from.
@@ -59,6 +59,7 @@ class Answer:
     seeds: int
     verdict: str = ""
     p_holm: float = math.nan
+    questions: int = 1
     flips: float = math.nan
     new_images: tuple[float, float] | None = None
     null_half: float = math.nan
@@ -70,7 +71,7 @@ class Comparison:
     """Both architectures on one data set: the answers and all that is exploratory.
 
     Attributes:
-        lines: of both arms, by measure. ratios: by cost. left_out: runs that enter no pair, and why, a phrase each.
+        lines: of both arms, by measure. ratios: by measure and cost. laws: power laws, by measure.
     """
 
     subject: str
@@ -78,11 +79,10 @@ class Comparison:
     cells: dict[str, Cells]
     answers: list[Answer]
     lines: dict[str, tuple[Line, Line]]
-    ratios: dict[str, Ratio]
+    ratios: dict[tuple[str, str], Ratio]
     matches: list[tuple[float, float | None]]
-    law: dict[str, PowerLaw | None]
+    laws: dict[str, PowerLaw | None]
     correlation: float
-    left_out: list[str] = dataclasses.field(default_factory=list)
 
 
 COSTS = {"parameters": "parameters", "forward_flops": "FLOPs", "seconds": "training time"}
@@ -102,10 +102,11 @@ def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, wro
     pairs = scaling.pair_table(first, second)
     if pairs.empty:
         return None
-    by_measure = {measure: scaling.cells_of(scaling.pair_table(first, second, measure)) for measure in ("error", "cross-entropy")}
+    tables = {measure: scaling.pair_table(first, second, measure) for measure in ("error", "cross-entropy")}
+    by_measure = {measure: scaling.cells_of(each) for measure, each in tables.items() if len(each)}
     cells = by_measure["error"]
     wrong = _wrong_answers(wrong_of, first, second, pairs) if wrong_of else None
-    spread, source = _null_spread(cells, wrong)
+    spread, source = null_spread(cells, wrong)
     several = len(cells.logs) > 1
     questions = {"level": scaling.level_weights(cells), **({"trend": scaling.trend_weights(cells)} if several else {})}
     answers = [
@@ -118,13 +119,12 @@ def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, wro
     ]  # fmt: skip
     return Comparison(
         subject, arms, by_measure, answers,
-        lines={name: (scaling.line(each, 0), scaling.line(each, 1)) for name, each in by_measure.items()} if several else {},
-        ratios={name: scaling.effective_ratio(scaling.cells_of(scaling.pair_table(first, second, "error", cost)))
-                for cost, name in COSTS.items()},
+        lines={name: (scaling.line(each, 0), scaling.line(each, 1)) for name, each in by_measure.items() if len(each.logs) > 1},
+        ratios={(measure, name): scaling.effective_ratio(scaling.cells_of(scaling.pair_table(first, second, measure, cost)))
+                for measure in by_measure for cost, name in COSTS.items()},
         matches=[(math.exp(cells.log_costs[1, i]), scaling.equal_cost(cells, i)) for i in range(len(cells.logs))],
-        law={name: scaling.power_law(each) for name, each in by_measure.items()},
+        laws={name: scaling.power_law(each) for name, each in by_measure.items()},
         correlation=cells.correlation(),
-        left_out=_left_out(table, arms, pairs),
     )  # fmt: skip
 
 
@@ -133,46 +133,42 @@ def noise_answer(
     noisy: pd.DataFrame,
     subject: str,
     arms: tuple[str, str] = ARMS,
-    measure: str = "error",
+    measures: tuple[str, str] = ("error", "error"),
     wrong: tuple[WrongAnswers, WrongAnswers] | None = None,
 ) -> Answer | None:
     """How much noise changes the log ratio of the arms' errors: below 0, the second arm suffers less. None without common pairs.
 
     Args:
-        clean, noisy: run tables of the two conditions; of two data sets, sizes are matched by rank.
-        measure: of the noisy one, as pair_table takes it; the clean one's is its error.
+        clean, noisy: run tables of the two conditions.
+        measures: of the two, as pair_table takes them.
         wrong: what runs of the clean and of the noisy table answered wrongly, for the secondary interval.
     """
-    noisy = noisy.assign(size=noisy["size"].map(_size_of_rank(noisy, clean)))
     (clean_0, clean_1), (noisy_0, noisy_1) = ([table[table["model"] == arm] for arm in arms] for table in (clean, noisy))
-    pairs = scaling.interaction_pairs(scaling.pair_table(clean_0, clean_1), scaling.pair_table(noisy_0, noisy_1, measure))
+    of_clean, of_noisy = scaling.pair_table(clean_0, clean_1, measures[0]), scaling.pair_table(noisy_0, noisy_1, measures[1])
+    pairs = scaling.interaction_pairs(of_clean, of_noisy)
     if pairs.empty:
         return None
     cells = scaling.cells_of(pairs)
     weights = scaling.level_weights(cells)
+    baseline = _wrong_answers(wrong[0], clean_0, clean_1, pairs) if wrong else None
+    answers = _wrong_answers(wrong[1], noisy_0, noisy_1, pairs) if wrong else None
     new_images = None
-    if wrong:
-        baseline, answers = _wrong_answers(wrong[0], clean_0, clean_1, pairs), _wrong_answers(wrong[1], noisy_0, noisy_1, pairs)
-        if all(one.shape == other.shape for one, other in zip(baseline, answers, strict=True)):
-            new_images = scaling.crossed_bootstrap(answers, weights, baseline)
+    if baseline and answers and all(one.shape == other.shape for one, other in zip(baseline, answers, strict=True)):
+        new_images = scaling.crossed_bootstrap(answers, weights, baseline)
+    spreads = [null_spread(scaling.cells_of(each), stack) for each, stack in ((of_clean, baseline), (of_noisy, answers))]
     return Answer(
         "noise", subject, arms, scaling.contrast(cells, weights), int(cells.counts.sum()), int(cells.counts.max()),
         flips=scaling.sign_flips(cells, weights), new_images=new_images,
-        null_half=scaling.null_range(weights, cells.counts, ASSUMED_SPREAD * math.sqrt(2)), null_source=_ASSUMED,
+        null_half=scaling.null_range(weights, cells.counts, math.hypot(*(spread for spread, _ in spreads))), null_source=spreads[0][1],
     )  # fmt: skip
-
-
-def _size_of_rank(noisy: pd.DataFrame, clean: pd.DataFrame) -> dict[str, str]:
-    """Size labels of one table -> those of another, smallest first."""
-    ranked = [list(table.groupby("size")["parameters"].mean().sort_values().index) for table in (noisy, clean)]
-    return dict(zip(*ranked, strict=False))
 
 
 def decide(answers: Sequence[Answer]) -> list[Answer]:
     """The verdicts of a family of answers, with Holm's correction over it."""
     corrected = holm([answer.estimate.p for answer in answers])
+    asked = sum(not math.isnan(p) for p in corrected)
     pairs = zip(answers, corrected, strict=True)
-    return [dataclasses.replace(answer, p_holm=p, verdict=_verdict(answer.estimate, p)) for answer, p in pairs]
+    return [dataclasses.replace(answer, p_holm=p, questions=asked, verdict=_verdict(answer.estimate, p)) for answer, p in pairs]
 
 
 def _verdict(estimate: Estimate, p_holm: float) -> str:
@@ -181,7 +177,7 @@ def _verdict(estimate: Estimate, p_holm: float) -> str:
     if p_holm < ALPHA:
         return "better" if estimate.value < 0 else "worse"
     low, high = estimate.interval
-    return "equivalent" if math.log(1 - MARGIN) < low and high < math.log(1 + MARGIN) else "undecided"
+    return "equivalent" if estimate.se and math.log(1 - MARGIN) < low and high < math.log(1 + MARGIN) else "undecided"
 
 
 def holm(ps: Sequence[float]) -> list[float]:
@@ -200,44 +196,52 @@ def holm(ps: Sequence[float]) -> list[float]:
 _ASSUMED = f"assuming that a run's error scatters by {100 * ASSUMED_SPREAD / math.sqrt(2):.0f} % from seed to seed"
 
 
-def _null_spread(cells: Cells, wrong: list[np.ndarray] | None) -> tuple[float, str]:
-    """What a pair's log ratio scatters by if the arms do not differ, and how that is known."""
+def null_spread(cells: Cells, wrong: list[np.ndarray] | None) -> tuple[float, str]:
+    """What a pair's log ratio scatters by if the arms do not differ, and how that is known.
+
+    With one seed two parts add up: chance over the test images on which the two disagree, as in McNemar's test, where predictions are
+    there; and an assumed scatter of whole runs.
+    """
     if cells.df:
         return cells.pair_spread(), "from the spread between seeds"
     if wrong is None:
         return ASSUMED_SPREAD, _ASSUMED
-    spreads = []
+    variances = []
     for cell in wrong:
-        disagreed = float(abs(cell[1] - cell[0]).sum(axis=-1).mean())
-        spreads.append(math.sqrt(disagreed + 1) / max(1.0, float(cell.sum(axis=-1).mean())))
-    source = "if chance alone decided the test images on which the two disagree"
-    return float(np.sqrt(np.mean(np.square(spreads)))), source
+        disagreed = float((abs(cell[1] - cell[0]) ** 2).sum(axis=-1).mean())
+        variances.append((disagreed + 1) / max(1.0, float(cell.sum(axis=-1).mean())) ** 2)
+    return math.sqrt(float(np.mean(variances)) + ASSUMED_SPREAD**2), f"{_ASSUMED}, and that chance decides images on which the two disagree"
 
 
-def _wrong_answers(of_run: WrongAnswers, first: pd.DataFrame, second: pd.DataFrame, pairs: pd.DataFrame) -> list[np.ndarray]:
-    """For each size, smallest first: what was wrong of each test image's answers. [2, seeds, images]"""
+def _wrong_answers(of_run: WrongAnswers, first: pd.DataFrame, second: pd.DataFrame, pairs: pd.DataFrame) -> list[np.ndarray] | None:
+    """For each size, smallest first: what was wrong of each test image's answers. [2, seeds, images]
+
+    None where runs were tested on different numbers of images.
+    """
     runs = [{(run.size, run.seed): run for run in arm[arm["status"] == "done"].itertuples()} for arm in (first, second)]
     sizes = pairs.groupby("size")["cost_0"].mean().sort_values().index
     by_size = {size: [pair for pair in pairs.index if pair[0] == size] for size in sizes}
-    return [np.stack([[of_run(arm[pair]) for pair in of_size] for arm in runs]) for of_size in by_size.values()]
+    answers = {size: [[of_run(arm[pair]) for pair in of_size] for arm in runs] for size, of_size in by_size.items()}
+    if len({len(each) for of_size in answers.values() for arm in of_size for each in arm}) > 1:
+        return None
+    return [np.stack([np.stack(arm) for arm in of_size]) for of_size in answers.values()]
 
 
-def _left_out(table: pd.DataFrame, arms: tuple[str, str], pairs: pd.DataFrame) -> list[str]:
-    """Runs that enter no pair, and why; also those that are not there although others of their size or seed are."""
+def left_out(table: pd.DataFrame, arms: tuple[str, str] = ARMS) -> list[str]:
+    """Runs of two arms that enter no pair, and why; also those that are not there although others of their size or seed are."""
+    table = table[table["model"].isin(arms)]
+    done = {(run.model, run.size, run.seed) for run in table.itertuples() if run.status == "done"}
+    there = {(run.model, run.size, run.seed): run.status for run in table.itertuples()}
     phrases = []
-    for run in table[table["model"].isin(arms)].itertuples():
-        name = f"{MODEL_TITLES.get(run.model, run.model)} {run.size} seed {run.seed}"
-        if run.status != "done":
-            phrases.append(f"{name} {run.status}")
-        elif (run.size, run.seed) not in pairs.index:
+    for size, seed, arm in itertools.product(dict.fromkeys(table["size"]), dict.fromkeys(sorted(table["seed"])), arms):
+        name = f"{MODEL_TITLES.get(arm, arm)} {size} seed {seed}"
+        partner = arms[1 - arms.index(arm)]
+        if (arm, size, seed) not in there:
+            phrases.append(f"{name} failed or was not trained")
+        elif there[arm, size, seed] != "done":
+            phrases.append(f"{name} {there[arm, size, seed]}")
+        elif (partner, size, seed) not in done:
             phrases.append(f"{name} has no partner")
-    there = {(run.model, run.size, run.seed) for run in table.itertuples()}
-    sizes, seeds = dict.fromkeys(table["size"]), dict.fromkeys(sorted(table["seed"]))
-    phrases += [
-        f"{MODEL_TITLES.get(model, model)} {size} seed {seed} failed or was not trained"
-        for model, size, seed in itertools.product(arms, sizes, seeds)
-        if (model, size, seed) not in there
-    ]
     return phrases
 
 
@@ -272,7 +276,7 @@ def sentence(answer: Answer) -> str:
     if answer.verdict == "equivalent":
         text += f" The interval lies within +-{100 * MARGIN:.0f} %."
     if answer.verdict == "undecided":
-        less, more = (percent(sign * answer.estimate.detectable()) for sign in (-1, 1))
+        less, more = (percent(sign * answer.estimate.detectable(questions=answer.questions)) for sign in (-1, 1))
         text += f" True values of {less} or {more} would have been found with a probability of 80 %."
         if answer.estimate.p < ALPHA:
             text += " Taken alone the interval excludes 0; as one of several questions it does not suffice."

@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
-from bench.calibration import PARAMETERS, World, coverage, missed, ratio_coverage, split_all_ways
+from bench.calibration import PARAMETERS, WORLDS, World, coverage, missed, one_seed, ratio_coverage, split_all_ways
 from study import scaling
 from study.scaling import Cells, Estimate
 
@@ -144,19 +144,49 @@ def test_sign_flips_count_all_ways_and_agree_with_draws() -> None:
     assert drawn == pytest.approx(exact, abs=0.02)
 
 
-def test_the_crossed_bootstrap_spreads_with_images_and_with_seeds() -> None:
+def test_the_crossed_bootstrap_draws_seeds_as_pairs() -> None:
+    # Every image of a run is answered alike, so that images add nothing; of two pairs a quarter of the draws takes one twice.
+    shares = np.asarray([[0.4, 0.4], [0.2, 0.3]])
+    answers = [np.repeat(shares[:, :, None], 50, axis=2)]
+    low, high = scaling.crossed_bootstrap(answers, np.ones(1))
+    logs = np.log((50 * shares + 0.5) / 51)
+    assert (low, high) == pytest.approx(tuple(sorted(logs[1] - logs[0])), abs=1e-5)
+
+
+def test_the_crossed_bootstrap_draws_the_same_images_for_all_runs_and_sizes() -> None:
     chance = np.random.default_rng(4)
+    images, alike = (chance.random(300) < 0.3).astype(np.float32), np.full(300, 0.3, np.float32)
+    one, other = np.stack([alike, images])[:, None], np.stack([images, alike])[:, None]
+    spread = scaling.crossed_bootstrap([one], np.ones(1))
+    assert spread[1] - spread[0] > 0.2
+    # What an image does to one size, it does against the other.
+    assert scaling.crossed_bootstrap([one, other], np.full(2, 0.5)) == pytest.approx((0, 0), abs=1e-6)
+    assert scaling.crossed_bootstrap([one], np.ones(1), baseline=[one]) == pytest.approx((0, 0), abs=1e-6)
 
-    def width(seeds: int, images: int) -> float:
-        wrong = [(chance.random((2, seeds, images)) < 0.3).astype(np.float32) for _ in range(3)]
-        low, high = scaling.crossed_bootstrap(wrong, np.full(3, 1 / 3), draws=400)
-        assert low < high
-        return high - low
 
-    assert width(4, 4000) < 0.6 * width(4, 400) < 0.36 * width(4, 40) * 3
-    same = [np.repeat((chance.random((1, 1, 500)) < 0.3).astype(np.float32), 2, axis=0).repeat(3, axis=1) for _ in range(3)]
-    assert scaling.crossed_bootstrap(same, np.full(3, 1 / 3)) == (0.0, 0.0)  # the two arms answer alike
-    assert scaling.crossed_bootstrap(same, np.full(3, 1 / 3), baseline=same) == (0.0, 0.0)
+def test_the_interval_of_the_ratio_is_the_test_turned_round() -> None:
+    chance = np.random.default_rng(8)
+    x = np.log(PARAMETERS)
+    spreads = np.asarray([[0.02], [0.05]])  # the arms scatter differently, and together
+    logs = [np.stack([-0.2 * x[0, i], -0.2 * (x[1, i] + 0.3)])[:, None] + spreads * chance.standard_normal((2, n))
+            + 0.03 * chance.standard_normal(n) for i, n in enumerate((3, 5, 4))]  # fmt: skip
+    cells = Cells(x, logs)
+    weights = scaling.slope_weights(cells.x)
+
+    def distance(log_ratio: float) -> float:
+        """|t| of "difference - slope log ratio" less its bound, from the residuals of this very contrast."""
+        coefficients = [np.asarray([-1 / 3, 1 / 3]) + log_ratio * weights[i] * np.asarray([0.5, 0.5]) for i in range(3)]
+        value = sum(c @ log.mean(axis=1) for c, log in zip(coefficients, logs, strict=True))
+        residuals = np.concatenate([log - log.mean(axis=1, keepdims=True) for log in logs], axis=1)
+        covariance = residuals @ residuals.T / cells.df
+        variance = sum(c @ covariance @ c / log.shape[1] for c, log in zip(coefficients, logs, strict=True))
+        return abs(value) - stats.t.ppf(0.975, cells.df) * math.sqrt(variance)
+
+    ratio = scaling.effective_ratio(cells)
+    shift = float((x[1] - x[0]).mean())
+    middle = math.log(ratio.value) - shift
+    low, high = (optimize.brentq(distance, middle, end) for end in (middle - 2, middle + 2))
+    assert (ratio.low, ratio.high) == pytest.approx((math.exp(low + shift), math.exp(high + shift)), rel=1e-6)
 
 
 def test_power_is_what_simulation_says() -> None:
@@ -180,19 +210,20 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         for row in coverage(World(level=-0.02, trend=0.03), seeds, 600, chance):
             assert 92.5 <= row["coverage"] <= 97.5
     assert ratio_coverage(0.65, 200, 3, chance)["coverage"] >= 91
+    assert one_seed(0.03, 300, 359, chance)["held"] >= 91
 
 
 def test_the_bars_of_the_calibration_can_be_missed() -> None:
     row = {"contrast": "level", "seeds": 3, "coverage": 85.0, "excludes_0": 15.0}
-    worlds = {name: [row] for name in ("Gaussian", "heavy tails (t, 3 df)", "curved truth")}
+    worlds = {name: [row] for name in WORLDS}
     outcome = {"no_effect": worlds, "effect": [{**row, "excludes_0": 50.0}], "ratio": [
         {"true_ratio": 0.65, "seeds": 3, "bend": 0.0, "coverage": 80.0, "excludes_1": 99.0}]}  # fmt: skip
-    assert len(missed(outcome)) == 3 * 2 + 1 + 1
+    assert len(missed(outcome)) == len(WORLDS) * 2 + 1 + 1
 
 
 def test_a_crippled_arm_is_found_and_an_equal_one_is_not() -> None:
     chance = np.random.default_rng(7)
     logs = [math.log(0.05) + 0.1 * chance.standard_normal(6) for _ in range(3)]
-    found = split_all_ways(logs, [log + 0.6 for log in logs])
+    found = split_all_ways([100_000, 200_000, 400_000], logs, [log + 0.6 for log in logs])
     assert found["splits"] == 10 and found["crippled_found"] == 100
     assert found["crippled_error_ratio"] == pytest.approx(math.exp(0.6))

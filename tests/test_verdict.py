@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from tables import study_table
 
 from diffvit.protocol import ARMS
-from study import scaling, verdict
-from study.report import analyse, subjects
+from study import verdict
+from study.report import analyse, page, subjects
 from study.verdict import Answer, Estimate
 
 
@@ -50,7 +52,11 @@ def test_where_nothing_can_be_said_the_sentence_says_what_would_have_been_found(
     size = float(re.search(r"True values of -\d+\.\d % or \+(\d+\.\d) % would have been found with a probability of 80 %", text)[1])
     # At that difference, the power is what the sentence claims.
     cells = analyse(table, None).comparisons["CIFAR-100"].cells["error"]
-    assert scaling.power(math.log1p(size / 100), cells.pair_spread(), scaling.level_weights(cells), 3) == pytest.approx(0.8, abs=0.02)
+    # Two questions: the interval must exclude 0 at a level of 2.5 %, which is asked of the distribution itself.
+    noncentrality = math.log1p(size / 100) / answer.estimate.se
+    bound = stats.t.ppf(1 - 0.05 / 4, answer.estimate.df)
+    assert answer.questions == 2 and stats.nct.sf(bound, answer.estimate.df, noncentrality) == pytest.approx(0.8, abs=0.02)
+    assert cells.df == 6
 
 
 def test_one_seed_has_no_interval_and_says_what_no_effect_would_produce() -> None:
@@ -89,23 +95,70 @@ def test_noise_that_hurts_one_arm_more_is_found() -> None:
 
 def test_noise_is_resampled_over_images_with_clean_answers_as_the_baseline() -> None:
     table = study_table(spread=0.005, images=400)
-    table["corrupted_error"] = (1 - table["test_accuracy"]) * 1.2
+    table["evaluated_error"], table["corrupted_error"] = 1 - table["test_accuracy"], (1 - table["test_accuracy"]) * 1.2
+    table["evaluated_images"] = 400
     difficulty = np.random.default_rng(0).random(400)
 
     def wrong(share: float):
         return lambda run: (difficulty < (1 - run.test_accuracy) * share).astype(np.float32)
 
-    answer = verdict.noise_answer(table, table, "CIFAR-100", ARMS, "corrupted error", (wrong(1.0), wrong(1.2)))
+    answer = verdict.noise_answer(table, table, "CIFAR-100", ARMS, ("evaluated error", "corrupted error"), (wrong(1.0), wrong(1.2)))
     assert answer is not None and answer.estimate.value == pytest.approx(0, abs=0.01)
     assert answer.new_images is not None and answer.new_images[0] < 0.01 and answer.new_images[1] > -0.01
-    assert verdict.noise_answer(table, table, "CIFAR-100", ARMS, "corrupted error").new_images is None
+    assert verdict.noise_answer(table, table, "CIFAR-100", ARMS, ("evaluated error", "corrupted error")).new_images is None
 
 
-def test_sizes_of_a_noisy_twin_are_matched_by_rank() -> None:
-    noisy = study_table(level=-0.1, spread=0.005, seed=1)
-    noisy["size"] = noisy["size"].map({"10B": "s", "25B": "m", "50B": "l"})
-    answer = verdict.noise_answer(study_table(spread=0.005), noisy, "twin")
-    assert answer is not None and answer.pairs == 9 and answer.estimate.value == pytest.approx(-0.1, abs=0.02)
+def test_noise_compares_a_size_with_itself_even_where_another_is_missing() -> None:
+    clean, noisy = study_table(trend=0.3, spread=0.005), study_table(trend=0.3, spread=0.005, seed=1)
+    answer = verdict.noise_answer(clean, noisy[noisy["size"] != "10B"], "twin")
+    assert answer is not None and answer.pairs == 6 and answer.estimate.value == pytest.approx(0, abs=0.02)
+
+
+def test_a_cell_that_was_trained_twice_is_not_counted_twice() -> None:
+    table, again = study_table(spread=0.02), study_table(spread=0.02, seed=1)
+    again["precision"], again["run_id"] = "fp32", again["run_id"] + "again"
+    analysis = analyse(pd.concat([table, again.iloc[:6]], ignore_index=True), None)
+    assert [answer.pairs for answer in analysis.answers] == [9, 9]
+    assert any("6 runs of CIFAR-100 in fp32" in phrase for phrase in analysis.left_out)
+    with pytest.raises(ValueError, match="more than one run of a size and seed"):
+        verdict.compare(pd.concat([table, again], ignore_index=True), "CIFAR-100")
+
+
+def test_no_spread_between_seeds_is_no_proof() -> None:
+    (decided,) = verdict.decide([Answer("level", "digits", ARMS, Estimate(-0.1, 0.0, 2), 3, 3)])
+    assert decided.verdict == "undecided"
+
+
+def test_a_loss_that_is_not_finite_leaves_the_error_alone() -> None:
+    table = study_table()
+    table.loc[0, "test_loss"] = np.inf
+    comparison = verdict.compare(table, "CIFAR-100")
+    assert comparison is not None
+    assert comparison.cells["error"].counts.sum() == 9 and comparison.cells["cross-entropy"].counts.sum() == 8
+    table["test_loss"] = np.nan
+    assert list(verdict.compare(table, "CIFAR-100").cells) == ["error"]
+    assert page(analyse(table, None), [], "")
+
+
+def test_predictions_of_another_length_leave_the_secondary_interval_out() -> None:
+    table = study_table()
+    lengths = itertools.cycle((10, 11))
+    comparison = verdict.compare(table, "CIFAR-100", wrong_of=lambda run: np.ones(next(lengths), np.float32))
+    assert comparison is not None and comparison.answers[0].new_images is None
+
+
+def test_an_arm_that_always_diverged_is_named_in_the_opening() -> None:
+    table = study_table()
+    table.loc[table["model"] == "vit_differential", "status"] = "diverged"
+    analysis = analyse(table, None)
+    blocks = page(analysis, [], "")
+    assert "Differential ViT: 0 done, 9 diverged" in blocks[1].text and blocks[1].tag == "no answer"
+    assert "CIFAR-100: Differential ViT 10B seed 0 diverged" in analysis.left_out
+
+
+def test_without_a_plain_condition_the_first_one_answers() -> None:
+    table = pd.concat([study_table(overrides="epochs=5"), study_table(overrides="epochs=8", seed=1)], ignore_index=True)
+    assert [answer.subject for answer in analyse(table, None).answers] == ["CIFAR-100 (epochs=5)"] * 2
 
 
 def test_false_labels_never_become_the_question_about_noise() -> None:
@@ -129,9 +182,8 @@ def test_diverged_runs_are_named_and_their_partners_left_out() -> None:
     table.loc[gone, "status"] = "diverged"
     comparison = verdict.compare(table, "CIFAR-100")
     assert comparison is not None and comparison.answers[0].pairs == 8
-    assert sorted(comparison.left_out) == ["Classic ViT 50B seed 1 has no partner", "Differential ViT 50B seed 1 diverged"]
-    failed = verdict.compare(table[~gone], "CIFAR-100")
-    assert failed is not None and "Differential ViT 50B seed 1 failed or was not trained" in failed.left_out
+    assert verdict.left_out(table) == ["Classic ViT 50B seed 1 has no partner", "Differential ViT 50B seed 1 diverged"]
+    assert "Differential ViT 50B seed 1 failed or was not trained" in verdict.left_out(table[~gone])
 
 
 def test_architectures_that_share_nothing_are_not_compared() -> None:
