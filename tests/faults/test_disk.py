@@ -26,11 +26,12 @@ DISK_BYTES = 4 * 1024**2
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of four megabytes."""
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A small file system."""
+    size = getattr(request, "param", DISK_BYTES)
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(folder)], capture_output=True, check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, check=False)
     if mounted.returncode:
         pytest.skip("this machine does not let us mount a tmpfs; test_files_that_may_not_grow takes its place")
     yield folder
@@ -112,6 +113,7 @@ def test_a_folder_that_becomes_read_only(disk: Path, whole: dict[str, bytes]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("disk", [2 * DISK_BYTES], indirect=True)  # room for figures beside three states
 def test_a_study_on_a_full_disk_says_so_and_carries_on(disk: Path) -> None:
     grid = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 2}\n"
     done = study(disk, "--save_every", "0.3s", grid=grid.replace("sizes", "models: [vit_classic]\nsizes"))
