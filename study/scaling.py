@@ -255,20 +255,20 @@ def effective_ratio(cells: Cells) -> Ratio:
         return Ratio(math.nan, note="needs two sizes")
     first, second = cells.means
     if max(first.min(), second.min()) > min(first.max(), second.max()):
-        return Ratio(math.nan, note="outside the measured range: the two arms have no error in common")
+        return Ratio(math.nan, note="outside the measured range")
     weights = slope_weights(cells.x)
     slope = -float(weights @ (first + second) / 2)
     # The arms' costs at one size differ a little: what the second one's mean cost is above the first one's counts too.
     shift = float((cells.log_costs[1] - cells.log_costs[0]).mean())
     difference = float((second - first).mean())
     if slope <= 0:
-        return Ratio(math.nan, note="larger models are not better here, so no size makes up for a difference")
+        return Ratio(math.nan, note="larger models are not better")
     value = math.exp(difference / slope + shift)
     if not cells.df:
         return Ratio(value, note="no interval (1 seed)")
     interval = _fieller(cells, difference, slope, weights)
     if interval is None:
-        return Ratio(value, note="no interval: the slope cannot be told from 0")
+        return Ratio(math.nan, note="the slope cannot be told from 0")
     return Ratio(value, math.exp(interval[0] + shift), math.exp(interval[1] + shift))
 
 

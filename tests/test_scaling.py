@@ -115,7 +115,7 @@ def test_the_ratio_says_why_there_is_none() -> None:
     flat = 0.05 * np.random.default_rng(1).standard_normal((2, 3, 3))
     flat += 0.005 * np.asarray([0, -1, -2])[:, None]  # a slope that noise drowns
     ratio = scaling.effective_ratio(_cells(_table(flat - 1), "cross-entropy"))
-    assert "cannot be told from 0" in ratio.note and math.isnan(ratio.low)
+    assert "cannot be told from 0" in ratio.note and math.isnan(ratio.value)
     rising = np.stack([0.2 * x[0], 0.2 * x[1]])[:, :, None] + np.zeros((2, 3, 2))
     assert "larger models are not better" in scaling.effective_ratio(_cells(_table(rising - 5), "cross-entropy")).note
     assert scaling.equal_cost(_cells(_table(far + 2), "cross-entropy"), 2) is None
