@@ -287,10 +287,9 @@ def _fieller(cells: Cells, difference: float, slope: float, weights: np.ndarray)
     )
     t2 = _t(0.5 + LEVEL / 2, cells.df) ** 2
     a, b, c = slope**2 - t2 * quadratic, -2 * slope * difference - t2 * linear, difference**2 - t2 * constant
-    discriminant = b * b - 4 * a * c
-    if a <= 0 or discriminant < 0:
+    if a <= 0:
         return None
-    root = math.sqrt(discriminant)
+    root = math.sqrt(max(0.0, b * b - 4 * a * c))  # below 0 by rounding only: the estimate itself is within
     return (-b - root) / (2 * a), (-b + root) / (2 * a)
 
 
