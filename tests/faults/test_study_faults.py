@@ -171,7 +171,7 @@ def test_a_run_that_always_dies_is_given_up_and_the_others_go_on(tmp_path: Path,
     assert kills == 3
     assert process.returncode == 1, errors
     assert "1 of 2 runs failed" in errors
-    assert re.search(r"vit_classic 0.1M digits seed 0: its process died \(3 times at the same step\); its log ends: \d+,", errors)
+    assert re.search(r"vit_classic 0.1M digits seed 0 epochs=20: its process died \(3 times at the same step\); its log ends: \d+,", errors)
     assert out.count("vit_differential") == 1
     finish(study(tmp_path, *SAVE, grid=GRID))
     assert weights(tmp_path) == weights(undisturbed)
