@@ -344,7 +344,7 @@ def missed(outcome: dict[str, Any]) -> list[str]:
             if row["coverage"] is not None and not low <= row["coverage"] <= high:
                 wrong.append(f"{where}: coverage {row['coverage']:.1f} %")
             if row["excludes_0"] is not None and row["excludes_0"] > FALSE_POSITIVES:
-                wrong.append(f"{where}: {row['excludes_0']:.1f} % false positives")
+                wrong.append(f"{where}: {row['excludes_0']:.2f} % false positives")
     wrong += [
         f"{row['contrast']}, {row['seeds']} seeds: power {row['excludes_0']:.1f} %"
         for row in outcome["effect"]
