@@ -72,7 +72,7 @@ def attention_pictures(findings_by_model: Mapping[str, Mapping[str, Any]], title
     return figure
 
 
-def attention_curves(runs: Sequence[tuple[str, str, Mapping[str, Any]]], dataset: str, name: str | None = None) -> Figure:
+def attention_curves(runs: Sequence[tuple[str, str, Mapping[str, Any]]], dataset: str, subject: str | None = None) -> Figure:
     """Entropy and share of attention on the object over relative depth: a column a size, a line an architecture.
 
     A run is a thin line where an architecture has several at a size, and their mean the thick one. The level of uniform attention is
@@ -80,7 +80,7 @@ def attention_curves(runs: Sequence[tuple[str, str, Mapping[str, Any]]], dataset
 
     Args:
         runs: model, size label and what evaluate_attention found, for every run.
-        dataset: whose sizes they are. name: of the runs, for the title; by default the data set's.
+        dataset: whose sizes they are. subject: for the title; by default the data set.
 
     Raises:
         ValueError: no runs.
@@ -113,7 +113,7 @@ def attention_curves(runs: Sequence[tuple[str, str, Mapping[str, Any]]], dataset
     lines = {line.get_label(): line for axes in cells.flat for line in axes.lines if not str(line.get_label()).startswith("_")}
     # The title is the legend's: constrained layout would put a legend outside on top of a title of the figure.
     legend = figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=3, frameon=False, handlelength=3, fontsize=9,
-                           title=f"Attention of the class token on {name or dataset}", alignment="left")  # fmt: skip
+                           title=f"Attention of the class token on {subject or dataset}", alignment="left")  # fmt: skip
     legend.get_title().set(fontsize=11.5, fontweight="bold")
     images = min(findings["images"] for _, _, findings in runs)
     seeds = max(sum((model, size) == (m, s) for m, s, _ in runs) for model, size, _ in runs)
