@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, protocol_of
 from study import scaling
-from study.table import conditions
+from study.table import comparable, conditions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,6 +184,7 @@ def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
 
     Of the sizes that have one within the measured range, the one nearest the middle; "" where none has.
     """
+    runs, _ = comparable(runs)
     first, second = (runs[runs["model"] == arm] for arm in ARMS)
     cells = scaling.cells_of(scaling.pair_table(first, second)) if len(first) and len(second) else None
     if cells is None or len(cells.logs) < 2:

@@ -322,9 +322,9 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
         UserError: there is nothing to draw, or the folder cannot be written.
     """
     from study.figures import draw_figures
-    from study.table import run_table, step_table
+    from study.table import step_table
 
-    table = run_table(checkpoints, _finished_specs(checkpoints, grid, epochs, dataset))
+    table = _finished(checkpoints, grid, epochs, dataset)
     check_writable(out)
     paths = draw_figures(table, step_table(checkpoints, table), out)
     if out == checkpoints / "figures":
@@ -340,9 +340,9 @@ def report_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | No
     """
     from study.report import write_report
 
-    specs = _finished_specs(checkpoints, grid, epochs, dataset)
+    table = _finished(checkpoints, grid, epochs, dataset)
     check_writable(out)
-    return write_report(checkpoints, specs, out, _commands(checkpoints, grid, epochs, dataset))
+    return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset))
 
 
 def _commands(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> list[str]:
@@ -375,28 +375,27 @@ def _files(checkpoints: Path, table: pd.DataFrame) -> list[RunFiles]:
 
 def finished_checkpoints(checkpoints: Path, grid: str, epochs: int | None = None, dataset: str | None = None) -> list[Path]:
     """The weights of a grid's finished runs. Raises UserError where there are none."""
-    from study.table import run_table
-
-    table = run_table(checkpoints, _finished_specs(checkpoints, grid, epochs, dataset))
+    table = _finished(checkpoints, grid, epochs, dataset)
     done = table[table["status"] == "done"]
     if done.empty:
         raise UserError(f"all finished runs of {grid} have diverged.", "there are no weights to evaluate.")
     return [files.weights for files in _files(checkpoints, done)]
 
 
-def _finished_specs(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> list[RunSpec]:
-    """The runs of a grid, or of all built-in ones; UserError where none of them is finished."""
+def _finished(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> pd.DataFrame:
+    """The run table of a grid, or of all built-in ones; UserError where none of its runs is finished."""
     from study.table import run_table
 
     _check_dataset(grid, dataset)
     grids = [find_grid(grid, dataset)] if grid else list(GRIDS.values())
     specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]
-    if run_table(checkpoints, specs).empty:
+    table = run_table(checkpoints, specs)
+    if table.empty:
         name = f"the grid {grid}" if grid else "a built-in grid"
         raise UserError(
             f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid."
         )
-    return specs
+    return table
 
 
 def _check_dataset(grid: str | None, dataset: str | None) -> None:

@@ -15,7 +15,7 @@ from diffvit.protocol import ARMS
 from study import scaling, verdict
 from study.plan import plan_runs
 from study.report import subjects
-from study.table import run_table
+from study.table import comparable, run_table
 
 SEEDS = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
 WANTED = 0.8
@@ -38,7 +38,8 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
         raise UserError(f"the difference is {100 * difference:g} %.", "give a percentage above 0 and below 100.")
     if not any(spec.model in ARMS for spec in specs):
         raise UserError("the grid has neither of the two architectures that are compared.", f"name {' or '.join(ARMS)} in its models.")
-    measured = {part.dataset: verdict.compare(part.table, part.name) for part in subjects(run_table(checkpoints, specs)) if part.base}
+    table, _ = comparable(run_table(checkpoints, specs))
+    measured = {part.dataset: verdict.compare(part.table, part.name) for part in subjects(table) if part.base}
     rows = []
     for dataset in dict.fromkeys(spec.dataset for spec in specs):
         comparison = measured.get(dataset)

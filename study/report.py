@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import pandas as pd
 from matplotlib import rc_context
 
 from diffvit.corruptions import CORRUPTIONS
-from diffvit.ledger import RunSpec, read_evaluations, write_atomically
+from diffvit.ledger import read_evaluations, write_atomically
 from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
 from diffvit.robustness import right_answers, summarise
 from study import scaling, verdict
@@ -26,7 +26,7 @@ from study.document import Block, Code, Figures, Heading, Items, Paragraph, Tabl
 from study.figures import STYLE, draw_figures, figure_stem, model_title, save, wilson
 from study.noise_figures import noise_figure
 from study.scaling import Cells, Estimate, Ratio
-from study.table import conditions, files_of, run_table, step_table, wrong_answers
+from study.table import comparable, conditions, files_of, step_table, wrong_answers
 from study.verdict import Answer, Comparison, WrongAnswers, percent
 
 
@@ -59,19 +59,6 @@ def subjects(table: pd.DataFrame) -> list[Subject]:
         name = f"{dataset} ({', '.join(condition.split())})" if condition else str(dataset)
         found.append(Subject(name, dataset, condition, runs, base=not any(part.dataset == dataset for part in found)))
     return found
-
-
-def comparable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The runs of a table that may be compared, and a phrase for those that may not.
-
-    Runs of one cell in several precisions, or on several versions of the data, would be counted as pairs of each other: of each data set
-    only the kind that has most runs is kept.
-    """
-    kinds = table[["precision", "fingerprint"]].astype(str).agg(" ".join, axis=1)
-    most = {dataset: of_dataset.value_counts().index[0] for dataset, of_dataset in kinds.groupby(table["dataset"])}
-    keep = kinds == table["dataset"].map(most)
-    left = table[~keep].groupby(["dataset", "precision", "fingerprint"]).size()
-    return table[keep], [f"{count} runs of {dataset} in {precision} on data {data}" for (dataset, precision, data), count in left.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------- analysis
@@ -200,18 +187,15 @@ def _wrong_under(corruptions: Sequence[str], findings: dict[str, dict[str, Any]]
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def write_report(checkpoints: Path, specs: Iterable[RunSpec], out: Path, commands: Sequence[str]) -> list[Path]:
-    """Analyse a grid's finished runs, draw their figures and write report.html and report.md.
+def write_report(checkpoints: Path, table: pd.DataFrame, out: Path, commands: Sequence[str]) -> list[Path]:
+    """Analyse finished runs, draw their figures and write report.html and report.md.
 
     Args:
-        specs: the runs of the grids. out: a folder. commands: lines that reproduce them.
+        table: a run table that is not empty. out: a folder. commands: lines that reproduce its runs.
 
     Returns:
-        The two files, or none where nothing is finished.
+        The two files.
     """
-    table = run_table(checkpoints, specs)
-    if table.empty:
-        return []
     analysis = analyse(table, checkpoints)
     figures = draw_figures(table, step_table(checkpoints, table), out / "figures") + _draw_findings(analysis, out / "figures")
     blocks = page(analysis, figures, "\n".join(commands))

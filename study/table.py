@@ -86,6 +86,19 @@ def conditions(table: pd.DataFrame) -> list[str]:
     ]
 
 
+def comparable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The runs of a table that may be compared, and a phrase for those that may not.
+
+    Runs of one cell in several precisions, or on several versions of the data, would be counted as pairs of each other: of each data set
+    only the kind that has most runs is kept.
+    """
+    kinds = pd.Series(list(zip(table["precision"].map(str), table["fingerprint"].map(str), strict=True)), index=table.index, dtype=object)
+    most = {dataset: of_dataset.value_counts().index[0] for dataset, of_dataset in kinds.groupby(table["dataset"])}
+    keep = kinds == table["dataset"].map(most)
+    left = table[~keep].groupby(["dataset", "precision", "fingerprint"]).size()
+    return table[keep], [f"{count} runs of {dataset} in {precision} on data {data}" for (dataset, precision, data), count in left.items()]
+
+
 def effective_overrides(dataset: str, overrides: str | None) -> list[str]:
     """The parts, in order of name, of a run's overrides as text, without those that say what the data set's protocol says."""
     protocol = PROTOCOLS.get(dataset)

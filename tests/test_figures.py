@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from tables import study_table
 
 from diffvit.protocol import MODELS, PROTOCOLS
 from study.figures import _MODEL_STYLES, draw_figures, loss_figure, scaling_figure, wilson
@@ -164,3 +165,9 @@ def test_the_same_tables_give_the_same_files(tmp_path: Path) -> None:
     tables = _tables(("digits",))
     first, second = (draw_figures(*tables, tmp_path / name) for name in "ab")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_a_cell_that_was_trained_in_two_precisions_is_still_drawn(tmp_path: Path) -> None:
+    runs = study_table()
+    again = runs.assign(precision="fp32", run_id=runs["run_id"] + "again")
+    assert "diverged" not in scaling_figure(pd.concat([runs, again.iloc[:6]], ignore_index=True)).get_supxlabel()
