@@ -360,16 +360,13 @@ def _find_out(paths: list[Path], kinds: list[str], as_json: bool, **how: Any) ->
 def _finding_lines(findings: dict[str, Any]) -> list[str]:
     lines = []
     if "corruptions" in findings:
-        from diffvit.robustness import summarise
+        from diffvit.robustness import summary_lines as corruption_lines
 
-        lines.append(f"  {'':<16} {'error':>8} {'loss':>8} {'relative':>9}")
-        for row in summarise(findings["corruptions"]):
-            relative = f"{row['relative_error']:.2f}" if row["relative_error"] is not None else ""
-            lines.append(f"  {row['corruption']:<16} {100 * row['error']:>6.2f} % {row['loss']:>8.4f} {relative:>9}")
+        lines += corruption_lines(findings["corruptions"])
     if "attention" in findings:
-        from diffvit.attention import summary_lines
+        from diffvit.attention import summary_lines as attention_lines
 
-        lines += summary_lines(findings["attention"])
+        lines += attention_lines(findings["attention"])
     return lines
 
 

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from diffvit.corruptions import BACKGROUNDS, clutter
-from diffvit.dataset import Dataset, Prepare, load
+from diffvit.dataset import Dataset, Prepare
 from diffvit.errors import UserError
-from diffvit.evaluation import data_warnings
-from diffvit.ledger import load_weights
+from diffvit.evaluation import data_warnings, open_checkpoint
 from diffvit.protocol import stable_seed
 from diffvit.vit import AttentionLayer, Block, VisionTransformer
 
@@ -70,10 +69,7 @@ def evaluate_attention(
     """
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}.", "give a whole number of at least 1.")
-    model, facts = load_weights(checkpoint)
-    data = load(facts["dataset"], data_root)
-    prepare = Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)
-    model.to(device)
+    model, facts, data, prepare = open_checkpoint(checkpoint, data_root, device)
     images = len(data.test.head(limit))
     batches = [range(first, min(first + batch_size, images)) for first in range(0, images, batch_size)]
     uniform_entropy = math.log(model.tokens - 1)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffvit.dataset import Dataset, ImageSet, Prepare, load, make_loader
 from diffvit.errors import UserError
 from diffvit.ledger import RunFiles, add_evaluation, load_weights, read_evaluations
+from diffvit.vit import VisionTransformer
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -111,6 +112,15 @@ def find_checkpoint(checkpoints: Path, model: str, size: str, dataset: str, run_
     return found[0]
 
 
+def open_checkpoint(
+    path: Path, data_root: str | Path | None, device: torch.device
+) -> tuple[VisionTransformer, dict[str, Any], Dataset, Prepare]:
+    """A checkpoint's model on the device, its header's facts, the data it was trained on, and how it wants images. Raises UserError."""
+    model, facts = load_weights(path)
+    data = load(facts["dataset"], data_root)
+    return model.to(device), facts, data, Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)
+
+
 def evaluate_checkpoint(
     path: Path,
     *,
@@ -124,10 +134,8 @@ def evaluate_checkpoint(
     Raises:
         UserError: the checkpoint or the data are missing or damaged.
     """
-    model, facts = load_weights(path)
-    data = load(facts["dataset"], data_root)
-    prepare = Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)
-    outcome = evaluate(model.to(device), data.test.head(limit), prepare=prepare, batch_size=batch_size, precision=facts["precision"])
+    model, facts, data, prepare = open_checkpoint(path, data_root, device)
+    outcome = evaluate(model, data.test.head(limit), prepare=prepare, batch_size=batch_size, precision=facts["precision"])
     return {
         "checkpoint": str(path),
         **{key: facts[key] for key in ("run_id", "model", "size", "dataset", "seed")},

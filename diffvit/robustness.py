@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from diffvit.corruptions import BACKGROUNDS, CORRUPTIONS, clutter, corrupt
-from diffvit.dataset import Dataset, ImageSet, Prepare, load
-from diffvit.evaluation import data_warnings, evaluate
-from diffvit.ledger import load_weights
+from diffvit.dataset import Dataset, ImageSet
+from diffvit.evaluation import data_warnings, evaluate, open_checkpoint
 from diffvit.protocol import stable_seed
 
 _BLOCK_ROWS = 64
@@ -53,10 +52,7 @@ def evaluate_corruptions(
     Raises:
         UserError: the checkpoint or the data are missing or damaged.
     """
-    model, facts = load_weights(checkpoint)
-    data = load(facts["dataset"], data_root)
-    prepare = Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)
-    model.to(device)
+    model, facts, data, prepare = open_checkpoint(checkpoint, data_root, device)
     conditions = []
     for number, (corruption, severity) in enumerate(CONDITIONS, start=1):
         images = corrupted_test_set(data, corruption, severity, limit)
@@ -128,3 +124,12 @@ def summarise(findings: Mapping[str, Any]) -> list[dict[str, Any]]:
         }
         for name in ("clean", *CORRUPTIONS, "mean", *(_CLUTTER + background for background in BACKGROUNDS))
     ]
+
+
+def summary_lines(findings: Mapping[str, Any]) -> list[str]:
+    """What was found, a line a corruption, for a person."""
+    lines = [f"  {'':<16} {'error':>8} {'loss':>8} {'relative':>9}"]
+    for row in summarise(findings):
+        relative = f"{row['relative_error']:.2f}" if row["relative_error"] is not None else ""
+        lines.append(f"  {row['corruption']:<16} {100 * row['error']:>6.2f} % {row['loss']:>8.4f} {relative:>9}")
+    return lines

@@ -85,9 +85,9 @@ def test_each_condition_and_each_block_has_its_own_noise() -> None:
 
 
 def test_data_of_another_kind_are_warned_of(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffvit import robustness
+    from diffvit import evaluation
 
-    monkeypatch.setattr(robustness, "load", lambda name, root: load("digits-noisy"))
+    monkeypatch.setattr(evaluation, "load", lambda name, root: load("digits-noisy"))
     lines: list[str] = []
     report = evaluate_corruptions(checkpoint, device=CPU, limit=3, on_progress=lines.append)
     assert "not those that the model was trained on" in report["warnings"][0]
