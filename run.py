@@ -70,6 +70,9 @@ _run_options = _options(
 _compute_options = _options(
     click.option("--precision", default="auto", show_default=True, help="fp32, bf16, or auto: bf16 where the GPU has it."),
     click.option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images computed at once. [default: what fits]"),
+    click.option("--compile", type=click.Choice(["auto", "true", "false"]), default="auto", show_default=True,
+                 help="torch.compile the blocks; auto: on a GPU, where it is found to be faster."),
+    click.option("--recompute", is_flag=True, help="Compute activations again instead of keeping them: slower, and in much less memory."),
     click.option("--deterministic", is_flag=True, help="On a GPU too, give the same bits every time."),
     click.option("--save_every", default=str(DEFAULT_SAVING.every), show_default=True, metavar="INTERVAL",
                  help="How often the state of training is saved, such as 60s or 500steps: what a kill costs at most."),
@@ -81,6 +84,7 @@ _compute_options = _options(
     click.option("--lease", default=f"{DEFAULT_SAVING.lease_seconds:g}s", show_default=True, metavar="TIME",
                  help="How long after this machine's last sign of life another one may take its runs over."),
 )  # fmt: skip
+_COMPILE = {"auto": None, "true": True, "false": False}
 _EPOCHS = click.option("--epochs", type=int, metavar="N", help="Override the protocol's epochs.")
 _DATASET_OF_GRID = click.option("--dataset", metavar="NAME", help="The data set of --grid noise or lr. [default: digits]")
 _GRIDS = "digits|full|full-plus|noise|lr|FILE"
@@ -106,8 +110,8 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 @_compute_options
 @click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
 def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_root: str | None, checkpoints: Path, precision: str,
-          micro_batch: int | None, deterministic: bool, save_every: str, storage: str | None, sync_every: str, lease: str,
-          device: str | None, **overrides: Any) -> None:  # fmt: skip
+          micro_batch: int | None, compile: str, recompute: bool, deterministic: bool, save_every: str, storage: str | None,
+          sync_every: str, lease: str, device: str | None, **overrides: Any) -> None:  # fmt: skip
     """Train one model and measure its test accuracy.
 
     A run that is done already is not done again; one that was interrupted goes on where its state was last saved.
@@ -117,6 +121,7 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
     RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
     saving = _saving(save_every, storage, sync_every, lease)
     _check_upload(upload)
+    from diffvit.compute import Compute
     from diffvit.signals import StopSignals
     from diffvit.train import Stopped, default_precision, resolve_device
     from diffvit.train import train as train_run
@@ -128,7 +133,8 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
     with _StepProgress(spec.title) as progress, StopSignals() as signals:
         try:
             result = train_run(
-                spec, checkpoints, data_root=data_root, device=place, micro_batch=micro_batch, deterministic=deterministic,
+                spec, checkpoints, data_root=data_root, device=place,
+                compute=Compute(micro_batch=micro_batch, deterministic=deterministic, compile=_COMPILE[compile], recompute=recompute),
                 on_steps=progress, on_warning=_warn, saving=saving, should_stop=signals.seen,
             )  # fmt: skip
         except Stopped as stopped:
@@ -244,7 +250,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_compute_options
 def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, dry_run: bool, upload: bool,
           checkpoints: Path, save_every: str, storage: str | None, sync_every: str, lease: str,
-          resource: tuple[str, ...], **options: Any) -> None:  # fmt: skip
+          resource: tuple[str, ...], compile: str, **options: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
 
     Finished runs are skipped, so the same command carries on. Without arguments: both architectures in three sizes on two
@@ -260,7 +266,7 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     from study.main import StudyOptions, dry_run_table, run_study
 
     settings = StudyOptions(
-        grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources,
+        grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources, compile=_COMPILE[compile],
         command=_own_command(), **options,
     )  # fmt: skip
     if dry_run:

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -57,10 +57,12 @@ class ImageSet(TorchDataset):
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         return self.pixels[row], self.labels[row]
 
-    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+    def __getitems__(self, rows: Tensor | list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch at once: what DataLoader calls where it is there."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.pixels.device)
-        return self.pixels[index], self.labels[index]
+        index = torch.as_tensor(rows, dtype=torch.int64)
+        if self.pixels.is_cuda:
+            index = index.pin_memory().to(self.pixels.device, non_blocking=True)  # the host does not wait for the GPU
+        return self.pixels.index_select(0, index), self.labels.index_select(0, index)
 
     def to(self, device: str | torch.device) -> ImageSet:
         """The same split on a device."""
@@ -457,8 +459,8 @@ def with_training_noise(data: Dataset, protocol: Protocol, seed: int) -> tuple[D
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
-class StepBatches(Sampler[list[int]]):
-    """The rows of every step's batch: epochs of permutations drawn from (seed, epoch), the last partial batch kept.
+class StepBatches(Sampler[Tensor]):
+    """The rows of every step's batch, int64 [images]: epochs of permutations drawn from (seed, epoch), the last partial batch kept.
 
     Args:
         rows: size of the split.
@@ -480,7 +482,7 @@ class StepBatches(Sampler[list[int]]):
         start = (step - 1) % self.per_epoch * self.batch_size
         return min(self.batch_size, self.rows - start)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Tensor]:
         drawn, order = -1, torch.empty(0)
         for step in range(self.first, self.last + 1):
             epoch, position = divmod(step - 1, self.per_epoch)
@@ -488,13 +490,14 @@ class StepBatches(Sampler[list[int]]):
                 generator = torch.Generator().manual_seed(stable_seed("order", self.seed, self.salt, epoch))
                 drawn, order = epoch, torch.randperm(self.rows, generator=generator)
             batch = order[position * self.batch_size : (position + 1) * self.batch_size]
-            yield batch[self.rank :: self.workers].tolist()
+            yield batch[self.rank :: self.workers]
 
 
 def make_loader(images: ImageSet, batches: StepBatches | None = None, batch_size: int = 1) -> DataLoader:
     """A DataLoader of (uint8 pixels, labels), one item a step of `batches`; without them, all rows once in order."""
     if batches is not None:
-        return DataLoader(images, batch_sampler=batches, collate_fn=_as_is)
+        # A DataLoader says that it wants lists; it hands a batch on as it is.
+        return DataLoader(images, batch_sampler=cast(Any, batches), collate_fn=_as_is)
     return DataLoader(images, batch_size=batch_size, collate_fn=_as_is)
 
 

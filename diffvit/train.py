@@ -19,6 +19,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffvit
+from diffvit.compute import DEFAULT_COMPUTE, Compute, choose, set_matmul_precision
 from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader, with_training_noise
 from diffvit.errors import RunIsBusyError, UserError
 from diffvit.evaluation import Evaluation, autocast, evaluate
@@ -36,7 +38,7 @@ from diffvit.ledger import RunFiles, RunSpec, disk_faults, file_sha256, save_wei
 from diffvit.log import LogPosition, Step, TrainingLog, note_of_work_again, work_after
 from diffvit.protocol import Protocol, images_in_steps, stable_seed
 from diffvit.saving import DEFAULT_SAVING, Every, Saving
-from diffvit.vit import VisionTransformer, attention_class, build_model
+from diffvit.vit import VisionTransformer, build_model
 
 # Called with the steps since the last call and the number of all steps; at most about once a second.
 Progress = Callable[[list[Step], int], None]
@@ -70,11 +72,12 @@ class Diverged(Exception):  # noqa: N818 (an outcome, not a fault of the program
 
 @dataclass(frozen=True)
 class Fit:
-    """What training left behind: the last step's record and the totals."""
+    """What training left behind: the last step's record, the totals, and the micro-batch it ended with."""
 
     last: Step
     images: int
     seconds: float
+    micro_batch: int
 
 
 def fit(
@@ -97,7 +100,8 @@ def fit(
 
     Args:
         model: images -> logits.
-        micro_batch: images a process computes at once; None is the whole batch. It does not change the result, to rounding.
+        micro_batch: images a process computes at once; None is the whole batch. It does not change the result, to rounding. Where memory
+            does not suffice it is halved, and the step done again.
         on_steps: hears of every step, on the first process only.
         resume: what on_save was given by an earlier process; training goes on after its step, to the same bits.
         on_save: takes a resume state, on the first process, at every `save_every` and when stopped. When it is called, on_steps has
@@ -107,15 +111,17 @@ def fit(
     Raises:
         Stopped: should_stop said so.
         Diverged: a loss or the gradient is not a number.
+        UserError: the memory does not suffice for a single image.
     """
     rank, workers = _group()
     device = next(model.parameters()).device
     total = protocol.total_steps(len(data.train))
     train_set, val_set = (_to_device(split, device) for split in (data.train, data.val))
     optimizer = make_optimizer(model, protocol)
+    at_once = min(micro_batch or protocol.batch_size, -(-protocol.batch_size // workers))
     done = 0
     if resume is not None:
-        done = resume["step"]
+        done, at_once = resume["step"], min(at_once, resume.get("micro_batch", at_once))
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
     train_batches = StepBatches(len(train_set), protocol.batch_size, seed, (done + 1, total), (rank, workers), "train")
@@ -133,19 +139,24 @@ def fit(
             logits = net(prepare(pixels)).float()
         return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
 
-    def update(step: int, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One optimiser update. Returns this process's part of the batch's mean loss, and the gradient's norm."""
+    def differentiate(step: int, pixels: Tensor, labels: Tensor) -> Tensor:
+        """The batch's gradient, in the parameters. Returns this process's part of the batch's mean loss."""
+        torch.manual_seed(stable_seed("dropout", seed, step, rank))
         images = train_batches.batch_length(step)
         loss = torch.zeros((), device=device)
         if not len(labels):  # a last batch smaller than the group: take part in the exchange of gradients with zeros
             (parallel(prepare(train_set.pixels[:1])).sum() * 0.0).backward()
-        chunks = list(zip(_split(pixels, micro_batch), _split(labels, micro_batch), strict=True))
+        chunks = list(zip(pixels.split(at_once), labels.split(at_once), strict=True)) if len(labels) else []
         for i, (some_pixels, some_labels) in enumerate(chunks):
             more = i + 1 < len(chunks)
             with wait_with_exchange() if more else contextlib.nullcontext():
                 part = loss_sum(parallel, some_pixels, some_labels)[0] / images
                 (part * workers).backward()  # the group takes the mean of its gradients; a step wants their sum
             loss += part.detach()
+        return loss
+
+    def update(step: int) -> Tensor:
+        """One update of the optimiser. Returns the gradient's norm."""
         # Without a clip_norm this only measures.
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if protocol.clip_norm is not None:
@@ -154,7 +165,7 @@ def fit(
             group["lr"] = protocol.learning_rate(step, total)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss, norm
+        return norm
 
     @torch.no_grad()
     def validate(step: int, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,11 +173,28 @@ def fit(
         model.eval()
         images = val_batches.batch_length(step)
         loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
-        for some_pixels, some_labels in zip(_split(pixels, micro_batch), _split(labels, micro_batch), strict=True):
+        for some_pixels, some_labels in zip(pixels.split(at_once), labels.split(at_once), strict=True) if len(labels) else ():
             part, hits = loss_sum(model, some_pixels, some_labels)
             loss, right = loss + part / images, right + hits / images
         model.train()
         return loss, right
+
+    def within_memory(attempt: Callable[[], T]) -> T:
+        """What the attempt gives; where memory is short, again with half the micro-batch. A group cannot: the others wait."""
+        nonlocal at_once
+        while True:
+            try:
+                return attempt()
+            except RuntimeError as error:
+                if workers > 1 or not _is_out_of_memory(error):
+                    raise
+                if at_once == 1:
+                    raise UserError("a single image does not fit into memory.", "give --recompute, or use a device with more.") from error
+            # Only here, behind the error, is what it held free.
+            at_once = -(-at_once // 2)
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
 
     last = Step(*resume["last"]) if resume else None
     recorder = _Recorder(protocol, total, train_batches.per_epoch, on_steps if rank == 0 else None, last)
@@ -174,9 +202,9 @@ def fit(
     steps = zip(make_loader(train_set, train_batches), make_loader(val_set, val_batches), strict=True)
     model.train()
     for step, (train_batch, val_batch) in enumerate(steps, start=done + 1):
-        torch.manual_seed(stable_seed("dropout", seed, step, rank))
-        train_loss, norm = update(step, *train_batch)
-        val_loss, val_accuracy = validate(step, *val_batch)
+        train_loss = within_memory(partial(differentiate, step, *train_batch))
+        norm = update(step)
+        val_loss, val_accuracy = within_memory(partial(validate, step, *val_batch))
         stop = should_stop()
         # The workers' losses are parts of a sum; the gradient is the same on all of them.
         record = torch.stack([train_loss, val_loss, val_accuracy, norm / workers, torch.full_like(norm, float(stop))])
@@ -192,14 +220,20 @@ def fit(
         if rank == 0 and on_save and (stop or save_every.over(time.monotonic() - saved_at, step - saved_step)):
             last = recorder.flush()
             if last:  # else the next step finds that training has diverged
-                on_save({"step": step, "last": list(last), "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                on_save({"step": step, "last": list(last), "micro_batch": at_once, **state})
             saved_at, saved_step = time.monotonic(), step
         if stop:
             raise Stopped(step)
     last = recorder.flush()
     recorder.check()
     assert last
-    return Fit(last, images_in_steps(len(train_set), protocol.batch_size, total), last.seconds)
+    return Fit(last, images_in_steps(len(train_set), protocol.batch_size, total), last.seconds, at_once)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's memory has an error of its own, a CPU's only a sentence."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def make_optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
@@ -301,10 +335,6 @@ def _on_first_worker(make: Callable[[], T]) -> T:
     return cast(T, outcome[0])
 
 
-def _split(batch: Tensor, micro_batch: int | None) -> tuple[Tensor, ...]:
-    return batch.split(micro_batch or max(len(batch), 1)) if len(batch) else ()
-
-
 def _to_device(split: ImageSet, device: torch.device) -> ImageSet:
     return split if device.type == "cpu" else split.to(device)
 
@@ -318,9 +348,7 @@ def train(
     *,
     data_root: str | Path | None = None,
     device: str | torch.device | None = None,
-    micro_batch: int | None = None,
-    memory_share: float = 1.0,
-    deterministic: bool = False,
+    compute: Compute = DEFAULT_COMPUTE,
     on_steps: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
     saving: Saving = DEFAULT_SAVING,
@@ -332,9 +360,7 @@ def train(
 
     Args:
         device: default: the first GPU, or the CPU.
-        micro_batch: images at once on a process; default: what fits in memory.
-        memory_share: the part of the device's memory that this run may use.
-        deterministic: on a GPU, choose algorithms that give the same bits every time (the CPU's always do).
+        compute: how it is computed, which the result records and does not depend on.
         on_steps: hears of every step, about once a second.
         on_warning: hears what a reader of the result must know, of damaged states and of a storage that does not answer.
         saving: how the state survives.
@@ -350,7 +376,7 @@ def train(
         Stopped: should_stop said so.
     """
     place = torch.device(device) if device else resolve_device()
-    if deterministic:
+    if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     data = load(spec.dataset, data_root)
@@ -367,8 +393,7 @@ def train(
             return ended
         try:
             return _train(
-                spec, files, keeper, data, place, resume,
-                micro_batch=micro_batch, memory_share=memory_share, deterministic=deterministic,
+                spec, files, keeper, data, place, resume, compute,
                 on_steps=on_steps, on_warning=on_warning, save_every=saving.every, should_stop=lambda: should_stop() or keeper.lost,
             )  # fmt: skip
         except Stopped:
@@ -386,10 +411,8 @@ def _train(
     data: Dataset,
     device: torch.device,
     resume: dict[str, Any] | None,
+    compute: Compute,
     *,
-    micro_batch: int | None,
-    memory_share: float,
-    deterministic: bool,
     on_steps: Progress | None,
     on_warning: Callable[[str], None] | None,
     save_every: Every,
@@ -403,10 +426,10 @@ def _train(
     model = build_model(spec.model, spec.size, protocol)
     model.initialise(spec.seed)
     model.to(device)
-    if micro_batch is None:
-        micro_batch = affordable_micro_batch(model, protocol, device, spec.precision, memory_share)
-    if micro_batch >= -(-protocol.batch_size // workers):
-        micro_batch = None
+    set_matmul_precision(spec.precision)
+    micro_batch = compute.micro_batch or affordable_micro_batch(model, protocol, device, spec.precision, compute.memory_share)
+    micro_batch = min(micro_batch, -(-protocol.batch_size // workers))
+    chosen = choose(model, micro_batch, spec.precision, compute)
     total = protocol.total_steps(len(data.train))
     warning = protocol.warmup_warning(total)
     if warning and on_warning and rank == 0:
@@ -420,6 +443,8 @@ def _train(
         log = None
         if rank == 0:
             log = stack.enter_context(TrainingLog(files.log, facts, notes, keep=keep))
+            for note in chosen.notes:
+                log.note(note)
             if resume or again[0]:
                 log.note(note_of_work_again(f"resumed after step {resume['step']}" if resume else "begun again", *again))
 
@@ -451,9 +476,11 @@ def _train(
             # A run cut short by max_steps is a trial: its evaluation shall not cost more than its training.
             limit = None if protocol.max_steps is None else max(64, fitted.images)
             prepare = Prepare(protocol.image_size, data.mean, data.std, device)
-            batch = micro_batch or protocol.batch_size
+            if fitted.micro_batch < micro_batch:
+                log.note(f"memory was short: {fitted.micro_batch} instead of {micro_batch} images at once")
+            micro_batch = fitted.micro_batch
             val, test = (
-                evaluate(model, split.head(limit), prepare=prepare, batch_size=batch, precision=spec.precision)
+                evaluate(model, split.head(limit), prepare=prepare, batch_size=micro_batch, precision=spec.precision)
                 for split in (data.val, data.test)
             )
             log.note(f"test_accuracy={test.accuracy:.6f} test_loss={test.loss:.6f} test_images={len(test.labels)}")
@@ -463,7 +490,7 @@ def _train(
             some = false_rows[:limit]
             if len(some):
                 falsely = ImageSet(data.train.pixels[some], data.train.labels[some])
-                learnt = evaluate(model, falsely, prepare=prepare, batch_size=batch, precision=spec.precision)
+                learnt = evaluate(model, falsely, prepare=prepare, batch_size=micro_batch, precision=spec.precision)
                 outcome |= _memory_of(learnt, clean.train.labels[some])
         log.position()  # on disk before the result says so
 
@@ -479,9 +506,12 @@ def _train(
         "recovered": None,
         **outcome,
         "workers": workers,
-        "micro_batch": micro_batch or -(-protocol.batch_size // workers),
-        "attention": attention_class(spec.model).form(device.type),
-        "deterministic": deterministic or device.type == "cpu",
+        "micro_batch": micro_batch,
+        "attention": chosen.attention,
+        "compiled": chosen.compiled,
+        "compile_seconds": round(chosen.compile_seconds, 1),
+        "recompute": compute.recompute,
+        "deterministic": compute.deterministic or device.type == "cpu",
         **machine_facts(device),
         "started": started,
         "finished": _utc_now(),

@@ -20,6 +20,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffvit.protocol import MODELS, Protocol, resolve_model, stable_seed
 
@@ -34,8 +35,6 @@ class AttentionClass(Interface):
 
     def map_flops(self, d_model: int, tokens: int) -> int: ...
 
-    def form(self, device: str) -> str: ...
-
 
 class AttentionLayer(Interface):
     """What the modules that an attention class makes must offer, beside forward, to be looked into."""
@@ -47,6 +46,8 @@ class AttentionLayer(Interface):
     def apply_maps(self, maps_BMNN: Tensor, x_BND: Tensor) -> Tensor: ...
 
     def lambdas(self, x_BND: Tensor) -> Tensor | None: ...
+
+    def form_on(self, device: str, dtype: torch.dtype, tokens: int) -> str: ...
 
 
 class MLP(nn.Module):
@@ -109,6 +110,7 @@ class VisionTransformer(nn.Module):
         if d_model % heads:
             raise ValueError(f"{heads} heads do not divide d_model {d_model}")
         self.attention_class = attention
+        self.recompute = False  # keep only the blocks' inputs for the backward pass
         self.tokens = (image_size // patch_size) ** 2 + 1
         self.patch_embed = nn.Conv2d(channels, d_model, kernel_size=patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
@@ -121,8 +123,9 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x_BND = self.embed(images)
+        recompute = self.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x_BND = block(x_BND)
+            x_BND = checkpoint(block, x_BND, use_reentrant=False) if recompute else block(x_BND)
         return self.classify(x_BND)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -166,6 +169,11 @@ class VisionTransformer(nn.Module):
     def count_parameters(self) -> int:
         """All parameters, lambda vectors and norms included."""
         return sum(self.parameter_groups().values())
+
+    def attention_form(self, dtype: torch.dtype) -> str:
+        """How the blocks compute attention on the device that the model is on, for the record."""
+        layer = cast(AttentionLayer, cast(Block, self.blocks[0]).attn)
+        return layer.form_on(self.pos_embed.device.type, dtype, self.tokens)
 
     def estimate_flops(self) -> int:
         """FLOPs of one image's forward pass: two for each multiply-add of a matrix product, nothing else counted."""

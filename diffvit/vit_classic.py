@@ -7,6 +7,7 @@ Shapes in names: B batch, N tokens, D d_model, H heads, E head dimension.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,9 +30,8 @@ class Attention(nn.Module):
         """FLOPs of one layer's Q K' and its product with V, for one image."""
         return 4 * tokens**2 * d_model
 
-    @staticmethod
-    def form(device: str) -> str:
-        """The computation that `device` uses, for the record."""
+    def form_on(self, device: str, dtype: torch.dtype, tokens: int) -> str:
+        """The computation that forward does there, for the record."""
         return "sdpa"
 
     def forward(self, x_BND: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffvit.differential_forms import default_form, differential_attention
 from diffvit.protocol import PROTOCOLS, resolve_size
 from diffvit.vit import VisionTransformer, build_model, softmax_maps
 
@@ -50,10 +50,11 @@ class DifferentialAttention(nn.Module):
         self.sub_norm = nn.RMSNorm(2 * self.head_dim, eps=1e-5)
         self.proj = nn.Linear(d_model, d_model)
         self.dropout = nn.Dropout(dropout)
+        self.form: str | None = None  # of equation 1: a key of FORMS, or None for the device's default
 
     @staticmethod
     def map_flops(d_model: int, tokens: int) -> int:
-        """FLOPs of one layer's two maps and their two products with V, for one image."""
+        """FLOPs of one layer's two maps and their two products with V, for one image: the fused forms; `blocks` needs a third less."""
         return 6 * tokens**2 * d_model
 
     @staticmethod
@@ -61,10 +62,9 @@ class DifferentialAttention(nn.Module):
         """The lambda vectors start as N(0, 0.1)."""
         value.normal_(0.0, 0.1, generator=generator)
 
-    @staticmethod
-    def form(device: str) -> str:
-        """The computation that `device` uses, for the record."""
-        return "sdpa, padded" if device == "cpu" else "sdpa, two calls"
+    def form_on(self, device: str, dtype: torch.dtype, tokens: int) -> str:
+        """The form of equation 1 that forward computes there, for the record."""
+        return self.form or default_form(device, dtype, tokens)
 
     def lambda_full(self) -> Tensor:
         """Equation 2, in fp32. Scalar."""
@@ -73,8 +73,7 @@ class DifferentialAttention(nn.Module):
         return first - second + self.lambda_init
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        first_BPNV, second_BPNV = _two_attentions(*self._project(x_BND))
-        return self._output(first_BPNV - self.lambda_full().to(first_BPNV.dtype) * second_BPNV)
+        return self._output(differential_attention(*self._project(x_BND), self.lambda_full(), self.form))
 
     def logits(self, x_BND: Tensor) -> Tensor:
         """Scores before the softmax, scaled, of all 2P heads. [B, H, N, N]: query, key"""
@@ -108,21 +107,11 @@ class DifferentialAttention(nn.Module):
         return self.dropout(self.proj(o_BPNV.transpose(1, 2).flatten(2)))
 
 
-def _two_attentions(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(Q1 K1' / sqrt(E)) V and softmax(Q2 K2' / sqrt(E)) V, never holding a map in memory.
-
-    By linearity their difference is the difference of the maps, applied to V. The index s says which of a pair's two heads.
-    """
-    scale = q_BNPsE.shape[-1] ** -0.5
-    if v_BPNV.device.type == "cpu":
-        # The CPU's fused kernel wants Q, K and V of one width: zeros at the end of Q and K leave every product as it is.
-        padding = [0, v_BPNV.shape[-1] - q_BNPsE.shape[-1]]
-        q_BNPsE, k_BNPsE = F.pad(q_BNPsE, padding), F.pad(k_BNPsE, padding)
-    first, second = (
-        F.scaled_dot_product_attention(q_BNPsE[:, :, :, s].transpose(1, 2), k_BNPsE[:, :, :, s].transpose(1, 2), v_BPNV, scale=scale)
-        for s in (0, 1)
-    )
-    return first, second
+def set_form(model: nn.Module, form: str | None) -> None:
+    """Have every differential attention in `model` compute equation 1 in a form: a key of FORMS, or None for the device's default."""
+    for module in model.modules():
+        if isinstance(module, DifferentialAttention):
+            module.form = form
 
 
 def vit_differential_cifar100(size: str = "10B") -> VisionTransformer:

@@ -49,9 +49,8 @@ class DifferentialAttentionV2(nn.Module):
         """FLOPs of one layer's two maps and their two products with V, for one image."""
         return 8 * tokens**2 * d_model
 
-    @staticmethod
-    def form(device: str) -> str:
-        """The computation that `device` uses, for the record."""
+    def form_on(self, device: str, dtype: torch.dtype, tokens: int) -> str:
+        """The computation that forward does there, for the record."""
         return "sdpa, one call"
 
     def forward(self, x_BND: Tensor) -> Tensor:

@@ -41,6 +41,8 @@ class StudyOptions:
     precision: str = "auto"
     micro_batch: int | None = None
     deterministic: bool = False
+    compile: bool | None = None
+    recompute: bool = False
     saving: Saving = DEFAULT_SAVING
     command: str = "run.py study"
 
@@ -205,6 +207,8 @@ def _settings(options: StudyOptions, cluster: Cluster) -> Settings:
         resources=dict(options.resources),
         micro_batch=options.micro_batch,
         deterministic=options.deterministic,
+        compile=options.compile,
+        recompute=options.recompute,
         saving=options.saving,
     )
 

@@ -37,6 +37,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.tune import Callback, ResultGrid, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from diffvit.compute import Compute
 from diffvit.errors import RunIsBusyError, StorageError, UserError
 from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec
@@ -84,6 +85,8 @@ class Settings:
     resources: dict[str, float] = field(default_factory=dict)
     micro_batch: int | None = None
     deterministic: bool = False
+    compile: bool | None = None
+    recompute: bool = False
     saving: Saving = DEFAULT_SAVING
     study: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
@@ -278,9 +281,13 @@ def _worker(config: dict[str, Any]) -> None:
             Path(settings.checkpoints),
             data_root=settings.data_root,
             device=(None if settings.gpus_per_run else "cpu") if alone else get_device(),
-            micro_batch=settings.micro_batch,
-            memory_share=_memory_share(settings),
-            deterministic=settings.deterministic,
+            compute=Compute(
+                micro_batch=settings.micro_batch,
+                memory_share=_memory_share(settings),
+                deterministic=settings.deterministic,
+                compile=settings.compile,
+                recompute=settings.recompute,
+            ),
             on_steps=on_steps,
             saving=settings.saving,
             should_stop=_should_stop(config["stop_flag"]),

@@ -20,12 +20,24 @@ COLUMNS = (
     "depth", "parameters", "forward_flops", "steps", "images", "seconds", "images_per_second",
     "train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_images",
     "false_labels", "memorised", "recovered",
-    "device", "device_name", "threads", "workers", "micro_batch", "attention", "deterministic",
+    "device", "device_name", "threads", "workers", "micro_batch", "attention", "compiled", "recompute", "deterministic",
     "python", "torch", "diffvit", "git_commit", "started", "finished", "notes", "flags",
 )  # fmt: skip
 
 # What should be alike for all runs of a cell (one size of one data set); recorded, and no part of a run's identity.
-_SHOULD_AGREE = ("fingerprint", "precision", "device", "device_name", "threads", "workers", "micro_batch", "torch", "diffvit", "git_commit")
+_SHOULD_AGREE = (
+    "fingerprint",
+    "precision",
+    "device",
+    "device_name",
+    "threads",
+    "workers",
+    "micro_batch",
+    "compiled",
+    "torch",
+    "diffvit",
+    "git_commit",
+)
 
 
 def run_table(checkpoints: Path, grid: Iterable[RunSpec] | None = None) -> pd.DataFrame:
@@ -119,10 +131,9 @@ def _flags(table: pd.DataFrame, cells: list[str]) -> list[str]:
     flags = pd.Series("", index=table.index)
     for _, cell in table.groupby(pd.Series(cells, index=table.index)):
         differing = [f"{column}: {_listed(cell[column])}" for column in _SHOULD_AGREE if cell[column].astype(str).nunique() > 1]
-        # Each architecture computes attention in a form of its own ("sdpa, padded"): alike within it, and of one kind in all.
-        forms, kinds = cell["attention"], cell["attention"].str.split(",").str[0]
-        if kinds.nunique() > 1 or cell.groupby("model")["attention"].nunique().max() > 1:
-            differing.append(f"attention: {_listed(forms)}")
+        # Each architecture computes attention in a form of its own.
+        if cell.groupby("model")["attention"].nunique().max() > 1:
+            differing.append(f"attention: {_listed(cell['attention'])}")
         if differing:
             flags[cell.index] = "runs of this cell differ in " + ", ".join(differing)
     return flags.tolist()

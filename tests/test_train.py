@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from conftest import needs_cifar
 from test_attention import timm_names, timm_twin
 
+from diffvit.compute import Compute
 from diffvit.dataset import Prepare, load, with_training_noise
 from diffvit.ledger import RunFiles, RunSpec, load_weights, read_result, read_results, verify_run
 from diffvit.log import read_log
@@ -81,7 +82,7 @@ def test_another_seed_another_run(tmp_path: Path) -> None:
 
 
 def test_micro_batches_do_not_change_the_losses(tmp_path: Path) -> None:
-    whole, split = _run(tmp_path / "whole"), _run(tmp_path / "split", micro_batch=5)
+    whole, split = _run(tmp_path / "whole"), _run(tmp_path / "split", compute=Compute(micro_batch=5))
     assert whole.weights.name == split.weights.name  # the same work, so the same run_id
     pd.testing.assert_frame_equal(_losses(whole), _losses(split), rtol=2e-4, atol=1e-5)
     assert json.loads(split.result.read_text())["micro_batch"] == 5
@@ -139,7 +140,7 @@ def test_a_group_stops_resumes_and_diverges_together(tmp_path: Path) -> None:
 
 
 def test_the_norm_in_the_log_is_the_gradients(tmp_path: Path) -> None:
-    one, two = (read_log(_run(tmp_path / str(micro), micro_batch=micro).log)["grad_norm"] for micro in (None, 5))
+    one, two = (read_log(_run(tmp_path / str(micro), compute=Compute(micro_batch=micro)).log)["grad_norm"] for micro in (None, 5))
     assert (one > 0).all()
     pd.testing.assert_series_equal(one, two, rtol=1e-3)
     spec = RunSpec.of("vit_differential", "0.1M", "digits", overrides=SHORT)
