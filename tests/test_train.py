@@ -168,7 +168,7 @@ def test_both_arms_see_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None
         rows = seen.setdefault(model, [])
         original = dataset.ImageSet.__getitems__
         monkeypatch.setattr(
-            dataset.ImageSet, "__getitems__", lambda self, r, rows=rows, original=original: (rows.append(r), original(self, r))[1]
+            dataset.ImageSet, "__getitems__", lambda self, r, rows=rows, original=original: (rows.append(r.tolist()), original(self, r))[1]
         )
         built = build_model(model, "0.1M", PROTOCOLS["digits"])
         fit(built, data, PROTOCOLS["digits"].with_overrides({"max_steps": 45}), seed=5)
