@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -50,8 +51,12 @@ def _study(grid: Grid, folder: Path, cluster: Cluster, **settings):
 
 def test_the_dashboard_answers(cluster: Cluster) -> None:
     assert cluster.dashboard is not None
-    with urllib.request.urlopen(f"http://{cluster.dashboard}", timeout=30) as response:
-        assert response.status == 200
+    for _ in range(120):  # Ray does not wait for it
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{cluster.dashboard}", timeout=30) as response:
+            assert response.status == 200
+            return
+        time.sleep(1)
+    pytest.fail("no dashboard")
 
 
 @pytest.fixture(scope="module")
