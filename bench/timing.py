@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,27 +28,36 @@ from diffvit.train import machine_facts
 json_option = click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the outcome there.")
 
 
+# Shorter actions are repeated until they take so long, and their mean is noted.
+_LEAST_SECONDS = 0.02
+
+
 def rounds_of(actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1) -> dict[str, np.ndarray]:
     """Seconds of each action in each round.
 
     Args:
         actions: name -> what is timed.
-        warm_up: rounds before those that count.
+        warm_up: rounds before those that count, at least one.
 
     Returns:
         name -> seconds [rounds]
     """
     names = list(actions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    repeats = dict.fromkeys(names, 1)
     for number in range(-warm_up, rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             wait_for(device)
             start = time.perf_counter()
-            actions[name]()
+            for _ in range(repeats[name]):
+                actions[name]()
             wait_for(device)
+            mean = (time.perf_counter() - start) / repeats[name]
             if number >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(mean)
+            else:
+                repeats[name] = max(1, int(_LEAST_SECONDS / mean))
     return {name: np.asarray(values) for name, values in seconds.items()}
 
 
@@ -139,7 +148,7 @@ def _plain(value: Any) -> Any:
     return np.asarray(value).round(7).tolist()
 
 
-def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table, its first column to the left and the others to the right."""
     drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
@@ -147,5 +156,7 @@ def table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> 
     for row in rows:
         drawn.add_row(*row)
     console = Console()
-    console.print(drawn, soft_wrap=not console.is_terminal)
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(drawn)
     console.print()
