@@ -267,7 +267,7 @@ def _damage(content: bytes, steps: int | None) -> str:
         if steps is not None and step > steps:
             return f"line {number} has step {step}, and the result says that the run has {steps}"
     if steps is not None and step < steps:
-        where = f"line {len(lines) + 1} is cut" if cut else f"it ends with line {len(lines)}"
+        where = f"line {len(lines) + 1} is cut" if cut else f"it ends with line {len(lines)}" if lines else "it is empty"
         return f"{where}, after {step} of {steps} steps"
     return ""
 
