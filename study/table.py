@@ -207,7 +207,7 @@ def _logs(checkpoints: Path, table: pd.DataFrame) -> Iterator[tuple[Any, LogRows
 
 def _labels(values: pd.Series, of_row: np.ndarray) -> pd.Categorical:
     """A run table's column of text, spread over the rows that belong to each run."""
-    codes, names = pd.factorize(values)
+    codes, names = pd.factorize(values, sort=True)  # groups and pivots in the order that text would have
     small = codes.astype(np.min_scalar_type(-len(names)))  # signed, as codes are
     return pd.Categorical.from_codes(small[of_row], names)
 
