@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -223,8 +223,22 @@ def write_tables(folder: str) -> None:
 # ------------------------------------------------------------------------------------------------------ measuring
 
 
-def _run(command: list[str]) -> tuple[float, int, str]:
-    """Seconds from a process's start to its end, its largest resident memory in bytes, and what it printed."""
+class Usage(NamedTuple):
+    """What a process took.
+
+    Attributes:
+        seconds: from its start to its end; cpu_seconds: of computing, which other work on the machine hardly changes.
+        peak_bytes: the largest resident memory. printed: its standard output.
+    """
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    printed: str
+
+
+def _run(command: list[str]) -> Usage:
+    """Runs a command to its end."""
     # A GPU would make `list` look for runs in bf16.
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     start = time.perf_counter()
@@ -236,7 +250,7 @@ def _run(command: list[str]) -> tuple[float, int, str]:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), printed
+    return Usage(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), printed)
 
 
 def mistakes(name: str, printed: str, folder: Path, facts: dict[str, Any], steps: int) -> list[str]:
@@ -281,17 +295,17 @@ def _lines_of(path: Path) -> tuple[int, str, str]:
 def measure(folder: Path, runs: int, steps: int, rounds: int) -> dict[str, Any]:
     """Make a ledger in an empty folder, check each task's outcome, then time all tasks in turn, `rounds` times."""
     click.echo(f"writing {runs:,} runs with {steps:,} steps each", err=True)
-    making = _run([sys.executable, "-c", f"from bench import scale; scale.make({str(folder)!r}, {runs}, {steps})"])[0]
+    making = _run([sys.executable, "-c", f"from bench import scale; scale.make({str(folder)!r}, {runs}, {steps})"]).seconds
     facts = json.loads((folder / "facts.json").read_text())
     wrong = []
     for name, task in TASKS.items():
-        wrong += mistakes(name, _run(task.command(folder))[2], folder, facts, steps)
-    measured: dict[str, list[tuple[float, int]]] = {name: [] for name in TASKS}
+        wrong += mistakes(name, _run(task.command(folder)).printed, folder, facts, steps)
+    measured: dict[str, list[Usage]] = {name: [] for name in TASKS}
+    load = os.getloadavg()[0]
     for number in range(rounds if not wrong else 0):
         click.echo(f"round {number + 1} of {rounds}", err=True)
         for name, task in TASKS.items():
-            seconds, memory, _ = _run(task.command(folder))
-            measured[name].append((seconds, memory))
+            measured[name].append(_run(task.command(folder)))
     return {
         "runs": facts["runs"],
         "steps": steps,
@@ -302,7 +316,7 @@ def measure(folder: Path, runs: int, steps: int, rounds: int) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("numpy", "pandas", "pyarrow", "torch")},
         },
-        "load_before": round(os.getloadavg()[0], 2),
+        "load_before": round(load, 2),
         "fields_of_a_result": len(facts["fields"]),
         "diverged": facts["diverged"],
         "log_bytes": facts["log_bytes"],
@@ -311,7 +325,7 @@ def measure(folder: Path, runs: int, steps: int, rounds: int) -> dict[str, Any]:
         "tasks": {
             name: {
                 "title": task.title, "bar_seconds": task.seconds, "bar_bytes": task.bytes,
-                "seconds": [round(seconds, 3) for seconds, _ in measured[name]], "peak_bytes": [memory for _, memory in measured[name]],
+                **{kind: [round(getattr(usage, kind), 3) for usage in measured[name]] for kind in ("seconds", "cpu_seconds", "peak_bytes")},
             }
             for name, task in TASKS.items()
         },
@@ -334,16 +348,17 @@ def _print(outcome: dict[str, Any]) -> None:
     click.echo(f"{outcome['machine']}, {outcome['memory_of_machine'] / GIGABYTE:.0f} GB; {versions}")
     click.echo(
         f"{outcome['runs']:,} runs x {outcome['steps']:,} steps ({outcome['log_bytes'] / 1e6:.0f} MB of logs), {outcome['rounds']} rounds, "
-        f"each in a process of its own"
+        f"each in a process of its own; load {outcome['load_before']:.1f} before"
     )
-    click.echo(f"\n{'':<34} {'median':>8} {'min-max':>14} {'bar':>7} {'peak memory':>12} {'bar':>7}")
+    click.echo(f"\n{'':<34} {'median':>8} {'min-max':>14} {'bar':>7} {'CPU':>8} {'peak memory':>12} {'bar':>7}")
     for task in outcome["tasks"].values():
         seconds = task["seconds"]
         if seconds:
             second_bar, byte_bar = task["bar_seconds"], task["bar_bytes"]
+            cpu, peak = statistics.median(task["cpu_seconds"]), max(task["peak_bytes"]) / GIGABYTE
             click.echo(
                 f"{task['title']:<34} {statistics.median(seconds):>6.2f} s {f'{min(seconds):.2f}-{max(seconds):.2f} s':>14} "
-                f"{f'{second_bar:g} s' if second_bar else '':>7} {max(task['peak_bytes']) / GIGABYTE:>9.2f} GB "
+                f"{f'{second_bar:g} s' if second_bar else '':>7} {cpu:>6.2f} s {peak:>9.2f} GB "
                 f"{f'{byte_bar / GIGABYTE:g} GB' if byte_bar else '':>7}".rstrip()
             )
 
