@@ -73,7 +73,7 @@ class Evaluation:
         return "image,label,predicted,loss,probability\n" + "".join(rows)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # with inference_mode, compiled blocks would be compiled once more
 def evaluate(
     model: nn.Module,
     images: ImageSet,
