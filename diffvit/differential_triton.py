@@ -74,6 +74,18 @@ def differential_attention(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lam
 
 
 @triton.jit
+def _dot(a, b, total, PRECISION: tl.constexpr):
+    """The product in b's dtype, plus total, in fp32."""
+    a = a.to(b.dtype)
+    if PRECISION == "interpreted":  # Triton's interpreter multiplies bf16 wrongly; in fp32 such products are exact
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+        return tl.dot(a, b, total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def _softmax_step(s_QK, top_Q, sum_Q, to_log2):
     """One block of keys in a running softmax: its weights, the new maximum and sum, and what earlier results are multiplied with."""
     new_top_Q = tl.maximum(top_Q, tl.max(s_QK, 1) * to_log2)
@@ -102,15 +114,15 @@ def _forward_step(
         k1_EK = tl.load(k_at)
         k2_EK = tl.load(k_at + k_s)
         v_KV = tl.load(v_at)
-    s1_QK = tl.dot(q1_QE, k1_EK, input_precision=PRECISION)
-    s2_QK = tl.dot(q2_QE, k2_EK, input_precision=PRECISION)
+    s1_QK = _dot(q1_QE, k1_EK, None, PRECISION)
+    s2_QK = _dot(q2_QE, k2_EK, None, PRECISION)
     if TAIL:
         s1_QK = tl.where(inside_K[None, :], s1_QK, -float("inf"))
         s2_QK = tl.where(inside_K[None, :], s2_QK, -float("inf"))
     a1_QK, top1_Q, sum1_Q, shrink1_Q = _softmax_step(s1_QK, top1_Q, sum1_Q, to_log2)
-    o1_QV = tl.dot(a1_QK.to(v_KV.dtype), v_KV, o1_QV * shrink1_Q[:, None], input_precision=PRECISION)
+    o1_QV = _dot(a1_QK, v_KV, o1_QV * shrink1_Q[:, None], PRECISION)
     a2_QK, top2_Q, sum2_Q, shrink2_Q = _softmax_step(s2_QK, top2_Q, sum2_Q, to_log2)
-    o2_QV = tl.dot(a2_QK.to(v_KV.dtype), v_KV, o2_QV * shrink2_Q[:, None], input_precision=PRECISION)
+    o2_QV = _dot(a2_QK, v_KV, o2_QV * shrink2_Q[:, None], PRECISION)
     return o1_QV, o2_QV, top1_Q, top2_Q, sum1_Q, sum2_Q
 
 
@@ -180,17 +192,17 @@ def _queries_step(
         k1_KE = tl.load(k_at)
         k2_KE = tl.load(k_at + k_s)
         v_KV = tl.load(v_at)
-    da_QK = tl.dot(do_QV, tl.trans(v_KV), input_precision=PRECISION)
-    a1_QK = tl.exp2(tl.dot(q1_QE, tl.trans(k1_KE), input_precision=PRECISION) * to_log2 - log1_Q[:, None])
+    da_QK = _dot(do_QV, tl.trans(v_KV), None, PRECISION)
+    a1_QK = tl.exp2(_dot(q1_QE, tl.trans(k1_KE), None, PRECISION) * to_log2 - log1_Q[:, None])
     if TAIL:  # a key that is not there has the score 0, and the weight that goes with it may be infinite
         a1_QK = tl.where(inside_K[None, :], a1_QK, 0.0)
     ds1_QK = a1_QK * (da_QK - delta1_Q[:, None])
-    dq1_QE = tl.dot(ds1_QK.to(k1_KE.dtype), k1_KE, dq1_QE, input_precision=PRECISION)
-    a2_QK = tl.exp2(tl.dot(q2_QE, tl.trans(k2_KE), input_precision=PRECISION) * to_log2 - log2_Q[:, None])
+    dq1_QE = _dot(ds1_QK, k1_KE, dq1_QE, PRECISION)
+    a2_QK = tl.exp2(_dot(q2_QE, tl.trans(k2_KE), None, PRECISION) * to_log2 - log2_Q[:, None])
     if TAIL:
         a2_QK = tl.where(inside_K[None, :], a2_QK, 0.0)
     ds2_QK = a2_QK * (da_QK - delta2_Q[:, None])
-    dq2_QE = tl.dot(ds2_QK.to(k2_KE.dtype), k2_KE, dq2_QE, input_precision=PRECISION)
+    dq2_QE = _dot(ds2_QK, k2_KE, dq2_QE, PRECISION)
     return dq1_QE, dq2_QE
 
 
@@ -272,14 +284,14 @@ def _keys_step(
         log2_Q = tl.load(log_sum_ptr + N + n_Q)
         delta1_Q = tl.load(delta_ptr + n_Q)
         delta2_Q = tl.load(delta_ptr + N + n_Q)
-    a1_KQ = tl.exp2(tl.dot(k1_KE, tl.trans(q1_QE), input_precision=PRECISION) * to_log2 - log1_Q[None, :])
-    a2_KQ = tl.exp2(tl.dot(k2_KE, tl.trans(q2_QE), input_precision=PRECISION) * to_log2 - log2_Q[None, :])
-    dv_KV = tl.dot((a1_KQ - lambda_full * a2_KQ).to(do_QV.dtype), do_QV, dv_KV, input_precision=PRECISION)
-    da_KQ = tl.dot(v_KV, tl.trans(do_QV), input_precision=PRECISION)
+    a1_KQ = tl.exp2(_dot(k1_KE, tl.trans(q1_QE), None, PRECISION) * to_log2 - log1_Q[None, :])
+    a2_KQ = tl.exp2(_dot(k2_KE, tl.trans(q2_QE), None, PRECISION) * to_log2 - log2_Q[None, :])
+    dv_KV = _dot(a1_KQ - lambda_full * a2_KQ, do_QV, dv_KV, PRECISION)
+    da_KQ = _dot(v_KV, tl.trans(do_QV), None, PRECISION)
     ds1_KQ = a1_KQ * (da_KQ - delta1_Q[None, :])
-    dk1_KE = tl.dot(ds1_KQ.to(q1_QE.dtype), q1_QE, dk1_KE, input_precision=PRECISION)
+    dk1_KE = _dot(ds1_KQ, q1_QE, dk1_KE, PRECISION)
     ds2_KQ = a2_KQ * (da_KQ - delta2_Q[None, :])
-    dk2_KE = tl.dot(ds2_KQ.to(q2_QE.dtype), q2_QE, dk2_KE, input_precision=PRECISION)
+    dk2_KE = _dot(ds2_KQ, q2_QE, dk2_KE, PRECISION)
     return dk1_KE, dk2_KE, dv_KV
 
 
@@ -361,6 +373,8 @@ def _launch(
     """Runs a kernel: its tensors, the strides of some of them, then sizes and factors. One program for each block of each pair."""
     dtype = strided[-1].dtype
     precision = "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    if _INTERPRETED:
+        precision = "interpreted"
     strides = [stride for x in strided for stride in x.stride()[:-1]]
     block = "BLOCK_K" if kernel == "keys" else "BLOCK_Q"
     images = strided[-1].shape[0]
