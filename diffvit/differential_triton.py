@@ -13,14 +13,14 @@ Backward, with dP = dO V', which is one for both maps, and the maps computed aga
     dV = (A1 - lambda A2)' dO,  dlambda = -sum(delta_2)
 
 A kernel over queries gives delta and dQ, one over keys dK and dV. There are no atomic operations: the same kernels with the
-same block sizes give the same bits. Products take the inputs' dtype (fp32 ones are TF32 where torch's setting allows it), all
-sums are fp32.
+same block sizes give the same bits. Products take the inputs' dtype (fp32: TF32), all sums are fp32.
 
 Importing this module raises ImportError where Triton is missing. With TRITON_INTERPRET=1 in the environment before the import
 it works on the CPU, slowly: that is for tests.
 
 Shapes in names: B batch, N tokens, P pairs of heads, s which of a pair's two heads, E head dimension, V = 2E value dimension;
-Q a block's queries, K a block's keys. All outputs lie in memory as [B, N, P, V], where V may be the heads s and E.
+Q a block's queries, K a block's keys. All outputs lie in memory as [B, N, P, V], where V may be s and E: an output's
+transpose(1, 2).flatten(2) is a view.
 """
 
 import functools
@@ -32,23 +32,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-HEAD_DIMS = (16, 32, 64, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def supported(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the kernels are made for this: NVIDIA's GPUs from Ampere on, or any device where Triton interprets."""
-    if dtype not in DTYPES or head_dim not in HEAD_DIMS:
-        return False
+    """Whether there are kernels for this: bf16, fp16 and TF32 on NVIDIA's GPUs from Ampere on; where Triton interprets, fp32 on any.
+
+    Products of full fp32 do not run on tensor cores, and in Triton need more registers than there are: fp32 is supported where
+    torch's setting allows TF32.
+    """
     if _INTERPRETED:
-        return True
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+        return dtype in (torch.bfloat16, torch.float16, torch.float32) and head_dim in (16, 32, 64, 128)
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return bool(configs("forward", head_dim, dtype)) and not exact
 
 
 def differential_attention(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) -> Tensor:
-    """Equation 1. [B, P, N, V], in v's dtype; differentiable once by all four.
+    """Equation 1. [B, P, N, V], in v's dtype; differentiable by all four, once.
 
     Args:
         q_BNPsE, k_BNPsE, v_BPNV: of one dtype and any strides; V = 2E.
@@ -66,7 +68,8 @@ def differential_attention(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lam
     if len({x.dtype for x in (q_BNPsE, k_BNPsE, v_BPNV)}) > 1 or len({x.device for x in (q_BNPsE, k_BNPsE, v_BPNV, lambda_full)}) > 1:
         raise ValueError("q, k and v must have one dtype, and all inputs be on one device")
     if not supported(v_BPNV.device, v_BPNV.dtype, E):
-        raise ValueError(f"there are no Triton kernels for {v_BPNV.dtype} and head dimension {E} on {v_BPNV.device.type}")
+        matmul = torch.get_float32_matmul_precision()
+        raise ValueError(f"no Triton kernels for {v_BPNV.dtype} (matmul precision {matmul}), head dimension {E} on {v_BPNV.device}")
     return _attend(q_BNPsE, k_BNPsE, v_BPNV, lambda_full, torch.is_grad_enabled())[0]
 
 
@@ -74,15 +77,13 @@ def differential_attention(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lam
 
 
 @triton.jit
-def _dot(a, b, total, PRECISION: tl.constexpr):
+def _dot(a, b, total):
     """The product in b's dtype, plus total, in fp32."""
     a = a.to(b.dtype)
-    if PRECISION == "interpreted":  # Triton's interpreter multiplies bf16 wrongly; in fp32 such products are exact
+    if _INTERPRETED:  # Triton's interpreter multiplies bf16 wrongly; in fp32 such products are exact
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-        return tl.dot(a, b, total, input_precision="ieee")
-    else:
-        return tl.dot(a, b, total, input_precision=PRECISION)
+    return tl.dot(a, b, total, input_precision="tf32")
 
 
 @triton.jit
@@ -97,7 +98,7 @@ def _softmax_step(s_QK, top_Q, sum_Q, to_log2):
 @triton.jit
 def _forward_step(
     q1_QE, q2_QE, k_ptr, v_ptr, first, o1_QV, o2_QV, top1_Q, top2_Q, sum1_Q, sum2_Q, to_log2, k_n, k_s, v_n,
-    N: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """The keys from `first` on. Only the last ones (TAIL) need masks."""
     n_K = first + tl.arange(0, BLOCK_K)
@@ -114,15 +115,15 @@ def _forward_step(
         k1_EK = tl.load(k_at)
         k2_EK = tl.load(k_at + k_s)
         v_KV = tl.load(v_at)
-    s1_QK = _dot(q1_QE, k1_EK, None, PRECISION)
-    s2_QK = _dot(q2_QE, k2_EK, None, PRECISION)
+    s1_QK = _dot(q1_QE, k1_EK, None)
+    s2_QK = _dot(q2_QE, k2_EK, None)
     if TAIL:
         s1_QK = tl.where(inside_K[None, :], s1_QK, -float("inf"))
         s2_QK = tl.where(inside_K[None, :], s2_QK, -float("inf"))
     a1_QK, top1_Q, sum1_Q, shrink1_Q = _softmax_step(s1_QK, top1_Q, sum1_Q, to_log2)
-    o1_QV = _dot(a1_QK, v_KV, o1_QV * shrink1_Q[:, None], PRECISION)
+    o1_QV = _dot(a1_QK, v_KV, o1_QV * shrink1_Q[:, None])
     a2_QK, top2_Q, sum2_Q, shrink2_Q = _softmax_step(s2_QK, top2_Q, sum2_Q, to_log2)
-    o2_QV = _dot(a2_QK, v_KV, o2_QV * shrink2_Q[:, None], PRECISION)
+    o2_QV = _dot(a2_QK, v_KV, o2_QV * shrink2_Q[:, None])
     return o1_QV, o2_QV, top1_Q, top2_Q, sum1_Q, sum2_Q
 
 
@@ -130,7 +131,7 @@ def _forward_step(
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, lambda_ptr, out_ptr, second_ptr, log_sum_ptr,
     q_b, q_n, q_p, q_s, k_b, k_n, k_p, k_s, v_b, v_p, v_n, P, to_log2,
-    N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr, FOR_BACKWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, FOR_BACKWARD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one pair of heads: out and second (A2 V) [B, N, P, V], log_sum [B, P, s, N] to base 2."""
     blocks: tl.constexpr = (N + BLOCK_Q - 1) // BLOCK_Q
@@ -156,12 +157,12 @@ def forward_kernel(
     for first in range(0, whole, BLOCK_K):
         o1_QV, o2_QV, top1_Q, top2_Q, sum1_Q, sum2_Q = _forward_step(
             q1_QE, q2_QE, k_ptr, v_ptr, first, o1_QV, o2_QV, top1_Q, top2_Q, sum1_Q, sum2_Q, to_log2, k_n, k_s, v_n,
-            N, E, BLOCK_K, PRECISION, False,
+            N, E, BLOCK_K, False,
         )  # fmt: skip
     if whole < N:
         o1_QV, o2_QV, top1_Q, top2_Q, sum1_Q, sum2_Q = _forward_step(
             q1_QE, q2_QE, k_ptr, v_ptr, whole, o1_QV, o2_QV, top1_Q, top2_Q, sum1_Q, sum2_Q, to_log2, k_n, k_s, v_n,
-            N, E, BLOCK_K, PRECISION, True,
+            N, E, BLOCK_K, True,
         )  # fmt: skip
 
     o2_QV = o2_QV / sum2_Q[:, None]
@@ -178,7 +179,7 @@ def forward_kernel(
 @triton.jit
 def _queries_step(
     q1_QE, q2_QE, do_QV, k_ptr, v_ptr, first, dq1_QE, dq2_QE, log1_Q, log2_Q, delta1_Q, delta2_Q, to_log2, k_n, k_s, v_n,
-    N: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     n_K = first + tl.arange(0, BLOCK_K)
     k_at = k_ptr + n_K[:, None] * k_n + tl.arange(0, E)[None, :]
@@ -192,17 +193,17 @@ def _queries_step(
         k1_KE = tl.load(k_at)
         k2_KE = tl.load(k_at + k_s)
         v_KV = tl.load(v_at)
-    da_QK = _dot(do_QV, tl.trans(v_KV), None, PRECISION)
-    a1_QK = tl.exp2(_dot(q1_QE, tl.trans(k1_KE), None, PRECISION) * to_log2 - log1_Q[:, None])
+    da_QK = _dot(do_QV, tl.trans(v_KV), None)
+    a1_QK = tl.exp2(_dot(q1_QE, tl.trans(k1_KE), None) * to_log2 - log1_Q[:, None])
     if TAIL:  # a key that is not there has the score 0, and the weight that goes with it may be infinite
         a1_QK = tl.where(inside_K[None, :], a1_QK, 0.0)
     ds1_QK = a1_QK * (da_QK - delta1_Q[:, None])
-    dq1_QE = _dot(ds1_QK, k1_KE, dq1_QE, PRECISION)
-    a2_QK = tl.exp2(_dot(q2_QE, tl.trans(k2_KE), None, PRECISION) * to_log2 - log2_Q[:, None])
+    dq1_QE = _dot(ds1_QK, k1_KE, dq1_QE)
+    a2_QK = tl.exp2(_dot(q2_QE, tl.trans(k2_KE), None) * to_log2 - log2_Q[:, None])
     if TAIL:
         a2_QK = tl.where(inside_K[None, :], a2_QK, 0.0)
     ds2_QK = a2_QK * (da_QK - delta2_Q[:, None])
-    dq2_QE = _dot(ds2_QK, k2_KE, dq2_QE, PRECISION)
+    dq2_QE = _dot(ds2_QK, k2_KE, dq2_QE)
     return dq1_QE, dq2_QE
 
 
@@ -210,7 +211,7 @@ def _queries_step(
 def queries_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lambda_ptr, out_ptr, second_ptr, log_sum_ptr, delta_ptr, dq_ptr,
     do_b, do_p, do_n, q_b, q_n, q_p, q_s, k_b, k_n, k_p, k_s, v_b, v_p, v_n, P, to_log2, scale,
-    N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one pair of heads: delta [B, P, s, N] and dq [B, N, P, s, E]."""
     blocks: tl.constexpr = (N + BLOCK_Q - 1) // BLOCK_Q
@@ -246,12 +247,12 @@ def queries_kernel(
     for first in range(0, whole, BLOCK_K):
         dq1_QE, dq2_QE = _queries_step(
             q1_QE, q2_QE, do_QV, k_ptr, v_ptr, first, dq1_QE, dq2_QE, log1_Q, log2_Q, delta1_Q, delta2_Q, to_log2, k_n, k_s, v_n,
-            N, E, BLOCK_K, PRECISION, False,
+            N, E, BLOCK_K, False,
         )  # fmt: skip
     if whole < N:
         dq1_QE, dq2_QE = _queries_step(
             q1_QE, q2_QE, do_QV, k_ptr, v_ptr, whole, dq1_QE, dq2_QE, log1_Q, log2_Q, delta1_Q, delta2_Q, to_log2, k_n, k_s, v_n,
-            N, E, BLOCK_K, PRECISION, True,
+            N, E, BLOCK_K, True,
         )  # fmt: skip
 
     dq_at = dq_ptr + packed + n_Q[:, None] * (P * 2 * E) + e_E[None, :]
@@ -262,7 +263,7 @@ def queries_kernel(
 @triton.jit
 def _keys_step(
     k1_KE, k2_KE, v_KV, do_ptr, q_ptr, log_sum_ptr, delta_ptr, first, dk1_KE, dk2_KE, dv_KV, lambda_full, to_log2, do_n, q_n, q_s,
-    N: tl.constexpr, E: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr, TAIL: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, BLOCK_Q: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     n_Q = first + tl.arange(0, BLOCK_Q)
     q_at = q_ptr + n_Q[:, None] * q_n + tl.arange(0, E)[None, :]
@@ -284,14 +285,14 @@ def _keys_step(
         log2_Q = tl.load(log_sum_ptr + N + n_Q)
         delta1_Q = tl.load(delta_ptr + n_Q)
         delta2_Q = tl.load(delta_ptr + N + n_Q)
-    a1_KQ = tl.exp2(_dot(k1_KE, tl.trans(q1_QE), None, PRECISION) * to_log2 - log1_Q[None, :])
-    a2_KQ = tl.exp2(_dot(k2_KE, tl.trans(q2_QE), None, PRECISION) * to_log2 - log2_Q[None, :])
-    dv_KV = _dot(a1_KQ - lambda_full * a2_KQ, do_QV, dv_KV, PRECISION)
-    da_KQ = _dot(v_KV, tl.trans(do_QV), None, PRECISION)
+    a1_KQ = tl.exp2(_dot(k1_KE, tl.trans(q1_QE), None) * to_log2 - log1_Q[None, :])
+    a2_KQ = tl.exp2(_dot(k2_KE, tl.trans(q2_QE), None) * to_log2 - log2_Q[None, :])
+    dv_KV = _dot(a1_KQ - lambda_full * a2_KQ, do_QV, dv_KV)
+    da_KQ = _dot(v_KV, tl.trans(do_QV), None)
     ds1_KQ = a1_KQ * (da_KQ - delta1_Q[None, :])
-    dk1_KE = _dot(ds1_KQ, q1_QE, dk1_KE, PRECISION)
+    dk1_KE = _dot(ds1_KQ, q1_QE, dk1_KE)
     ds2_KQ = a2_KQ * (da_KQ - delta2_Q[None, :])
-    dk2_KE = _dot(ds2_KQ, q2_QE, dk2_KE, PRECISION)
+    dk2_KE = _dot(ds2_KQ, q2_QE, dk2_KE)
     return dk1_KE, dk2_KE, dv_KV
 
 
@@ -299,7 +300,7 @@ def _keys_step(
 def keys_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lambda_ptr, log_sum_ptr, delta_ptr, dk_ptr, dv_ptr,
     do_b, do_p, do_n, q_b, q_n, q_p, q_s, k_b, k_n, k_p, k_s, v_b, v_p, v_n, P, to_log2, scale,
-    N: tl.constexpr, E: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    N: tl.constexpr, E: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A block of keys of one pair of heads: dk [B, N, P, s, E] and dv [B, N, P, V]."""
     blocks: tl.constexpr = (N + BLOCK_K - 1) // BLOCK_K
@@ -327,12 +328,12 @@ def keys_kernel(
     for first in range(0, whole, BLOCK_Q):
         dk1_KE, dk2_KE, dv_KV = _keys_step(
             k1_KE, k2_KE, v_KV, do_ptr, q_ptr, log_sum_ptr, delta_ptr, first, dk1_KE, dk2_KE, dv_KV, lambda_full, to_log2, do_n, q_n, q_s,
-            N, E, BLOCK_Q, PRECISION, False,
+            N, E, BLOCK_Q, False,
         )  # fmt: skip
     if whole < N:
         dk1_KE, dk2_KE, dv_KV = _keys_step(
             k1_KE, k2_KE, v_KV, do_ptr, q_ptr, log_sum_ptr, delta_ptr, whole, dk1_KE, dk2_KE, dv_KV, lambda_full, to_log2, do_n, q_n, q_s,
-            N, E, BLOCK_Q, PRECISION, True,
+            N, E, BLOCK_Q, True,
         )  # fmt: skip
 
     packed = (b * N * P + p) * (2 * E)
@@ -346,41 +347,53 @@ def keys_kernel(
 # ----------------------------------------------------------------------------------------------------------- block sizes
 
 
-def configs(kernel: str, head_dim: int, dtype: torch.dtype, precision: str) -> list[triton.Config]:
-    """What the autotuner chooses from.
+# Queries and keys in a block, warps, stages of the pipeline. Wider heads, or wider numbers, do not fit into the registers: none of
+# these spills on sm_90, and all fit into the shared memory of sm_89. tests/test_differential_triton.py compiles them all.
+_HALF = {
+    ("forward", 16): [(64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 2)],
+    ("forward", 32): [(64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)],
+    ("forward", 64): [(32, 64, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (128, 16, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2)],
+    ("queries", 16): [(64, 64, 4, 2), (128, 64, 8, 2)],
+    ("queries", 32): [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3)],
+    ("queries", 64): [(64, 32, 4, 2), (64, 64, 4, 2), (128, 32, 8, 2), (128, 64, 8, 2)],
+    ("keys", 16): [(32, 64, 4, 2), (64, 64, 4, 2), (64, 128, 8, 2)],
+    ("keys", 32): [(32, 64, 4, 2), (32, 128, 8, 2), (64, 64, 4, 3), (64, 64, 8, 2)],
+    ("keys", 64): [(16, 64, 4, 2), (16, 128, 8, 2), (32, 64, 8, 2), (32, 128, 8, 3)],
+}
+_SINGLE = {
+    **{("forward", width): [(64, 32, 4, 2), (128, 32, 8, 2)] for width in (16, 32)},
+    **{("queries", width): [(64, 32, 4, 2), (64, 32, 8, 2)] for width in (16, 32)},
+    **{("keys", width): [(16, 64, 4, 2), (32, 64, 8, 2)] for width in (16, 32)},
+}
+KERNELS = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
 
-    Args:
-        kernel: "forward", "queries" or "keys".
-        precision: of fp32 products, "ieee" or "tf32".
-    """
+
+def configs(kernel: str, head_dim: int, dtype: torch.dtype) -> list[triton.Config]:
+    """What the autotuner of a kernel, a key of KERNELS, chooses from; nothing where there are no kernels."""
+    if _INTERPRETED:
+        return [triton.Config({"BLOCK_Q": 32, "BLOCK_K": 32})]
+    blocks = {torch.bfloat16: _HALF, torch.float16: _HALF, torch.float32: _SINGLE}.get(dtype, {}).get((kernel, head_dim), [])
     return [
-        triton.Config({"BLOCK_Q": queries, "BLOCK_K": keys}, num_warps=warps, num_stages=stages)
-        for queries, keys, warps, stages in [(32, 32, 4, 2)]
+        triton.Config({"BLOCK_Q": queries, "BLOCK_K": keys}, num_warps=warps, num_stages=stages) for queries, keys, warps, stages in blocks
     ]
 
 
 @functools.cache
-def _tuned(kernel: str, head_dim: int, dtype: torch.dtype, precision: str) -> Any:
-    function = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}[kernel]
-    choice = [triton.Config({"BLOCK_Q": 32, "BLOCK_K": 32})] if _INTERPRETED else configs(kernel, head_dim, dtype, precision)
+def _tuned(kernel: str, head_dim: int, dtype: torch.dtype) -> Any:
     # Choices are kept on disk, so that a run that goes on in another process goes on with the same bits.
-    return triton.autotune(choice, key=["N", "E", "PRECISION"], cache_results=True)(function)
+    return triton.autotune(configs(kernel, head_dim, dtype), key=["N", "E"], cache_results=True)(KERNELS[kernel])
 
 
 def _launch(
     kernel: str, tensors: list[Tensor], strided: list[Tensor], tokens: int, pairs: int, head_dim: int, floats: list[float], **fixed: Any
 ) -> None:
     """Runs a kernel: its tensors, the strides of some of them, then sizes and factors. One program for each block of each pair."""
-    dtype = strided[-1].dtype
-    precision = "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
-    if _INTERPRETED:
-        precision = "interpreted"
     strides = [stride for x in strided for stride in x.stride()[:-1]]
     block = "BLOCK_K" if kernel == "keys" else "BLOCK_Q"
-    images = strided[-1].shape[0]
+    groups = strided[-1].shape[0] * pairs
     with torch.cuda.device_of(strided[-1]):
-        _tuned(kernel, head_dim, dtype, precision)[lambda meta: (triton.cdiv(tokens, meta[block]) * images * pairs,)](
-            *tensors, *strides, pairs, *floats, N=tokens, E=head_dim, PRECISION=precision, **fixed
+        _tuned(kernel, head_dim, strided[-1].dtype)[lambda meta: (triton.cdiv(tokens, meta[block]) * groups,)](
+            *tensors, *strides, pairs, *floats, N=tokens, E=head_dim, **fixed
         )
 
 
