@@ -30,7 +30,7 @@ def _environment(**more: str) -> dict[str, str]:
 def test_the_kernels_are_the_equation_under_the_interpreter(tmp_path: Path) -> None:
     # In a process of its own: whether Triton interprets is decided when it is imported.
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", str(HERE / "triton_interpreted.py")]
-    environment = _environment(TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path))
+    environment = _environment(TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path), OPENBLAS_NUM_THREADS="1")
     done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
