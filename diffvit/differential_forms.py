@@ -189,12 +189,44 @@ def _maps_of(q_CRE: Tensor, k_CNE: Tensor) -> Tensor:
     return torch.softmax(scores_CRN, dim=-1, out=scores_CRN)
 
 
-FORMS: dict[str, Form] = {"maps": maps, "two_calls": two_calls, "padded": padded, "four_calls": four_calls, "blocks": blocks}
+# ---------------------------------------------------------------------------------------------------------- triton
 
-# What a GPU chooses from by measurement.
-CANDIDATES = ("two_calls", "padded", "four_calls")
+
+def triton(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) -> Tensor:
+    """One kernel forward and two backward, for GPUs: differential_triton.py, imported where it is used, for not every system has Triton.
+
+    Raises:
+        ImportError: there is no Triton.
+        ValueError: there are no kernels for this.
+    """
+    from diffvit.differential_triton import differential_attention as fused
+
+    return fused(q_BNPsE, k_BNPsE, v_BPNV, lambda_full)
+
+
+FORMS: dict[str, Form] = {
+    "maps": maps,
+    "two_calls": two_calls,
+    "padded": padded,
+    "four_calls": four_calls,
+    "blocks": blocks,
+    "triton": triton,
+}
+
+# What a GPU chooses from by measurement. The first is what the others are compared with.
+CANDIDATES = ("two_calls", "padded", "four_calls", "triton")
 
 
 def usable(forms: Iterable[str], device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
-    """Those of the forms that can be tried on a device."""
-    return [form for form in forms if form != "triton"]
+    """Those of the forms that can be tried on a device: `triton` only where it is installed and has kernels."""
+    return [form for form in forms if form != "triton" or _triton_supported(device, dtype, head_dim)]
+
+
+def _triton_supported(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    if device.type != "cuda":  # importing Triton takes seconds
+        return False
+    try:
+        from diffvit.differential_triton import supported
+    except Exception:  # missing, or broken in one of many ways: there are other forms
+        return False
+    return supported(device, dtype, head_dim)
