@@ -208,10 +208,11 @@ def _tuner(runs: list[PlannedRun], record: Path, settings: Settings, cluster: Cl
 
 
 def _trial_resources(settings: Settings) -> dict[str, float]:
-    return {"CPU": _WAITING_CPU} if settings.workers > 1 else _worker_resources(settings, settings.cpus_per_run)
+    return {"CPU": _WAITING_CPU} if settings.workers > 1 else worker_resources(settings, settings.cpus_per_run)
 
 
-def _worker_resources(settings: Settings, cpus: float) -> dict[str, float]:
+def worker_resources(settings: Settings, cpus: float) -> dict[str, float]:
+    """What Ray keeps for one process that trains."""
     return {"CPU": cpus, **({"GPU": settings.gpus_per_run} if settings.gpus_per_run else {}), **settings.resources}
 
 
@@ -255,7 +256,7 @@ def _trainer(config: dict[str, Any], settings: Settings) -> TorchTrainer:
         scaling = ScalingConfig(
             num_workers=settings.workers,
             use_gpu=settings.gpus_per_run > 0,
-            resources_per_worker=_worker_resources(settings, settings.cpus_per_run - _WAITING_CPU),
+            resources_per_worker=worker_resources(settings, settings.cpus_per_run - _WAITING_CPU),
         )
         name = f"workers-{uuid.uuid4().hex[:8]}"
         run_config = ray_train.RunConfig(storage_path=tune.get_context().get_trial_dir(), name=name, callbacks=[TuneReportCallback()])
@@ -283,7 +284,7 @@ def _worker(config: dict[str, Any]) -> None:
             device=(None if settings.gpus_per_run else "cpu") if alone else get_device(),
             compute=Compute(
                 micro_batch=settings.micro_batch,
-                memory_share=_memory_share(settings),
+                memory_share=memory_share(settings),
                 deterministic=settings.deterministic,
                 compile=settings.compile,
                 recompute=settings.recompute,
@@ -358,7 +359,7 @@ def _pace(spec: RunSpec, last: Step) -> float:
     return last.step * spec.protocol.batch_size / max(last.seconds, 1e-9)
 
 
-def _memory_share(settings: Settings) -> float:
+def memory_share(settings: Settings) -> float:
     """The part of its device's memory that a run may count on."""
     if settings.gpus_per_run:
         return min(settings.gpus_per_run, 1.0)
