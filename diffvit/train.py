@@ -573,11 +573,16 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffvit": diffvit.__version__}
     return {
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_name": device_title(device),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "git_commit": _git_commit(),
     }
+
+
+def device_title(device: torch.device) -> str:
+    """What the maker calls a GPU, or the machine's CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def resolve_device(name: str | None = None) -> torch.device:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,10 @@ from study.plan import PlannedRun, load_fingerprints, plan_runs
 if TYPE_CHECKING:
     import pandas as pd
 
+    from diffvit.compute import Compute
     from study.cluster import Cluster
+    from study.devices import Machine, Sheet
+    from study.forecast import StudyForecast
     from study.runner import Settings
 
 
@@ -75,6 +80,88 @@ def dry_run_table(options: StudyOptions) -> str:
     return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {_significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
 
 
+def plan_study(
+    options: StudyOptions, gpu: str | None = None, gpus: int = 1, price: float | None = None, probe_seconds: float | None = None
+) -> StudyForecast:
+    """What a study will take, from measurements or a data sheet. Data sets need not be at hand, unless they are measured with.
+
+    Args:
+        gpu: a name in study.devices.SHEETS; None: the machine at hand.
+        gpus: how many of it; machines, where the device is a CPU.
+        price: of one of them, per hour.
+        probe_seconds: measure the machine at hand first, so long for each cell.
+
+    Raises:
+        UserError: an unknown GPU, or nothing is known of the machine at hand.
+    """
+    from study.devices import find_sheet
+    from study.forecast import forecast_study, measured_place, sheet_place
+
+    sheet = find_sheet(gpu) if gpu else None
+    if sheet and probe_seconds is not None:
+        raise UserError("--gpu and --probe exclude each other.", "--probe measures the machine at hand; --gpu is for another one.")
+    precision = sheet.precision if sheet and options.precision == "auto" else _local_precision(options)
+    specs = options.runs(precision)
+    compute = computing(options)
+    machine = None
+    if probe_seconds is not None:
+        machine = probe_machine(options, probe_seconds)
+        specs = options.runs(machine.precision)
+    runs = plan_runs(specs, options.checkpoints, load_fingerprints(specs, options.data_root, required=False))
+    if machine is None:
+        machine = _known_machine(options, sheet, precision)
+    if machine is None and sheet is None:
+        sheet = _local_sheet(options)
+    if machine is not None:
+        place = measured_place(machine, runs, gpus, compute, price)
+    else:
+        assert sheet
+        place = sheet_place(sheet, gpus, compute, price)
+    return forecast_study(runs, place, options.checkpoints)
+
+
+def probe_machine(options: StudyOptions, seconds: float) -> Machine:
+    """Measure the machine at hand, or the cluster's, for so many seconds a cell, and keep what was found.
+
+    Raises:
+        UserError: bad input, or data that cannot be loaded.
+    """
+    from study.devices import keep_machine
+
+    begun = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        cluster = _connect(stack, options)
+        specs = options.runs(_precision_on(cluster, options))
+        fingerprints = load_fingerprints(specs, options.data_root, required=True)
+        from study.probe import probe
+
+        runs = plan_runs(specs, options.checkpoints, fingerprints)
+        return keep_machine(probe(runs, _settings(options, cluster), cluster, begun, seconds, _say))
+
+
+def _known_machine(options: StudyOptions, sheet: Sheet | None, precision: str) -> Machine | None:
+    """What was measured earlier of a GPU, or of the machine at hand."""
+    from diffvit.train import device_title, resolve_device
+    from study.devices import find_machine
+
+    if sheet:
+        return find_machine(sheet.names, precision, options.cpus_per_run, computing(options))
+    device = resolve_device("cpu" if options.gpus_per_run == 0 else None)
+    return find_machine(f"^{re.escape(device_title(device))}$", precision, options.cpus_per_run, computing(options))
+
+
+def _local_sheet(options: StudyOptions) -> Sheet:
+    from diffvit.train import device_title, resolve_device
+    from study.devices import SHEETS, sheet_of
+
+    title = device_title(resolve_device("cpu" if options.gpus_per_run == 0 else None))
+    if sheet := sheet_of(title):
+        return sheet
+    raise UserError(
+        f"nothing has been measured on this machine ({title}) for these options.", f"give --probe, or --gpu {'|'.join(SHEETS)}."
+    )
+
+
 def run_study(options: StudyOptions) -> int:
     """Train what is not done, then table and figures. Returns the exit code.
 
@@ -86,10 +173,7 @@ def run_study(options: StudyOptions) -> int:
         precision = _local_precision(options)
         if _may_join(options):
             cluster = _connect(stack, options)
-            if options.precision == "auto" and cluster.gpus and options.gpus_per_run != 0:
-                from study.cluster import gpu_precision
-
-                precision = gpu_precision()
+            precision = _precision_on(cluster, options)
         specs = options.runs(precision)
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
         _check_folders(options.checkpoints, specs)
@@ -205,11 +289,17 @@ def _settings(options: StudyOptions, cluster: Cluster) -> Settings:
         cpus_per_run=options.cpus_per_run,
         workers=options.workers,
         resources=dict(options.resources),
-        micro_batch=options.micro_batch,
-        deterministic=options.deterministic,
-        compile=options.compile,
-        recompute=options.recompute,
+        compute=computing(options),
         saving=options.saving,
+    )
+
+
+def computing(options: StudyOptions) -> Compute:
+    """How the study's runs are computed, on a device that each has to itself."""
+    from diffvit.compute import Compute
+
+    return Compute(
+        micro_batch=options.micro_batch, deterministic=options.deterministic, compile=options.compile, recompute=options.recompute
     )
 
 
@@ -226,6 +316,15 @@ def _connect(stack: contextlib.ExitStack, options: StudyOptions) -> Cluster:
     cluster = stack.enter_context(connect(options.address))
     _say(cluster.sentence())
     return cluster
+
+
+def _precision_on(cluster: Cluster, options: StudyOptions) -> str:
+    """What the runs are computed in on a cluster, whose GPUs this machine may not see."""
+    if options.precision == "auto" and cluster.gpus and options.gpus_per_run != 0:
+        from study.cluster import gpu_precision
+
+        return gpu_precision()
+    return _local_precision(options)
 
 
 def _local_precision(options: StudyOptions) -> str:

@@ -37,7 +37,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.tune import Callback, ResultGrid, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from diffvit.compute import Compute
+from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.errors import RunIsBusyError, StorageError, UserError
 from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec
@@ -74,6 +74,7 @@ class Settings:
         cpus_per_run: of each worker; on a CPU this is its number of threads.
         workers: processes that train one run together.
         resources: custom Ray resources of each worker.
+        compute: but for its memory_share, which follows from the above.
         study: a name for this execution of a study.
     """
 
@@ -83,10 +84,7 @@ class Settings:
     cpus_per_run: int = 1
     workers: int = 1
     resources: dict[str, float] = field(default_factory=dict)
-    micro_batch: int | None = None
-    deterministic: bool = False
-    compile: bool | None = None
-    recompute: bool = False
+    compute: Compute = DEFAULT_COMPUTE
     saving: Saving = DEFAULT_SAVING
     study: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
@@ -94,7 +92,7 @@ class Settings:
     def of(values: dict[str, Any]) -> Settings:
         """From what dataclasses.asdict made of it."""
         saving = {**values["saving"], "every": Every(**values["saving"]["every"])}
-        return Settings(**{**values, "saving": Saving(**saving)})
+        return Settings(**{**values, "compute": Compute(**values["compute"]), "saving": Saving(**saving)})
 
 
 def slots(cluster: Cluster, settings: Settings) -> int:
@@ -282,13 +280,7 @@ def _worker(config: dict[str, Any]) -> None:
             Path(settings.checkpoints),
             data_root=settings.data_root,
             device=(None if settings.gpus_per_run else "cpu") if alone else get_device(),
-            compute=Compute(
-                micro_batch=settings.micro_batch,
-                memory_share=memory_share(settings),
-                deterministic=settings.deterministic,
-                compile=settings.compile,
-                recompute=settings.recompute,
-            ),
+            compute=dataclasses.replace(settings.compute, memory_share=memory_share(settings)),
             on_steps=on_steps,
             saving=settings.saving,
             should_stop=_should_stop(config["stop_flag"]),
