@@ -94,6 +94,7 @@ class Place:
         memory: bytes of a device, or of the machine.
         devices: GPUs, or machines where the device is a CPU.
         at_once: runs that share a device.
+        slots: runs that train at a time on all of them.
         start: seconds until the first run begins, loading data included.
         rate: of a run's cell.
         price: of a device, per hour; None: unknown.
@@ -105,15 +106,11 @@ class Place:
     precision: str
     devices: int
     at_once: int
+    slots: int
     start: float
     rate: Callable[[PlannedRun], Rate]
     compute: Compute
     price: float | None = None
-
-    @property
-    def slots(self) -> int:
-        """Runs that train at a time."""
-        return self.devices * self.at_once
 
 
 @dataclass(frozen=True)
@@ -246,7 +243,8 @@ def measured_rate(machine: Machine) -> Callable[[PlannedRun], Rate]:
 def sheet_place(sheet: Sheet, devices: int, compute: Compute, price: float | None) -> Place:
     """GPUs of which only the data sheet is known."""
     return Place(
-        title=sheet.title, kind="cuda", memory=int(sheet.memory * 2**30), precision=sheet.precision, devices=devices, at_once=1,
+        title=sheet.title, kind="cuda", memory=int(sheet.memory * 2**30), precision=sheet.precision,
+        devices=devices, at_once=1, slots=devices,
         start=_SHEET_STUDY_START, rate=sheet_rate(sheet, compute.recompute), compute=compute, price=price,
     )  # fmt: skip
 
@@ -255,10 +253,11 @@ def measured_place(machine: Machine, runs: Iterable[PlannedRun], devices: int, c
     """Machines like one that was measured."""
     datasets = {run.spec.dataset for run in runs if not run.ended}
     known = max(machine.load.values(), default=0.0)
-    start = machine.start + sum(machine.load.get(dataset, known) for dataset in datasets)
+    # The study loads each data set itself, and so does each process that trains.
+    start = machine.start + 2 * sum(machine.load.get(dataset, known) for dataset in datasets)
     return Place(
         title=machine.device_name, kind=machine.device, memory=machine.memory, precision=machine.precision, devices=devices,
-        at_once=machine.at_once, start=start, rate=measured_rate(machine), compute=compute, price=price,
+        at_once=machine.at_once, slots=devices * machine.at_once, start=start, rate=measured_rate(machine), compute=compute, price=price,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import re
 import shlex
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from diffvit.compute import Compute
     from study.cluster import Cluster
-    from study.devices import Machine, Sheet
+    from study.devices import Machine
     from study.forecast import StudyForecast
     from study.runner import Settings
 
@@ -94,24 +95,26 @@ def plan_study(
     Raises:
         UserError: an unknown GPU, or nothing is known of the machine at hand.
     """
-    from study.devices import find_sheet
+    from study.devices import SHEETS, find_sheet, sheet_of
     from study.forecast import forecast_study, measured_place, sheet_place
 
     sheet = find_sheet(gpu) if gpu else None
     if sheet and probe_seconds is not None:
         raise UserError("--gpu and --probe exclude each other.", "--probe measures the machine at hand; --gpu is for another one.")
-    precision = sheet.precision if sheet and options.precision == "auto" else _local_precision(options)
-    specs = options.runs(precision)
-    compute = computing(options)
     machine = None
     if probe_seconds is not None:
         machine = probe_machine(options, probe_seconds)
-        specs = options.runs(machine.precision)
+        precision = machine.precision
+    else:
+        precision = sheet.precision if sheet and options.precision == "auto" else _local_precision(options)
+        title = "" if sheet else _local_device(options)
+        machine = _known_machine(options, sheet.names if sheet else f"^{re.escape(title)}$", precision)
+        sheet = sheet or sheet_of(title)
+        if machine is None and sheet is None:
+            hint = f"give --probe, or --gpu {'|'.join(SHEETS)}."
+            raise UserError(f"nothing has been measured on this machine ({title}) for these options.", hint)
+    specs, compute = options.runs(precision), computing(options)
     runs = plan_runs(specs, options.checkpoints, load_fingerprints(specs, options.data_root, required=False))
-    if machine is None:
-        machine = _known_machine(options, sheet, precision)
-    if machine is None and sheet is None:
-        sheet = _local_sheet(options)
     if machine is not None:
         place = measured_place(machine, runs, gpus, compute, price)
     else:
@@ -132,34 +135,46 @@ def probe_machine(options: StudyOptions, seconds: float) -> Machine:
     with contextlib.ExitStack() as stack:
         cluster = _connect(stack, options)
         specs = options.runs(_precision_on(cluster, options))
-        fingerprints = load_fingerprints(specs, options.data_root, required=True)
         from study.probe import probe
 
+        loading = time.monotonic()
+        fingerprints = load_fingerprints(specs, options.data_root, required=True)
+        begun += time.monotonic() - loading  # it may be the first time; what it takes later is measured where runs are
         runs = plan_runs(specs, options.checkpoints, fingerprints)
         return keep_machine(probe(runs, _settings(options, cluster), cluster, begun, seconds, _say))
 
 
-def _known_machine(options: StudyOptions, sheet: Sheet | None, precision: str) -> Machine | None:
-    """What was measured earlier of a GPU, or of the machine at hand."""
-    from diffvit.train import device_title, resolve_device
+def _known_machine(options: StudyOptions, names: str, precision: str) -> Machine | None:
+    """What was measured earlier of a device whose name fits."""
     from study.devices import find_machine
 
-    if sheet:
-        return find_machine(sheet.names, precision, options.cpus_per_run, computing(options))
-    device = resolve_device("cpu" if options.gpus_per_run == 0 else None)
-    return find_machine(f"^{re.escape(device_title(device))}$", precision, options.cpus_per_run, computing(options))
+    return find_machine(names, precision, options.cpus_per_run, computing(options))
 
 
-def _local_sheet(options: StudyOptions) -> Sheet:
+def _local_device(options: StudyOptions) -> str:
     from diffvit.train import device_title, resolve_device
-    from study.devices import SHEETS, sheet_of
 
-    title = device_title(resolve_device("cpu" if options.gpus_per_run == 0 else None))
-    if sheet := sheet_of(title):
-        return sheet
-    raise UserError(
-        f"nothing has been measured on this machine ({title}) for these options.", f"give --probe, or --gpu {'|'.join(SHEETS)}."
-    )
+    return device_title(resolve_device("cpu" if options.gpus_per_run == 0 else None))
+
+
+def _expected(options: StudyOptions, runs: list[PlannedRun], settings: Settings, cluster: Cluster) -> StudyForecast | None:
+    """What the study will take on its cluster; None where nothing is known of the cluster's devices, or a group trains a run."""
+    from study.cluster import gpu_title
+    from study.devices import sheet_of
+    from study.forecast import forecast_study, measured_place, sheet_place
+    from study.runner import slots
+
+    if settings.workers > 1:
+        return None
+    title = gpu_title() if settings.gpus_per_run else _local_device(dataclasses.replace(options, gpus_per_run=0))
+    machine, sheet = _known_machine(options, f"^{re.escape(title)}$", runs[0].spec.precision), sheet_of(title)
+    if machine:
+        place = measured_place(machine, runs, 1, settings.compute, None)
+    elif sheet:
+        place = sheet_place(sheet, 1, settings.compute, None)
+    else:
+        return None
+    return forecast_study(runs, dataclasses.replace(place, slots=slots(cluster, settings)), options.checkpoints)
 
 
 def run_study(options: StudyOptions) -> int:
@@ -168,6 +183,7 @@ def run_study(options: StudyOptions) -> int:
     Raises:
         UserError: bad input, before any training.
     """
+    begun = time.monotonic()
     with contextlib.ExitStack() as stack:
         cluster = None
         precision = _local_precision(options)
@@ -185,7 +201,7 @@ def run_study(options: StudyOptions) -> int:
         failures: list[tuple[str, str]] = []
         signal_code = None
         if pending:
-            failures, signal_code = _train(runs, pending, options, cluster or _connect(stack, options))
+            failures, signal_code = _train(runs, pending, options, cluster or _connect(stack, options), begun)
             unsent = _exchange(options, specs, fingerprints, strict=False)
         else:
             _say(f"all {len(runs)} runs are done already")
@@ -237,12 +253,18 @@ def _exchange(options: StudyOptions, specs: list[RunSpec], fingerprints: dict[st
 
 
 def _train(
-    runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOptions, cluster: Cluster
+    runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOptions, cluster: Cluster, begun: float
 ) -> tuple[list[tuple[str, str]], int | None]:
-    """Train the pending runs. Returns (title, reason) of those that failed, and the exit code if a signal ended the study."""
+    """Train the pending runs. Returns (title, reason) of those that failed, and the exit code if a signal ended the study.
+
+    Args:
+        begun: time.monotonic() when the study began.
+    """
     from study.cluster import check_shared_folder, check_storage_and_data, watch
     from study.display import StudyDisplay
+    from study.forecast import duration
     from study.runner import run_all, slots
+    from study.truth import compare, comparison_lines
 
     settings = _settings(options, cluster)
     at_once = slots(cluster, settings)
@@ -260,8 +282,13 @@ def _train(
         else:
             check_shared_folder(options.checkpoints, settings.data_root)
     _say(f"{len(pending)} of {len(runs)} runs to train, {at_once} at a time")
+    forecast = _expected(options, runs, settings, cluster)
+    if forecast:
+        sources = " and ".join(sorted({each.rate.source for each in forecast.pending}))
+        _say(f"forecast: {duration(forecast.makespan)} ({sources})")
     with watch(cluster, _say, options.command), StudyDisplay(runs) as display:
         reports, signal_code = run_all(pending, settings, cluster, display)
+    took = time.monotonic() - begun
     with_storage = bool(settings.saving.storage)  # then another node may have it, and it is brought here in a moment
     failures = []
     for run in pending:
@@ -269,6 +296,11 @@ def _train(
         ended = _has_result(run, options) or (with_storage and "status" in report)
         if not ended:
             failures.append((run.spec.title, str(report.get("failed", "it ended without a result"))))
+    if forecast:
+        run_seconds = {run_id: report["run_seconds"] for run_id, report in reports.items() if report.get("status") == "done"}
+        as_planned = not failures and signal_code is None
+        for line in comparison_lines(compare(forecast, run_seconds, took if as_planned else None, options.checkpoints)):
+            _say(line)
     return failures, signal_code
 
 

@@ -274,6 +274,7 @@ def _worker(config: dict[str, Any]) -> None:
             last = steps[-1]
             report({**last._asdict(), "total_steps": total, "images_per_second": _pace(spec, last)})
 
+    start = time.perf_counter()
     try:
         result = train(
             spec,
@@ -290,8 +291,9 @@ def _worker(config: dict[str, Any]) -> None:
     except RunIsBusyError:
         report({"run_id": config["run"]["run_id"], "busy": True})
         return
-    # The outcome, flat, as Tune keeps it.
-    report({key: value for key, value in result.items() if isinstance(value, (str, int, float, bool))})
+    # The outcome, flat, as Tune keeps it, and what the whole run took this process.
+    outcome = {key: value for key, value in result.items() if isinstance(value, (str, int, float, bool))}
+    report({**outcome, "run_seconds": time.perf_counter() - start})
 
 
 def _should_stop(stop_flag: Any) -> Callable[[], bool]:
