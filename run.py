@@ -238,6 +238,9 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_SEEDS
 @_EPOCHS
 @click.option("--dry_run", is_flag=True, help="List the runs with their costs and stop.")
+@click.option(
+    "--rehearse", is_flag=True, help="Two real steps of every cell, from data to storage, to find what would fail later; leaves nothing."
+)
 @_place_options
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Processes that train one run together."
@@ -250,7 +253,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_checkpoints_option
 @_compute_options
 @_saving_options
-def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, dry_run: bool, upload: bool,
+def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, dry_run: bool, rehearse: bool, upload: bool,
           checkpoints: Path, save_every: str, storage: str | None, sync_every: str, lease: str,
           resource: tuple[str, ...], compile: str, **options: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
@@ -260,12 +263,14 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     """
     from study.grid import find_grid
 
+    if rehearse and dry_run:
+        raise UserError("--rehearse and --dry_run exclude each other.", "give one of both.")
     chosen = find_grid(grid, dataset)
     chosen.runs(seeds=seeds, overrides={"epochs": epochs})  # names and values first
     saving = _saving(save_every, storage, sync_every, lease)
     resources = dict(_resource(text) for text in resource)
     _check_upload(upload)
-    from study.main import StudyOptions, dry_run_table, run_study
+    from study.main import StudyOptions, dry_run_table, rehearse_study, run_study
 
     settings = StudyOptions(
         grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources, compile=_COMPILE[compile],
@@ -274,7 +279,7 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     if dry_run:
         click.echo(dry_run_table(settings))
         return
-    sys.exit(run_study(settings))
+    sys.exit(rehearse_study(settings) if rehearse else run_study(settings))
 
 
 @cli.command()

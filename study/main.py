@@ -221,6 +221,32 @@ def run_study(options: StudyOptions) -> int:
     return 0
 
 
+def rehearse_study(options: StudyOptions) -> int:
+    """Two real steps of every cell of the grid, from data to storage; a line for each to stdout. Returns the exit code.
+
+    The ledger and the storage are afterwards as they were.
+
+    Raises:
+        UserError: bad input, or data that cannot be loaded.
+    """
+    with contextlib.ExitStack() as stack:
+        cluster = _connect(stack, options)
+        from study.rehearsal import cells, rehearse
+
+        specs = cells(options.runs(_precision_on(cluster, options)))
+        load_fingerprints(specs, options.data_root, required=True)
+        settings = _settings(options, cluster)
+        at_once = _slots(cluster, settings)
+        _say(f"{len(specs)} cells to rehearse, {at_once} at a time")
+        outcomes = rehearse(specs, settings, lambda each: print(each.line(), flush=True))
+    failed = [each.title for each in outcomes if each.fault]
+    if failed:
+        _say(f"\nerror: {len(failed)} of {len(outcomes)} cells failed: {', '.join(failed)}\nhint: mend that before the study.")
+        return 1
+    _say(f"all {len(outcomes)} cells work")
+    return 0
+
+
 def _exchange(options: StudyOptions, specs: list[RunSpec], fingerprints: dict[str, str], strict: bool = True) -> list[str]:
     """With a storage: brings ended runs that are only there, and sends those that are only here.
 
@@ -263,19 +289,11 @@ def _train(
     from study.cluster import check_shared_folder, check_storage_and_data, watch
     from study.display import StudyDisplay
     from study.forecast import duration
-    from study.runner import run_all, slots
+    from study.runner import run_all
     from study.truth import compare, comparison_lines
 
     settings = _settings(options, cluster)
-    at_once = slots(cluster, settings)
-    if at_once < 1:
-        needs = f"{settings.workers} x {settings.cpus_per_run} CPUs"
-        needs += f" and {settings.gpus_per_run:g} GPUs" if settings.gpus_per_run else ""
-        needs += "".join(f" and {amount:g} {name}" for name, amount in settings.resources.items())
-        raise UserError(
-            f"a run needs {needs}, and the cluster has {cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs.",
-            "lower --cpus_per_run, --gpus_per_run, --resource or --workers.",
-        )
+    at_once = _slots(cluster, settings)
     if cluster.nodes > 1:
         if settings.saving.storage:
             check_storage_and_data(settings.saving.storage, settings.data_root)
@@ -302,6 +320,22 @@ def _train(
         for line in comparison_lines(compare(forecast, run_seconds, took if as_planned else None, options.checkpoints)):
             _say(line)
     return failures, signal_code
+
+
+def _slots(cluster: Cluster, settings: Settings) -> int:
+    """How many runs train at a time. Raises UserError where the cluster has not room for one."""
+    from study.runner import slots
+
+    at_once = slots(cluster, settings)
+    if at_once < 1:
+        needs = f"{settings.workers} x {settings.cpus_per_run} CPUs"
+        needs += f" and {settings.gpus_per_run:g} GPUs" if settings.gpus_per_run else ""
+        needs += "".join(f" and {amount:g} {name}" for name, amount in settings.resources.items())
+        raise UserError(
+            f"a run needs {needs}, and the cluster has {cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs.",
+            "lower --cpus_per_run, --gpus_per_run, --resource or --workers.",
+        )
+    return at_once
 
 
 def _has_result(run: PlannedRun, options: StudyOptions) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,16 +15,25 @@ import torch
 import torch.nn.functional as F
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
-from diffvit.ledger import RunSpec
+from diffvit.dataset import load
+from diffvit.ledger import RunFiles, RunSpec
+from diffvit.log import was_interrupted
 from diffvit.memory import activation_bytes, affordable_micro_batch, micro_batch_within, training_memory
 from diffvit.protocol import MODELS, PROTOCOLS
+from diffvit.saving import Saving
 from diffvit.train import Stopped, train
 from diffvit.vit import VisionTransformer, build_model
+from study.cluster import connect
 from study.devices import SHEETS, CellRate, Machine, find_machine, how, keep_machine, measurements_file, sheet_of
 from study.forecast import Rate, cell_of, forecast_study, forecast_text, makespan, measured_place, run_seconds, sheet_place
 from study.grid import GRIDS, Grid
 from study.plan import load_fingerprints, plan_runs
+from study.probe import measure_cell
+from study.rehearsal import Rehearsed, cells, rehearse
+from study.runner import Settings
+from study.truth import compare, comparison_lines
 
+ROOT = Path(__file__).resolve().parents[1]
 SHORT_DEPTHS = {"two": 2}
 
 # ---------------------------------------------------------------------------------------------------------------- memory
@@ -118,7 +130,7 @@ def test_done_runs_cost_nothing_and_begun_ones_the_rest(tmp_path: Path) -> None:
     assert (done.state, done.seconds, begun.state, begun.steps_done) == ("done", 0.0, "25 % done", 5)
     rate = begun.rate
     assert begun.seconds == pytest.approx(run_seconds(runs[1], rate) - 5 * 32 * (rate.train + rate.evaluate))
-    assert forecast.makespan == pytest.approx(5.0 + begun.seconds)
+    assert forecast.makespan == pytest.approx(4.0 + 2 * 1.0 + begun.seconds)
     said = forecast_text(forecast)
     assert "1 to train, 1 of them begun; 1 ended" in said and "measured  on Some CPU, 2020-01-02" in said and "ESTIMATED" not in said
     everything = forecast_study(runs, measured_place(machine, runs, 1, DEFAULT_COMPUTE, None), tmp_path / "elsewhere")
@@ -225,3 +237,118 @@ def test_bad_input(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argumen
     error, said = outcome.err.strip().splitlines()[-2:]
     assert error.startswith("error: ") and said.startswith("hint: ") and hint in said
     assert outcome.out == "" and not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------- forecast and truth
+
+
+def test_the_error_of_a_forecast_is_said(tmp_path: Path) -> None:
+    specs = Grid("two", ("digits",), sizes=("small", "medium"), overrides={"max_steps": 20}).runs()
+    runs = plan_runs(specs, tmp_path, load_fingerprints(specs, None, required=True))
+    forecast = forecast_study(runs, measured_place(_machine(runs), runs, 1, DEFAULT_COMPUTE, None), tmp_path)
+    said = forecast.runs[0].seconds
+    logs = [RunFiles.of(tmp_path, run.spec, str(run.run_id)).log for run in runs]
+    for log, note in zip(
+        logs, ("", "# resumed after step 3; 2 steps, 1.5 s done again\n", "# begun again; 4 steps, 0.3 s done again\n"), strict=False
+    ):
+        log.parent.mkdir(exist_ok=True)
+        log.write_text("step,seconds\n" + note)
+    assert [was_interrupted(log) for log in logs] == [False, True, True, False]  # the last one has no log at all
+    took = {str(runs[0].run_id): said / 1.25, str(runs[1].run_id): 1.0, str(runs[2].run_id): 1.0}
+    comparison = compare(forecast, took, forecast.makespan * 2, tmp_path)
+    assert [run[0] for run in comparison.runs] == [runs[0].spec.title] and len(comparison.interrupted) == 2
+    text = "\n".join(comparison_lines(comparison))
+    assert "+25 %" in text and "-50 %" in text and "2 runs were interrupted" in text and "1 runs: the forecast is off by 25 %" in text
+    stopped = "\n".join(comparison_lines(compare(forecast, took, None, tmp_path)))
+    assert "whole study" not in stopped and "+25 %" in stopped
+
+
+def test_a_cell_is_measured_by_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = RunSpec.of("vit_differential", "0.1M", "digits")
+    found = measure_cell(spec, load("digits"), torch.device("cpu"), Compute(micro_batch=16), 0.5)
+    assert found["images"] in (1, 4, 16, 32) and found["train"] > 0 and found["evaluate"] > 0 and found["start"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------------- rehearsal
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with connect("local") as connected:
+        yield connected
+
+
+def test_a_rehearsal_leaves_nothing_and_names_what_fails(cluster, tmp_path: Path) -> None:
+    breaks = {"lr": 9e8, "warmup_steps": 0}
+    chosen = cells(Grid("some", ("digits",), models=("vit_classic",), sizes=("small",), seeds=(0, 1), conditions=({}, breaks)).runs())
+    assert [spec.overrides for spec in chosen] == [{"max_steps": 2}, {**breaks, "max_steps": 2}]
+    (tmp_path / "storage").mkdir()
+    settings = Settings(checkpoints=str(tmp_path / "checkpoints"), saving=Saving(storage=str(tmp_path / "storage")))
+    heard: list[Rehearsed] = []
+    found = rehearse(chosen, settings, heard.append)
+    assert len(heard) == 2 and {each.title for each in heard} == {each.title for each in found}
+    whole, broken = found
+    assert whole.title == "vit_classic 0.1M digits" and broken.title == "vit_classic 0.1M digits lr=900000000.0 warmup_steps=0"
+    assert whole.parts == (
+        "stopped and saved after a step", "resumed to step 2", "tested on 64 images", "read back", "stored and brought back")  # fmt: skip
+    assert whole.fault == "" and whole.seconds > 0 and whole.memory is not None and whole.memory > 50 * 2**20
+    assert whole.line().startswith("ok ") and "diverged" in broken.fault and broken.line().startswith("FAILED")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["storage"]
+
+
+def test_a_rehearsal_keeps_what_was_there(cluster, tmp_path: Path) -> None:
+    specs = Grid("one", ("digits",), models=("vit_classic",), sizes=("small",), overrides={"max_steps": 2}).runs()
+    train(specs[0], tmp_path, device="cpu")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (outcome,) = rehearse(cells(specs), Settings(checkpoints=str(tmp_path)), lambda each: None)
+    assert not outcome.fault and "stored and brought back" not in outcome.parts
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not list((tmp_path / ".state").iterdir())
+
+
+def test_a_process_that_dies_in_a_rehearsal_is_named(cluster, tmp_path: Path) -> None:
+    import ray
+
+    from study.rehearsal import _outcome
+
+    died = _outcome(ray.remote(max_retries=0)(lambda: os._exit(3)).remote(), "some cell")
+    assert died.title == "some cell" and "process died" in died.fault and "FAILED  some cell" in died.line()
+
+
+@pytest.mark.slow
+def test_plan_probe_study_and_rehearsal_as_commands(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text("datasets: [digits]\nsizes: [small]\noverrides: {epochs: 2}\n")
+    environment = {**os.environ, "DIFFVIT_CACHE": str(tmp_path / "cache")}
+
+    def command(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    grid = ("--grid", "two.yaml", "--address", "local")
+    rehearsed = command("study", *grid, "--rehearse")
+    assert rehearsed.returncode == 0, rehearsed.stderr
+    assert len(rehearsed.stdout.splitlines()) == 2 and all(
+        line.startswith("ok ") and " GB " in line for line in rehearsed.stdout.splitlines()
+    )
+    assert not (tmp_path / "checkpoints").exists()
+    assert command("study", "--grid", "two.yaml", "--address", "local", "--rehearse", "--dry_run").returncode == 2
+
+    unknown = command("plan", "--grid", "two.yaml")
+    assert unknown.returncode == 2 and "--probe" in unknown.stderr
+    probed = command("plan", *grid, "--probe", "--probe_seconds", "1", "--json", "plan.json")
+    assert probed.returncode == 0, probed.stderr
+    assert len(re.findall(r" measured +to do", probed.stdout)) == 2 and "measured  on " in probed.stdout
+    assert json.loads((tmp_path / "plan.json").read_text())["makespan_seconds"] > 0
+    again = command("plan", *grid)
+    assert again.stdout == probed.stdout
+
+    study = command("study", *grid)
+    assert study.returncode == 0, study.stderr
+    assert re.search(r"^forecast: \d+", study.stderr, re.MULTILINE)
+    assert len(re.findall(r"^vit_\w+ 0\.1M digits seed 0 .*\d s +\d+\.\d s +[+-]\d+ %$", study.stderr, re.MULTILINE)) == 2
+    assert re.search(r"^whole study: forecast \d+.*, took \d+.*: [+-]\d+ %$", study.stderr, re.MULTILINE)
+    done = command("plan", *grid)
+    assert "0 to train; 2 ended" in done.stdout and done.stdout.count("0:00:00") == 2
