@@ -313,6 +313,8 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
         from study.devices import find_sheet
 
         find_sheet(gpu)
+    if json_path and not os.access(json_path.resolve().parent, os.W_OK):
+        raise UserError(f"{json_path} cannot be written.", "give --json a file in a folder that is there.")
     from study.main import StudyOptions, plan_study
 
     settings = StudyOptions(grid=chosen, seeds=seeds, epochs=epochs, compile=_COMPILE[compile], command=_own_command(), **options)
@@ -320,9 +322,8 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
     from study.forecast import forecast_json, forecast_text
 
     if json_path:
-        from diffvit.ledger import check_writable, write_atomically
+        from diffvit.ledger import write_atomically
 
-        check_writable(json_path.resolve().parent)
         write_atomically(json_path, (json.dumps(forecast_json(forecast), indent=1) + "\n").encode())
     click.echo(forecast_text(forecast))
 

@@ -229,10 +229,11 @@ def test_plan_says_what_does_not_fit(cli) -> None:
     (("--gpu", "h100", "--data_root", "nowhere"), "--data_root"),
     (("--gpu", "h100", "--epochs", "0"), "at least 1"),
     (("--gpus_per_run", "0"), "--probe, or --gpu"),
+    (("--gpu", "h100", "--json", "nowhere/plan.json"), "a folder that is there"),
 ])  # fmt: skip
 def test_bad_input(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], hint: str) -> None:
     monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path / "cache"))
-    outcome = cli("plan", *arguments, "--json", "plan.json")
+    outcome = cli("plan", "--json", "plan.json", *arguments)
     assert outcome.code == 2
     error, said = outcome.err.strip().splitlines()[-2:]
     assert error.startswith("error: ") and said.startswith("hint: ") and hint in said
