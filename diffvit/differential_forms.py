@@ -97,58 +97,77 @@ def _pairs_apart(x_BNPsE: Tensor) -> Tensor:
 _BLOCK_SCORES = 2**20
 
 
-@torch.compiler.disable
 def blocks(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) -> Tensor:
     """The maps' difference, block by block of queries, times V; the maps are computed again for the backward pass. fp32 and fp64.
 
     Forward and backward so need the arithmetic of classic attention, and not one and a half times as much.
     """
-    return _Blocks.apply(_pairs_apart(q_BNPsE), _pairs_apart(k_BNPsE), v_BPNV, lambda_full)
+    return _blocks(_pairs_apart(q_BNPsE), _pairs_apart(k_BNPsE), v_BPNV, lambda_full)
 
 
-class _Blocks(torch.autograd.Function):
-    """Of q and k [s, B, P, N, E], v [B, P, N, V] and lambda, scalar."""
+# Operators of their own, of q and k [s, B, P, N, E], v [B, P, N, V] and lambda, scalar: torch.compile leaves their loops alone.
+@torch.library.custom_op("diffvit::blocks", mutates_args=())
+def _blocks(q_sBPNE: Tensor, k_sBPNE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) -> Tensor:
+    B, P, N, _ = v_BPNV.shape
+    out_BPNV = _blocks_like(q_sBPNE, k_sBPNE, v_BPNV, lambda_full)
+    for images, rows in _parts(B, P, N):
+        k_CNE, v_DNV = _flat(k_sBPNE[:, images]), _flat(v_BPNV[images])
+        for queries in rows:
+            first_DRN, second_DRN = _maps_of(_flat(q_sBPNE[:, images, :, queries]), k_CNE).chunk(2)
+            out_DRV = torch.bmm(torch.addcmul(first_DRN, second_DRN, -lambda_full, out=first_DRN), v_DNV)
+            out_BPNV[images, :, queries] = out_DRV.unflatten(0, (-1, P))
+    return out_BPNV
 
-    @staticmethod
-    def forward(ctx: Any, q_sBPNE: Tensor, k_sBPNE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) -> Tensor:
-        ctx.save_for_backward(q_sBPNE, k_sBPNE, v_BPNV, lambda_full)
-        B, P, N, V = v_BPNV.shape
-        out_BPNV = v_BPNV.new_empty(B, N, P, V).transpose(1, 2)  # so that the heads' outputs lie side by side
-        for images, rows in _parts(B, P, N):
-            k_CNE, v_DNV = _flat(k_sBPNE[:, images]), _flat(v_BPNV[images])
-            for queries in rows:
-                first_DRN, second_DRN = _maps_of(_flat(q_sBPNE[:, images, :, queries]), k_CNE).chunk(2)
-                out_DRV = torch.bmm(torch.addcmul(first_DRN, second_DRN, -lambda_full, out=first_DRN), v_DNV)
-                out_BPNV[images, :, queries] = out_DRV.unflatten(0, (-1, P))
-        return out_BPNV
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        (do_BPNV,) = grads
-        q_sBPNE, k_sBPNE, v_BPNV, lambda_full = ctx.saved_tensors
-        B, P, N, _ = v_BPNV.shape
-        scale = q_sBPNE.shape[-1] ** -0.5
-        # The second map is subtracted lambda times, and so are the gradients that flow through it.
-        sign_s1111 = torch.stack([torch.ones_like(lambda_full), -lambda_full]).view(2, 1, 1, 1, 1)
-        dq_sBPNE, dk_sBPNE, dv_BPNV = torch.empty_like(q_sBPNE), torch.empty_like(k_sBPNE), torch.empty_like(v_BPNV)
-        dlambda = torch.zeros_like(lambda_full)
-        for images, rows in _parts(B, P, N):
-            k_CNE, v_DNV = _flat(k_sBPNE[:, images]), _flat(v_BPNV[images])
-            dk_CNE, dv_DNV = torch.zeros_like(k_CNE), torch.zeros_like(v_DNV)
-            for queries in rows:
-                q_CRE, do_DRV = _flat(q_sBPNE[:, images, :, queries]), _flat(do_BPNV[images, :, queries])
-                a_CRN = _maps_of(q_CRE, k_CNE)
-                first_DRN, second_DRN = a_CRN.chunk(2)
-                da_DRN = torch.bmm(do_DRV, v_DNV.mT)  # of the difference: one for both maps
-                dv_DNV.baddbmm_(torch.addcmul(first_DRN, second_DRN, -lambda_full).mT, do_DRV)
-                dlambda -= torch.dot(second_DRN.flatten(), da_DRN.flatten())
-                for map_DRN in (first_DRN, second_DRN):  # its memory takes the gradient of its scores
-                    torch.ops.aten._softmax_backward_data.out(da_DRN, map_DRN, -1, map_DRN.dtype, grad_input=map_DRN)
-                dq_sBPNE[:, images, :, queries] = torch.bmm(a_CRN, k_CNE).unflatten(0, (2, -1, P)) * (sign_s1111 * scale)
-                dk_CNE.baddbmm_(a_CRN.mT, q_CRE)
-            dk_sBPNE[:, images] = dk_CNE.unflatten(0, (2, -1, P)) * (sign_s1111 * scale)
-            dv_BPNV[images] = dv_DNV.unflatten(0, (-1, P))
-        return dq_sBPNE, dk_sBPNE, dv_BPNV, dlambda
+@_blocks.register_fake
+def _blocks_like(q_sBPNE: Tensor, k_sBPNE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) -> Tensor:
+    B, P, N, V = v_BPNV.shape
+    return v_BPNV.new_empty(B, N, P, V).transpose(1, 2)  # so that the heads' outputs lie side by side
+
+
+@torch.library.custom_op("diffvit::blocks_backward", mutates_args=())
+def _blocks_backward(
+    do_BPNV: Tensor, q_sBPNE: Tensor, k_sBPNE: Tensor, v_BPNV: Tensor, lambda_full: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, P, N, _ = v_BPNV.shape
+    scale = q_sBPNE.shape[-1] ** -0.5
+    # The second map is subtracted lambda times, and so are the gradients that flow through it.
+    sign_s1111 = torch.stack([torch.ones_like(lambda_full), -lambda_full]).view(2, 1, 1, 1, 1)
+    dq_sBPNE, dk_sBPNE, dv_BPNV, dlambda = _blocks_backward_like(do_BPNV, q_sBPNE, k_sBPNE, v_BPNV, lambda_full)
+    dlambda.zero_()
+    for images, rows in _parts(B, P, N):
+        k_CNE, v_DNV = _flat(k_sBPNE[:, images]), _flat(v_BPNV[images])
+        dk_CNE, dv_DNV = torch.zeros_like(k_CNE), torch.zeros_like(v_DNV)
+        for queries in rows:
+            q_CRE, do_DRV = _flat(q_sBPNE[:, images, :, queries]), _flat(do_BPNV[images, :, queries])
+            a_CRN = _maps_of(q_CRE, k_CNE)
+            first_DRN, second_DRN = a_CRN.chunk(2)
+            da_DRN = torch.bmm(do_DRV, v_DNV.mT)  # of the difference: one for both maps
+            dv_DNV.baddbmm_(torch.addcmul(first_DRN, second_DRN, -lambda_full).mT, do_DRV)
+            dlambda -= torch.dot(second_DRN.flatten(), da_DRN.flatten())
+            for map_DRN in (first_DRN, second_DRN):  # its memory takes the gradient of its scores
+                torch.ops.aten._softmax_backward_data.out(da_DRN, map_DRN, -1, map_DRN.dtype, grad_input=map_DRN)
+            dq_sBPNE[:, images, :, queries] = torch.bmm(a_CRN, k_CNE).unflatten(0, (2, -1, P)) * (sign_s1111 * scale)
+            dk_CNE.baddbmm_(a_CRN.mT, q_CRE)
+        dk_sBPNE[:, images] = dk_CNE.unflatten(0, (2, -1, P)) * (sign_s1111 * scale)
+        dv_BPNV[images] = dv_DNV.unflatten(0, (-1, P))
+    return dq_sBPNE, dk_sBPNE, dv_BPNV, dlambda
+
+
+@_blocks_backward.register_fake
+def _blocks_backward_like(do_BPNV: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in inputs)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_blocks(ctx: Any, do_BPNV: Tensor) -> tuple[Tensor, ...]:
+    return _blocks_backward(do_BPNV, *ctx.saved_tensors)
+
+
+_blocks.register_autograd(_differentiate_blocks, setup_context=_keep_inputs)
 
 
 def _parts(images: int, pairs: int, tokens: int) -> Iterator[tuple[slice, list[slice]]]:

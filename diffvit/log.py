@@ -18,7 +18,13 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from diffvit.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 
 class Step(NamedTuple):
@@ -162,8 +168,124 @@ def _steps_and_seconds(text: str) -> tuple[int, float]:
         return len(steps), 0.0
 
 
-def read_log(path: Path):
-    """The log as a DataFrame, one row a step, columns as in Step."""
+class LogRows(NamedTuple):
+    """The steps of a log.
+
+    Attributes:
+        text: their lines as they stand in the log, without the column names and without comments; each ends with a line feed.
+        columns: name of a field of Step -> its values, in order of step; whole numbers as int64, others as float64. [steps]
+    """
+
+    text: bytes
+    columns: dict[str, np.ndarray]
+
+
+def read_log(path: Path, steps: int | None = None) -> pd.DataFrame:
+    """The log as a DataFrame, one row a step, columns as in Step. Arguments and errors as in read_rows."""
     import pandas as pd
 
-    return pd.read_csv(path, comment="#")
+    return pd.DataFrame(read_rows(path, steps).columns)
+
+
+def read_rows(path: Path, steps: int | None = None) -> LogRows:
+    """The steps of a log: nothing but numbers, and each step from 1 on, once and in order.
+
+    Args:
+        steps: how many there must be: those of an ended run's result. Without it the run may be unfinished: a last line that is cut, as a
+            killed process or a full disk leaves it, is no step, and a log that was hardly begun has none.
+
+    Raises:
+        UserError: the log cannot be read or is damaged; it names the file and the line.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.", _hint(steps)) from error
+    try:
+        return _rows(content, steps)
+    except ValueError as error:  # quickly found, and slowly explained
+        raise UserError(f"{path} is damaged: {_damage(content, steps) or error}.", _hint(steps)) from error
+
+
+_HEADER = ",".join(Step._fields).encode()
+_WHOLE_NUMBERS = ("step", "epoch")
+
+
+def _rows(content: bytes, steps: int | None) -> LogRows:
+    """Raises ValueError for a log that is damaged in any way."""
+    import numpy as np
+    import pyarrow
+    from pyarrow import csv
+
+    text = _without_comments(content[: content.rfind(b"\n") + 1])
+    if text.startswith(_HEADER + b"\n"):
+        text = text[len(_HEADER) + 1 :]
+    elif text or steps is not None:
+        raise ValueError("it has no column names")
+    count = text.count(b"\n")
+    if steps is not None and count != steps:
+        raise ValueError(f"it has {count} steps instead of {steps}")
+    kinds = {name: pyarrow.int64() if name in _WHOLE_NUMBERS else pyarrow.float64() for name in Step._fields}
+    if not count:
+        return LogRows(text, {name: np.empty(0, kind.to_pandas_dtype()) for name, kind in kinds.items()})
+    table = csv.read_csv(
+        pyarrow.BufferReader(text),
+        csv.ReadOptions(use_threads=False, column_names=list(kinds), block_size=len(text) + 1),  # one block: arrays in one piece
+        csv.ParseOptions(quote_char=False, double_quote=False, ignore_empty_lines=False),
+        csv.ConvertOptions(column_types=kinds, null_values=[], strings_can_be_null=False),
+    )
+    columns = {name: table.column(name).to_numpy() for name in kinds}
+    if not np.array_equal(columns["step"], np.arange(1, count + 1)):
+        raise ValueError("its steps are not in order")
+    return LogRows(text, columns)
+
+
+def _without_comments(content: bytes) -> bytes:
+    first, *commented = (b"\n" + content).split(b"\n#")
+    rests = (part[part.find(b"\n") :] if b"\n" in part else b"" for part in commented)  # nothing where the next comment follows at once
+    return b"".join([first, *rests])[1:]
+
+
+_NUMBER = re.compile(rb"[+-]?(\d+(\.\d*)?(e[+-]?\d+)?|inf|nan)")
+_WHOLE_NUMBER = re.compile(rb"\d+")
+
+
+def _damage(content: bytes, steps: int | None) -> str:
+    """The first damage of a log, with its line; "" where there is none."""
+    *lines, cut = content.split(b"\n")
+    named, step = False, 0
+    for number, line in enumerate(lines, start=1):
+        if line.startswith(b"#"):
+            continue
+        if not named:
+            if line != _HEADER:
+                return f"line {number} is {_shown(line)} instead of the column names"
+            named = True
+            continue
+        step += 1
+        cells = line.split(b",")
+        if len(cells) != len(Step._fields):
+            return f"line {number} has {len(cells)} of {len(Step._fields)} values: {_shown(line)}"
+        for name, cell in zip(Step._fields, cells, strict=True):
+            whole = name in _WHOLE_NUMBERS
+            if not (_WHOLE_NUMBER if whole else _NUMBER).fullmatch(cell):
+                return f"line {number} has {_shown(cell)} for {name}, which is no {'whole ' if whole else ''}number"
+        if int(cells[0]) != step:
+            return f"line {number} has step {int(cells[0])} in place of step {step}"
+        if steps is not None and step > steps:
+            return f"line {number} has step {step}, and the result says that the run has {steps}"
+    if steps is not None and step < steps:
+        where = f"line {len(lines) + 1} is cut" if cut else f"it ends with line {len(lines)}" if lines else "it is empty"
+        return f"{where}, after {step} of {steps} steps"
+    return ""
+
+
+def _shown(text: bytes) -> str:
+    """Some of what stands in a file, on one line."""
+    return repr(text[:40].decode(errors="replace")) + (" …" if len(text) > 40 else "")
+
+
+def _hint(steps: int | None) -> str:
+    if steps is None:
+        return "`study` or `train` goes on from the last state that was saved before the damage."
+    return "delete the run's _result.json, and `study` or `train` trains it again."

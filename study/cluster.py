@@ -21,11 +21,15 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 # Signals are ours: a study saves its states before it ends.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+# Ray's start waits for its dashboard, which is a dozen processes: it may come up while runs train.
+os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "0")
 
 from diffvit.errors import UserError
 
 # No object of a study is larger than a report of a few numbers.
 _OBJECT_STORE_BYTES = 200 * 1024**2
+
+_DASHBOARD_PORT = 8265
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,12 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     own = chosen == "local"
     if not own and not _answers(chosen):
         raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
-    options = {"include_dashboard": True, "object_store_memory": _OBJECT_STORE_BYTES} if own else {}
+    options: dict[str, Any] = {}
+    if own:
+        options = {"object_store_memory": _OBJECT_STORE_BYTES, "dashboard_port": _free_port(_DASHBOARD_PORT)}
     try:
-        context = _start(chosen, options)
+        with _dashboard_gives_way() as dashboards:
+            context = _start(chosen, options)
     except (ConnectionError, ValueError) as error:
         raise UserError(
             f"the Ray cluster at {chosen} cannot be joined: {str(error).splitlines()[0]}.", "check `ray status`, or use --address local."
@@ -81,10 +88,62 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
         nodes = sum(node["Alive"] for node in ray.nodes())
         yield Cluster(
             str(context.address_info["address"]), own, nodes,
-            resources.get("CPU", 0), resources.get("GPU", 0), context.dashboard_url or None, resources,
+            resources.get("CPU", 0), resources.get("GPU", 0),
+            f"127.0.0.1:{options['dashboard_port']}" if dashboards else context.dashboard_url or None, resources,
         )  # fmt: skip
     finally:
         ray.shutdown()
+        for dashboard in dashboards:  # Ray has not waited for it, and does not end it
+            _end(dashboard)
+
+
+def _free_port(first: int) -> int:
+    """The first port from `first` on that nobody listens on."""
+    for port in range(first, first + 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+            return port
+    return 0
+
+
+@contextlib.contextmanager
+def _dashboard_gives_way() -> Iterator[list[Any]]:
+    """While the block starts a Ray, its dashboard's processes are put behind all others, as soon as there are any. Collects them."""
+    import psutil
+
+    found: dict[int, Any] = {}
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.05):
+            for child in psutil.Process().children():
+                with contextlib.suppress(psutil.Error):
+                    if child.pid not in found and any(part.endswith("dashboard.py") for part in child.cmdline()):
+                        child.nice(19)
+                        found[child.pid] = child
+
+    thread = threading.Thread(target=look, name="dashboard-gives-way", daemon=True)
+    dashboards: list[Any] = []
+    thread.start()
+    try:
+        yield dashboards
+    finally:
+        over.set()
+        thread.join()
+        dashboards += found.values()
+
+
+def _end(process: Any) -> None:
+    """Ends a process and its children, which have nothing to lose."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        family = [*process.children(recursive=True), process]
+        for each in family:
+            with contextlib.suppress(psutil.Error):
+                each.kill()
+        psutil.wait_procs(family, timeout=5)
 
 
 def _start(address: str, options: dict[str, Any]) -> Any:
@@ -95,7 +154,8 @@ def _start(address: str, options: dict[str, Any]) -> Any:
     while True:
         tries -= 1
         try:
-            return ray.init(address=address, log_to_driver=False, logging_level="ERROR", **options)
+            # What Ray logs as an error here is that its dashboard is not there yet.
+            return ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", **options)
         except (ConnectionError, ValueError):
             raise
         except Exception as error:  # Ray raises a bare Exception for it

@@ -414,21 +414,20 @@ def warmup_warnings(specs: list[RunSpec]) -> list[str]:
 
 def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> None:
     """The table to stdout and as CSV, and the figures."""
-    from study.table import run_table, step_table, write_csv
+    from study.table import run_table, step_table, write_csv, write_step_csv
 
     table = run_table(options.checkpoints, specs)
     if table.empty:
         return
     print(table_text(table))
-    steps = step_table(options.checkpoints, table)
-    for name, content in (("runs", table), ("steps", steps)):
-        write_csv(content, options.checkpoints / f"{options.grid.name}_{name}.csv")
+    write_csv(table, options.checkpoints / f"{options.grid.name}_runs.csv")
+    write_step_csv(options.checkpoints, table, options.checkpoints / f"{options.grid.name}_steps.csv")
     out = options.checkpoints / "figures"
     drawn, now = _drawn_file(options.checkpoints), "\n".join(table["run_id"])
     if draw and not (drawn.is_file() and drawn.read_text() == now):
         from study.figures import draw_figures
 
-        draw_figures(table, steps, out)
+        draw_figures(table, step_table(options.checkpoints, table), out)
         _note_drawn(options.checkpoints, table)
     _say(f"\ntable    {options.checkpoints / (options.grid.name + '_runs.csv')}\nfigures  {out}")
 

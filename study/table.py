@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import csv
+import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
 
 from diffvit.errors import UserError
 from diffvit.ledger import RunFiles, RunSpec, overrides_text, read_results, write_atomically
-from diffvit.log import read_log
+from diffvit.log import LogRows, Step, read_rows
 from diffvit.protocol import PROTOCOLS
 
 # Order of the run table's columns; identity first, outcome, then where it ran.
@@ -153,31 +155,88 @@ def files_of(checkpoints: Path, run: Any) -> RunFiles:
     return RunFiles(Path(checkpoints), run.model, run.run_id, run.size, run.dataset)
 
 
+# What stands before a run's steps and predictions.
+_RUN_COLUMNS = ("run_id", "model", "size", "dataset", "seed")
+
+
 def step_table(checkpoints: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The long form: one row a step of every run, with the run's id, model, size, data set and seed in front."""
-    parts = [_with_run(_read(files_of(checkpoints, run).log), run) for run in table.itertuples()]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    """The long form: one row a step of every run, with the run's id, model, size, data set and seed in front.
+
+    The first four are categoricals: as text they would take more memory than all numbers.
+
+    Raises:
+        UserError: a log that cannot be read, is damaged, or has not the steps that the run's result says.
+    """
+    if table.empty:
+        return pd.DataFrame()
+    counts = table["steps"].to_numpy(np.int64)
+    ends = counts.cumsum()
+    # Filled run after run: a list of tables would be held beside their sum.
+    columns: dict[str, np.ndarray] = {}
+    for end, count, (_, rows) in zip(ends, counts, _logs(checkpoints, table), strict=True):
+        for name, values in rows.columns.items():
+            if name not in columns:
+                columns[name] = np.empty(ends[-1], values.dtype)
+            columns[name][end - count : end] = values
+    of_run = np.repeat(np.arange(len(table), dtype=np.int32), counts)
+    front = {name: _labels(table[name], of_run) for name in _RUN_COLUMNS[:-1]}
+    return pd.DataFrame({**front, "seed": table["seed"].to_numpy(np.int64)[of_run], **columns}, copy=False)
+
+
+def write_step_csv(checkpoints: Path, table: pd.DataFrame, path: Path) -> None:
+    """The step table as CSV, replacing the file in one step. Numbers stand as in the logs, and no more than one run is in memory.
+
+    Raises:
+        UserError: as step_table.
+    """
+
+    def write(file: BinaryIO) -> None:
+        file.write(_csv_line([*_RUN_COLUMNS, *Step._fields]) + b"\n")
+        for run, rows in _logs(checkpoints, table):
+            front = _csv_line([getattr(run, name) for name in _RUN_COLUMNS]) + b","
+            file.write((front + rows.text[:-1].replace(b"\n", b"\n" + front) + b"\n") if rows.text else b"")
+
+    write_atomically(path, write)
+
+
+def _logs(checkpoints: Path, table: pd.DataFrame) -> Iterator[tuple[Any, LogRows]]:
+    """Each run of a run table with the steps of its log, checked against the result."""
+    for run in table.itertuples():
+        yield run, read_rows(files_of(checkpoints, run).log, run.steps)
+
+
+def _labels(values: pd.Series, of_row: np.ndarray) -> pd.Categorical:
+    """A run table's column of text, spread over the rows that belong to each run."""
+    codes, names = pd.factorize(values, sort=True)  # groups and pivots in the order that text would have
+    small = codes.astype(np.min_scalar_type(-len(names)))  # signed, as codes are
+    return pd.Categorical.from_codes(small[of_row], names)
+
+
+def _csv_line(cells: Iterable[Any]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="").writerow(cells)
+    return text.getvalue().encode()
 
 
 def prediction_table(checkpoints: Path, table: pd.DataFrame) -> pd.DataFrame:
     """One row a test image of every run that is done: label, predicted label, loss, probability of the true label."""
     done = table[table["status"] == "done"]
-    parts = [_with_run(_read(files_of(checkpoints, run).predictions), run) for run in done.itertuples()]
+    parts = [_with_run(_read_predictions(files_of(checkpoints, run).predictions), run) for run in done.itertuples()]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def wrong_answers(checkpoints: Path, run: Any) -> np.ndarray:
     """1 for each test image that a run (a row of the run table) answered wrongly, else 0. [images]"""
     path = files_of(checkpoints, run).predictions
-    answers = _read(path)
+    answers = _read_predictions(path)
     if not {"label", "predicted"} <= set(answers) or len(answers) != run.test_images:
         raise UserError(f"{path} is damaged.", "`list --verify` names what else is; delete the run's _result.json and train it again.")
     return (answers["label"] != answers["predicted"]).to_numpy(np.float32)
 
 
-def _read(path: Path) -> pd.DataFrame:
+def _read_predictions(path: Path) -> pd.DataFrame:
     try:
-        return read_log(path)
+        return pd.read_csv(path, comment="#")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UserError(
@@ -186,6 +245,6 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _with_run(frame: pd.DataFrame, run: Any) -> pd.DataFrame:
-    for place, name in enumerate(("run_id", "model", "size", "dataset", "seed")):
+    for place, name in enumerate(_RUN_COLUMNS):
         frame.insert(place, name, getattr(run, name))
     return frame

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -18,13 +19,13 @@ import pytest
 
 from diffvit.errors import UserError
 from diffvit.ledger import RunFiles, RunSpec, read_results
-from diffvit.log import read_log
+from diffvit.log import Step, TrainingLog, read_log
 from study.cluster import Cluster, connect, find_address
 from study.display import StudyDisplay
 from study.grid import GRIDS, Grid, find_grid
 from study.plan import load_fingerprints, plan_runs
 from study.runner import Settings, run_all, slots
-from study.table import conditions, prediction_table, run_table, step_table
+from study.table import conditions, files_of, prediction_table, run_table, step_table, write_step_csv
 
 ROOT = Path(__file__).resolve().parents[1]
 EIGHT = Grid("eight", datasets=("digits", "digits-noisy"), sizes=("small", "medium"), overrides={"max_steps": 4})
@@ -50,8 +51,12 @@ def _study(grid: Grid, folder: Path, cluster: Cluster, **settings):
 
 def test_the_dashboard_answers(cluster: Cluster) -> None:
     assert cluster.dashboard is not None
-    with urllib.request.urlopen(f"http://{cluster.dashboard}", timeout=30) as response:
-        assert response.status == 200
+    for _ in range(120):  # Ray does not wait for it
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{cluster.dashboard}", timeout=30) as response:
+            assert response.status == 200
+            return
+        time.sleep(1)
+    pytest.fail("no dashboard")
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +89,66 @@ def test_long_forms_have_a_row_a_step_and_a_row_an_image(finished) -> None:
     assert len(predictions) == table["test_images"].sum()
     share = predictions.assign(right=predictions["label"] == predictions["predicted"]).groupby("run_id")["right"].mean()
     pd.testing.assert_series_equal(share.sort_index(), table.set_index("run_id")["test_accuracy"].sort_index(), check_names=False)
+
+
+def _logs(folder: Path) -> pd.DataFrame:
+    """As much of a run table as the step table needs, with a log for each run: of several lengths, the second of a run that diverged."""
+    table = pd.DataFrame(
+        [("a1", "vit_classic", "0.1M", 3), ("a0", "vit_differential", "0.1M", 1), ("b", "vit_classic", "0.4M", 130)],
+        columns=["run_id", "model", "size", "steps"],
+    ).assign(dataset="digits", seed=[0, 2**40, 1])
+    for run in table.itertuples():
+        losses = [float("nan") if run.run_id == "a0" else 1 / step for step in range(1, run.steps + 1)]
+        with TrainingLog(files_of(folder, run).log, {"run_id": run.run_id}, ["a, note"]) as log:
+            log.write(Step(step, 1, 1e-3, loss, loss, 0.5, 1.5, 0.001 * step) for step, loss in enumerate(losses, start=1))
+            log.note("the end")
+    return table
+
+
+def test_the_step_table_is_the_logs_one_after_the_other(tmp_path: Path) -> None:
+    table = _logs(tmp_path)
+    steps = step_table(tmp_path, table)
+    parts = []
+    for run in table.itertuples():
+        part = pd.read_csv(files_of(tmp_path, run).log, comment="#", float_precision="round_trip")
+        for place, name in enumerate(("run_id", "model", "size", "dataset", "seed")):
+            part.insert(place, name, getattr(run, name))
+        parts.append(part)
+    expected = pd.concat(parts, ignore_index=True)
+    text = ["run_id", "model", "size", "dataset"]
+    assert (steps[text].dtypes == "category").all()
+    pd.testing.assert_frame_equal(steps.astype(dict.fromkeys(text, "str")), expected, check_exact=True)
+    write_step_csv(tmp_path, table, tmp_path / "steps.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "steps.csv", float_precision="round_trip"), expected, check_exact=True)
+    curves = steps[steps["size"] == "0.1M"].pivot(index="step", columns="run_id", values="train_loss")
+    assert set(curves) == {"a0", "a1"} and curves["a1"].tolist() == [1, 0.5, pytest.approx(1 / 3)]
+    assert step_table(tmp_path, table[:0]).empty
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text[: text.rindex(b"\n130,") + 9], "line 133 is cut, after 129 of 130 steps"),
+        (lambda text: text.replace(b"\n7,", b"\n"), "line 10 has 7 of 8 values"),
+        (lambda text: text.replace(b"\n7,1,", b"\n7,1,x"), "line 10 has 'x1.000000e-03' for learning_rate"),
+        (lambda text: text.replace(b"epoch", b"time"), "line 3 is 'step,time,"),
+        (lambda text: text[: text.rindex(b"\n130,") + 1], "it ends with line 132, after 129 of 130 steps"),
+        (lambda text: b"\x00" * len(text), "line 1 is cut, after 0 of 130 steps"),
+        (lambda text: None, "cannot be read: No such file"),
+    ],
+)
+def test_a_finished_run_with_a_damaged_log_is_named(tmp_path: Path, damage, said: str) -> None:
+    table = _logs(tmp_path)
+    log = [files_of(tmp_path, run).log for run in table.itertuples()][2]
+    damaged = damage(log.read_bytes())
+    log.unlink() if damaged is None else log.write_bytes(damaged)
+    (tmp_path / "steps.csv").write_text("of an earlier study")
+    for read in (step_table, lambda *of: write_step_csv(*of, tmp_path / "steps.csv")):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path, table)
+        assert str(log) in caught.value.message and said in caught.value.message
+        assert "_result.json" in caught.value.hint
+    assert (tmp_path / "steps.csv").read_text() == "of an earlier study"
 
 
 def test_a_trial_trains_as_a_plain_process_does(finished, tmp_path: Path) -> None:
