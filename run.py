@@ -74,6 +74,8 @@ _compute_options = _options(
                  help="torch.compile the blocks; auto: on a GPU, where it is found to be faster."),
     click.option("--recompute", is_flag=True, help="Compute activations again instead of keeping them: slower, and in much less memory."),
     click.option("--deterministic", is_flag=True, help="On a GPU too, give the same bits every time."),
+)  # fmt: skip
+_saving_options = _options(
     click.option("--save_every", default=str(DEFAULT_SAVING.every), show_default=True, metavar="INTERVAL",
                  help="How often the state of training is saved, such as 60s or 500steps: what a kill costs at most."),
     click.option("--storage", envvar="DIFFVIT_STORAGE", metavar="URL",
@@ -83,6 +85,13 @@ _compute_options = _options(
                  help="How often the state is copied to the storage: what the loss of this machine costs at most."),
     click.option("--lease", default=f"{DEFAULT_SAVING.lease_seconds:g}s", show_default=True, metavar="TIME",
                  help="How long after this machine's last sign of life another one may take its runs over."),
+)  # fmt: skip
+_place_options = _options(
+    click.option("--address", help="Ray cluster to use, or local. [default: RAY_ADDRESS, one that runs on this host, else local]"),
+    click.option("--gpus_per_run", type=click.FloatRange(min=0), metavar="X",
+                 help="GPUs of a run; 0.5 lets two share one. [default: 1 where there are GPUs]"),
+    click.option("--cpus_per_run", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+                 help="CPUs, and on a CPU threads, of a run."),
 )  # fmt: skip
 _COMPILE = {"auto": None, "true": True, "false": False}
 _EPOCHS = click.option("--epochs", type=int, metavar="N", help="Override the protocol's epochs.")
@@ -108,6 +117,7 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 @_data_option
 @_checkpoints_option
 @_compute_options
+@_saving_options
 @click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
 def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_root: str | None, checkpoints: Path, precision: str,
           micro_batch: int | None, compile: str, recompute: bool, deterministic: bool, save_every: str, storage: str | None,
@@ -228,16 +238,10 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_SEEDS
 @_EPOCHS
 @click.option("--dry_run", is_flag=True, help="List the runs with their costs and stop.")
-@click.option("--address", help="Ray cluster to use, or local. [default: RAY_ADDRESS, one that runs on this host, else local]")
 @click.option(
-    "--gpus_per_run",
-    type=click.FloatRange(min=0),
-    metavar="X",
-    help="GPUs of a run; 0.5 lets two share one. [default: 1 where there are GPUs]",
+    "--rehearse", is_flag=True, help="Two real steps of every cell, from data to storage, to find what would fail later; leaves nothing."
 )
-@click.option(
-    "--cpus_per_run", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="CPUs, and on a CPU threads, of a run."
-)
+@_place_options
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Processes that train one run together."
 )
@@ -248,7 +252,8 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_data_option
 @_checkpoints_option
 @_compute_options
-def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, dry_run: bool, upload: bool,
+@_saving_options
+def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, dry_run: bool, rehearse: bool, upload: bool,
           checkpoints: Path, save_every: str, storage: str | None, sync_every: str, lease: str,
           resource: tuple[str, ...], compile: str, **options: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
@@ -258,12 +263,14 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     """
     from study.grid import find_grid
 
+    if rehearse and dry_run:
+        raise UserError("--rehearse and --dry_run exclude each other.", "give one of both.")
     chosen = find_grid(grid, dataset)
     chosen.runs(seeds=seeds, overrides={"epochs": epochs})  # names and values first
     saving = _saving(save_every, storage, sync_every, lease)
     resources = dict(_resource(text) for text in resource)
     _check_upload(upload)
-    from study.main import StudyOptions, dry_run_table, run_study
+    from study.main import StudyOptions, dry_run_table, rehearse_study, run_study
 
     settings = StudyOptions(
         grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources, compile=_COMPILE[compile],
@@ -272,7 +279,53 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     if dry_run:
         click.echo(dry_run_table(settings))
         return
-    sys.exit(run_study(settings))
+    sys.exit(rehearse_study(settings) if rehearse else run_study(settings))
+
+
+@cli.command()
+@click.option("--grid", default="digits", show_default=True, metavar=_GRIDS, help="Which runs: a name, or a YAML or TOML file.")
+@_DATASET_OF_GRID
+@_SEEDS
+@_EPOCHS
+@click.option("--gpu", metavar="NAME", help="A GPU by its data sheet: h100, a100-80, 4090, … [default: the machine at hand]")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="How many of them; on a CPU, machines.")
+@click.option("--price", type=click.FloatRange(min=0, min_open=True), metavar="P", help="Dollars an hour of one of them.")
+@click.option("--probe", is_flag=True, help="Measure the machine at hand first, and keep what was measured.")
+@click.option("--probe_seconds", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, metavar="S",
+              help="How long --probe measures each cell, about.")  # fmt: skip
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), metavar="PATH", help="Write it as JSON too.")
+@_place_options
+@_data_option
+@_checkpoints_option
+@_compute_options
+def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, gpu: str | None, gpus: int, price: float | None,
+         probe: bool, probe_seconds: float, json_path: Path | None, compile: str, **options: Any) -> None:  # fmt: skip
+    """Say what a study will take before it starts: parameters, FLOPs, memory, time and money of each run, and when the last ends.
+
+    Numbers are measured on the machine at hand (--probe), were measured there earlier, or are estimated from a data sheet (--gpu);
+    the table says which. Finished runs cost nothing, half-done ones only the rest.
+    """
+    from study.grid import find_grid
+
+    chosen = find_grid(grid, dataset)
+    chosen.runs(seeds=seeds, overrides={"epochs": epochs})  # names and values first
+    if gpu:
+        from study.devices import find_sheet
+
+        find_sheet(gpu)
+    if json_path and not os.access(json_path.resolve().parent, os.W_OK):
+        raise UserError(f"{json_path} cannot be written.", "give --json a file in a folder that is there.")
+    from study.main import StudyOptions, plan_study
+
+    settings = StudyOptions(grid=chosen, seeds=seeds, epochs=epochs, compile=_COMPILE[compile], command=_own_command(), **options)
+    forecast = plan_study(settings, gpu, gpus, price, probe_seconds if probe else None)
+    from study.forecast import forecast_json, forecast_text
+
+    if json_path:
+        from diffvit.ledger import write_atomically
+
+        write_atomically(json_path, (json.dumps(forecast_json(forecast), indent=1) + "\n").encode())
+    click.echo(forecast_text(forecast))
 
 
 @cli.command()

@@ -134,6 +134,14 @@ def note_of_work_again(what: str, steps: int, seconds: float) -> str:
 _WORK_AGAIN = re.compile(r"# .*; (\d+) steps, ([\d.]+) s done again")
 
 
+def was_interrupted(path: Path) -> bool:
+    """Whether a log says that its run did not go from start to end in one go. False where there is none."""
+    try:
+        return bool(_WORK_AGAIN.search(path.read_text(errors="replace")))
+    except OSError:
+        return False
+
+
 def work_after(path: Path, position: LogPosition | None) -> tuple[int, float]:
     """Steps in a log after a position, and the seconds they took: what is done again when a run goes on from there.
 

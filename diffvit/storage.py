@@ -129,6 +129,11 @@ class Storage:
             with self._faults(), contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(each))
 
+    def remove_all(self) -> None:
+        """Forget everything under the URL, markers and leases too."""
+        with self._faults(), contextlib.suppress(FileNotFoundError):
+            self._fs.rm(self._root, recursive=True)
+
     # What leases need: objects without markers, since each is one small write
 
     def create(self, name: str, content: bytes) -> bool:

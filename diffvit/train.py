@@ -36,9 +36,10 @@ from diffvit.evaluation import Evaluation, autocast, evaluate
 from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec, disk_faults, file_sha256, save_weights, weight_facts, write_atomically, write_result
 from diffvit.log import LogPosition, Step, TrainingLog, note_of_work_again, work_after
+from diffvit.memory import affordable_micro_batch
 from diffvit.protocol import Protocol, images_in_steps, stable_seed
 from diffvit.saving import DEFAULT_SAVING, Every, Saving
-from diffvit.vit import VisionTransformer, build_model
+from diffvit.vit import build_model
 
 # Called with the steps since the last call and the number of all steps; at most about once a second.
 Progress = Callable[[list[Step], int], None]
@@ -427,7 +428,9 @@ def _train(
     model.initialise(spec.seed)
     model.to(device)
     set_matmul_precision(spec.precision)
-    micro_batch = compute.micro_batch or affordable_micro_batch(model, protocol, device, spec.precision, compute.memory_share)
+    micro_batch = compute.micro_batch or affordable_micro_batch(
+        model, protocol, device, spec.precision, compute.memory_share, compute.recompute
+    )
     micro_batch = min(micro_batch, -(-protocol.batch_size // workers))
     chosen = choose(model, micro_batch, spec.precision, compute)
     total = protocol.total_steps(len(data.train))
@@ -570,11 +573,16 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffvit": diffvit.__version__}
     return {
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device_name": device_title(device),
         "threads": torch.get_num_threads(),
         "versions": versions,
         "git_commit": _git_commit(),
     }
+
+
+def device_title(device: torch.device) -> str:
+    """What the maker calls a GPU, or the machine's CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def resolve_device(name: str | None = None) -> torch.device:
@@ -596,29 +604,6 @@ def default_precision(device: torch.device) -> str:
     """bf16 on a GPU that has it, else fp32: a CPU computes bf16 much more slowly."""
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has_bf16 else "fp32"
-
-
-# Values that a block keeps for its backward pass, per token and channel: inputs of the two norms, q k v, attention's output,
-# projection, MLP (hidden twice, at 4 channels each), and dropout masks.
-_KEPT_VALUES = 20
-
-
-def affordable_micro_batch(
-    model: VisionTransformer, protocol: Protocol, device: torch.device, precision: str, memory_share: float = 1.0
-) -> int:
-    """A power of two of images whose activations fit in half of the device's memory, at most the batch.
-
-    It depends on the device's total memory, not on what is free: a repeated run shall be split alike.
-    """
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fixed = 16 * sum(p.numel() for p in model.parameters())  # weights, gradients and AdamW's two moments in fp32
-    kept_bytes = _KEPT_VALUES * (2 if precision == "bf16" else 4)
-    per_image = kept_bytes * model.tokens * protocol.d_model * max(len(model.blocks), 1)
-    images = max(1, int((memory * memory_share - fixed) / 2 // per_image))
-    return min(protocol.batch_size, 2 ** int(math.log2(images)))
 
 
 def _cpu_name() -> str:

@@ -215,6 +215,15 @@ def gpu_precision() -> str:
     return ray.get(ray.remote(num_gpus=0.01, num_cpus=0)(lambda: default_precision(resolve_device())).remote())
 
 
+def gpu_title() -> str:
+    """What torch calls a GPU of the connected cluster."""
+    import ray
+
+    from diffvit.train import device_title, resolve_device
+
+    return ray.get(ray.remote(num_gpus=0.01, num_cpus=0)(lambda: device_title(resolve_device())).remote())
+
+
 # ------------------------------------------------------------------------------------------------ what all nodes reach
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
+import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +23,10 @@ from study.plan import PlannedRun, load_fingerprints, plan_runs
 if TYPE_CHECKING:
     import pandas as pd
 
+    from diffvit.compute import Compute
     from study.cluster import Cluster
+    from study.devices import Machine
+    from study.forecast import StudyForecast
     from study.runner import Settings
 
 
@@ -75,21 +81,115 @@ def dry_run_table(options: StudyOptions) -> str:
     return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {_significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
 
 
+def plan_study(
+    options: StudyOptions, gpu: str | None = None, gpus: int = 1, price: float | None = None, probe_seconds: float | None = None
+) -> StudyForecast:
+    """What a study will take, from measurements or a data sheet. Data sets need not be at hand, unless they are measured with.
+
+    Args:
+        gpu: a name in study.devices.SHEETS; None: the machine at hand.
+        gpus: how many of it; machines, where the device is a CPU.
+        price: of one of them, per hour.
+        probe_seconds: measure the machine at hand first, so long for each cell.
+
+    Raises:
+        UserError: an unknown GPU, or nothing is known of the machine at hand.
+    """
+    from study.devices import SHEETS, find_sheet, sheet_of
+    from study.forecast import forecast_study, measured_place, sheet_place
+
+    sheet = find_sheet(gpu) if gpu else None
+    if sheet and probe_seconds is not None:
+        raise UserError("--gpu and --probe exclude each other.", "--probe measures the machine at hand; --gpu is for another one.")
+    machine = None
+    if probe_seconds is not None:
+        machine = probe_machine(options, probe_seconds)
+        precision = machine.precision
+    else:
+        precision = sheet.precision if sheet and options.precision == "auto" else _local_precision(options)
+        title = "" if sheet else _local_device(options)
+        machine = _known_machine(options, sheet.names if sheet else f"^{re.escape(title)}$", precision)
+        sheet = sheet or sheet_of(title)
+        if machine is None and sheet is None:
+            hint = f"give --probe, or --gpu {'|'.join(SHEETS)}."
+            raise UserError(f"nothing has been measured on this machine ({title}) for these options.", hint)
+    specs, compute = options.runs(precision), computing(options)
+    runs = plan_runs(specs, options.checkpoints, load_fingerprints(specs, options.data_root, required=False))
+    if machine is not None:
+        place = measured_place(machine, runs, gpus, compute, price)
+    else:
+        assert sheet
+        place = sheet_place(sheet, gpus, compute, price)
+    return forecast_study(runs, place, options.checkpoints)
+
+
+def probe_machine(options: StudyOptions, seconds: float) -> Machine:
+    """Measure the machine at hand, or the cluster's, for so many seconds a cell, and keep what was found.
+
+    Raises:
+        UserError: bad input, or data that cannot be loaded.
+    """
+    from study.devices import keep_machine
+
+    begun = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        cluster = _connect(stack, options)
+        specs = options.runs(_precision_on(cluster, options))
+        from study.probe import probe
+
+        loading = time.monotonic()
+        fingerprints = load_fingerprints(specs, options.data_root, required=True)
+        begun += time.monotonic() - loading  # it may be the first time; what it takes later is measured where runs are
+        runs = plan_runs(specs, options.checkpoints, fingerprints)
+        return keep_machine(probe(runs, _settings(options, cluster), cluster, begun, seconds, _say))
+
+
+def _known_machine(options: StudyOptions, names: str, precision: str) -> Machine | None:
+    """What was measured earlier of a device whose name fits."""
+    from study.devices import find_machine
+
+    return find_machine(names, precision, options.cpus_per_run, computing(options))
+
+
+def _local_device(options: StudyOptions) -> str:
+    from diffvit.train import device_title, resolve_device
+
+    return device_title(resolve_device("cpu" if options.gpus_per_run == 0 else None))
+
+
+def _expected(options: StudyOptions, runs: list[PlannedRun], settings: Settings, cluster: Cluster) -> StudyForecast | None:
+    """What the study will take on its cluster; None where nothing is known of the cluster's devices, or a group trains a run."""
+    from study.cluster import gpu_title
+    from study.devices import sheet_of
+    from study.forecast import forecast_study, measured_place, sheet_place
+    from study.runner import slots
+
+    if settings.workers > 1:
+        return None
+    title = gpu_title() if settings.gpus_per_run else _local_device(dataclasses.replace(options, gpus_per_run=0))
+    machine, sheet = _known_machine(options, f"^{re.escape(title)}$", runs[0].spec.precision), sheet_of(title)
+    if machine:
+        place = measured_place(machine, runs, 1, settings.compute, None)
+    elif sheet:
+        place = sheet_place(sheet, 1, settings.compute, None)
+    else:
+        return None
+    return forecast_study(runs, dataclasses.replace(place, slots=slots(cluster, settings)), options.checkpoints)
+
+
 def run_study(options: StudyOptions) -> int:
     """Train what is not done, then table and figures. Returns the exit code.
 
     Raises:
         UserError: bad input, before any training.
     """
+    begun = time.monotonic()
     with contextlib.ExitStack() as stack:
         cluster = None
         precision = _local_precision(options)
         if _may_join(options):
             cluster = _connect(stack, options)
-            if options.precision == "auto" and cluster.gpus and options.gpus_per_run != 0:
-                from study.cluster import gpu_precision
-
-                precision = gpu_precision()
+            precision = _precision_on(cluster, options)
         specs = options.runs(precision)
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
         _check_folders(options.checkpoints, specs)
@@ -101,7 +201,7 @@ def run_study(options: StudyOptions) -> int:
         failures: list[tuple[str, str]] = []
         signal_code = None
         if pending:
-            failures, signal_code = _train(runs, pending, options, cluster or _connect(stack, options))
+            failures, signal_code = _train(runs, pending, options, cluster or _connect(stack, options), begun)
             unsent = _exchange(options, specs, fingerprints, strict=False)
         else:
             _say(f"all {len(runs)} runs are done already")
@@ -118,6 +218,32 @@ def run_study(options: StudyOptions) -> int:
             _say(f"  {title}: {reason}")
         _say(f"hint: the same command trains only what is missing: {options.command}")
         return 1
+    return 0
+
+
+def rehearse_study(options: StudyOptions) -> int:
+    """Two real steps of every cell of the grid, from data to storage; a line for each to stdout. Returns the exit code.
+
+    The ledger and the storage are afterwards as they were.
+
+    Raises:
+        UserError: bad input, or data that cannot be loaded.
+    """
+    with contextlib.ExitStack() as stack:
+        cluster = _connect(stack, options)
+        from study.rehearsal import cells, rehearse
+
+        specs = cells(options.runs(_precision_on(cluster, options)))
+        load_fingerprints(specs, options.data_root, required=True)
+        settings = _settings(options, cluster)
+        at_once = _slots(cluster, settings)
+        _say(f"{len(specs)} cells to rehearse, {at_once} at a time")
+        outcomes = rehearse(specs, settings, lambda each: print(each.line(), flush=True))
+    failed = [each.title for each in outcomes if each.fault]
+    if failed:
+        _say(f"\nerror: {len(failed)} of {len(outcomes)} cells failed: {', '.join(failed)}\nhint: mend that before the study.")
+        return 1
+    _say(f"all {len(outcomes)} cells work")
     return 0
 
 
@@ -153,14 +279,53 @@ def _exchange(options: StudyOptions, specs: list[RunSpec], fingerprints: dict[st
 
 
 def _train(
-    runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOptions, cluster: Cluster
+    runs: list[PlannedRun], pending: list[PlannedRun], options: StudyOptions, cluster: Cluster, begun: float
 ) -> tuple[list[tuple[str, str]], int | None]:
-    """Train the pending runs. Returns (title, reason) of those that failed, and the exit code if a signal ended the study."""
+    """Train the pending runs. Returns (title, reason) of those that failed, and the exit code if a signal ended the study.
+
+    Args:
+        begun: time.monotonic() when the study began.
+    """
     from study.cluster import check_shared_folder, check_storage_and_data, watch
     from study.display import StudyDisplay
-    from study.runner import run_all, slots
+    from study.forecast import duration
+    from study.runner import run_all
+    from study.truth import compare, comparison_lines
 
     settings = _settings(options, cluster)
+    at_once = _slots(cluster, settings)
+    if cluster.nodes > 1:
+        if settings.saving.storage:
+            check_storage_and_data(settings.saving.storage, settings.data_root)
+        else:
+            check_shared_folder(options.checkpoints, settings.data_root)
+    _say(f"{len(pending)} of {len(runs)} runs to train, {at_once} at a time")
+    forecast = _expected(options, runs, settings, cluster)
+    if forecast:
+        sources = " and ".join(sorted({each.rate.source for each in forecast.pending}))
+        _say(f"forecast: {duration(forecast.makespan)} ({sources})")
+    with watch(cluster, _say, options.command), StudyDisplay(runs) as display:
+        reports, signal_code = run_all(pending, settings, cluster, display)
+    took = time.monotonic() - begun
+    with_storage = bool(settings.saving.storage)  # then another node may have it, and it is brought here in a moment
+    failures = []
+    for run in pending:
+        report = reports.get(str(run.run_id), {})
+        ended = _has_result(run, options) or (with_storage and "status" in report)
+        if not ended:
+            failures.append((run.spec.title, str(report.get("failed", "it ended without a result"))))
+    if forecast:
+        run_seconds = {run_id: report["run_seconds"] for run_id, report in reports.items() if report.get("status") == "done"}
+        as_planned = not failures and signal_code is None
+        for line in comparison_lines(compare(forecast, run_seconds, took if as_planned else None, options.checkpoints)):
+            _say(line)
+    return failures, signal_code
+
+
+def _slots(cluster: Cluster, settings: Settings) -> int:
+    """How many runs train at a time. Raises UserError where the cluster has not room for one."""
+    from study.runner import slots
+
     at_once = slots(cluster, settings)
     if at_once < 1:
         needs = f"{settings.workers} x {settings.cpus_per_run} CPUs"
@@ -170,22 +335,7 @@ def _train(
             f"a run needs {needs}, and the cluster has {cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs.",
             "lower --cpus_per_run, --gpus_per_run, --resource or --workers.",
         )
-    if cluster.nodes > 1:
-        if settings.saving.storage:
-            check_storage_and_data(settings.saving.storage, settings.data_root)
-        else:
-            check_shared_folder(options.checkpoints, settings.data_root)
-    _say(f"{len(pending)} of {len(runs)} runs to train, {at_once} at a time")
-    with watch(cluster, _say, options.command), StudyDisplay(runs) as display:
-        reports, signal_code = run_all(pending, settings, cluster, display)
-    with_storage = bool(settings.saving.storage)  # then another node may have it, and it is brought here in a moment
-    failures = []
-    for run in pending:
-        report = reports.get(str(run.run_id), {})
-        ended = _has_result(run, options) or (with_storage and "status" in report)
-        if not ended:
-            failures.append((run.spec.title, str(report.get("failed", "it ended without a result"))))
-    return failures, signal_code
+    return at_once
 
 
 def _has_result(run: PlannedRun, options: StudyOptions) -> bool:
@@ -205,11 +355,17 @@ def _settings(options: StudyOptions, cluster: Cluster) -> Settings:
         cpus_per_run=options.cpus_per_run,
         workers=options.workers,
         resources=dict(options.resources),
-        micro_batch=options.micro_batch,
-        deterministic=options.deterministic,
-        compile=options.compile,
-        recompute=options.recompute,
+        compute=computing(options),
         saving=options.saving,
+    )
+
+
+def computing(options: StudyOptions) -> Compute:
+    """How the study's runs are computed, on a device that each has to itself."""
+    from diffvit.compute import Compute
+
+    return Compute(
+        micro_batch=options.micro_batch, deterministic=options.deterministic, compile=options.compile, recompute=options.recompute
     )
 
 
@@ -226,6 +382,15 @@ def _connect(stack: contextlib.ExitStack, options: StudyOptions) -> Cluster:
     cluster = stack.enter_context(connect(options.address))
     _say(cluster.sentence())
     return cluster
+
+
+def _precision_on(cluster: Cluster, options: StudyOptions) -> str:
+    """What the runs are computed in on a cluster, whose GPUs this machine may not see."""
+    if options.precision == "auto" and cluster.gpus and options.gpus_per_run != 0:
+        from study.cluster import gpu_precision
+
+        return gpu_precision()
+    return _local_precision(options)
 
 
 def _local_precision(options: StudyOptions) -> str:

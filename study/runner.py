@@ -37,7 +37,7 @@ from ray.train.torch import TorchTrainer, get_device
 from ray.tune import Callback, ResultGrid, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from diffvit.compute import Compute
+from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.errors import RunIsBusyError, StorageError, UserError
 from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec
@@ -74,6 +74,7 @@ class Settings:
         cpus_per_run: of each worker; on a CPU this is its number of threads.
         workers: processes that train one run together.
         resources: custom Ray resources of each worker.
+        compute: but for its memory_share, which follows from the above.
         study: a name for this execution of a study.
     """
 
@@ -83,10 +84,7 @@ class Settings:
     cpus_per_run: int = 1
     workers: int = 1
     resources: dict[str, float] = field(default_factory=dict)
-    micro_batch: int | None = None
-    deterministic: bool = False
-    compile: bool | None = None
-    recompute: bool = False
+    compute: Compute = DEFAULT_COMPUTE
     saving: Saving = DEFAULT_SAVING
     study: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
@@ -94,7 +92,7 @@ class Settings:
     def of(values: dict[str, Any]) -> Settings:
         """From what dataclasses.asdict made of it."""
         saving = {**values["saving"], "every": Every(**values["saving"]["every"])}
-        return Settings(**{**values, "saving": Saving(**saving)})
+        return Settings(**{**values, "compute": Compute(**values["compute"]), "saving": Saving(**saving)})
 
 
 def slots(cluster: Cluster, settings: Settings) -> int:
@@ -208,10 +206,11 @@ def _tuner(runs: list[PlannedRun], record: Path, settings: Settings, cluster: Cl
 
 
 def _trial_resources(settings: Settings) -> dict[str, float]:
-    return {"CPU": _WAITING_CPU} if settings.workers > 1 else _worker_resources(settings, settings.cpus_per_run)
+    return {"CPU": _WAITING_CPU} if settings.workers > 1 else worker_resources(settings, settings.cpus_per_run)
 
 
-def _worker_resources(settings: Settings, cpus: float) -> dict[str, float]:
+def worker_resources(settings: Settings, cpus: float) -> dict[str, float]:
+    """What Ray keeps for one process that trains."""
     return {"CPU": cpus, **({"GPU": settings.gpus_per_run} if settings.gpus_per_run else {}), **settings.resources}
 
 
@@ -255,7 +254,7 @@ def _trainer(config: dict[str, Any], settings: Settings) -> TorchTrainer:
         scaling = ScalingConfig(
             num_workers=settings.workers,
             use_gpu=settings.gpus_per_run > 0,
-            resources_per_worker=_worker_resources(settings, settings.cpus_per_run - _WAITING_CPU),
+            resources_per_worker=worker_resources(settings, settings.cpus_per_run - _WAITING_CPU),
         )
         name = f"workers-{uuid.uuid4().hex[:8]}"
         run_config = ray_train.RunConfig(storage_path=tune.get_context().get_trial_dir(), name=name, callbacks=[TuneReportCallback()])
@@ -275,19 +274,14 @@ def _worker(config: dict[str, Any]) -> None:
             last = steps[-1]
             report({**last._asdict(), "total_steps": total, "images_per_second": _pace(spec, last)})
 
+    start = time.perf_counter()
     try:
         result = train(
             spec,
             Path(settings.checkpoints),
             data_root=settings.data_root,
             device=(None if settings.gpus_per_run else "cpu") if alone else get_device(),
-            compute=Compute(
-                micro_batch=settings.micro_batch,
-                memory_share=_memory_share(settings),
-                deterministic=settings.deterministic,
-                compile=settings.compile,
-                recompute=settings.recompute,
-            ),
+            compute=dataclasses.replace(settings.compute, memory_share=memory_share(settings)),
             on_steps=on_steps,
             saving=settings.saving,
             should_stop=_should_stop(config["stop_flag"]),
@@ -297,8 +291,9 @@ def _worker(config: dict[str, Any]) -> None:
     except RunIsBusyError:
         report({"run_id": config["run"]["run_id"], "busy": True})
         return
-    # The outcome, flat, as Tune keeps it.
-    report({key: value for key, value in result.items() if isinstance(value, (str, int, float, bool))})
+    # The outcome, flat, as Tune keeps it, and what the whole run took this process.
+    outcome = {key: value for key, value in result.items() if isinstance(value, (str, int, float, bool))}
+    report({**outcome, "run_seconds": time.perf_counter() - start})
 
 
 def _should_stop(stop_flag: Any) -> Callable[[], bool]:
@@ -358,7 +353,7 @@ def _pace(spec: RunSpec, last: Step) -> float:
     return last.step * spec.protocol.batch_size / max(last.seconds, 1e-9)
 
 
-def _memory_share(settings: Settings) -> float:
+def memory_share(settings: Settings) -> float:
     """The part of its device's memory that a run may count on."""
     if settings.gpus_per_run:
         return min(settings.gpus_per_run, 1.0)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+import run as command_line
 
 # Beside the checkout; a test that needs it is skipped, visibly, where it is missing.
 SHARED = Path(os.environ.get("DIFFVIT_SHARED") or Path(__file__).resolve().parents[2] / "shared")
@@ -66,3 +69,24 @@ def s3(s3_port: int) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
     s3fs.S3FileSystem().mkdir(bucket)
     return f"s3://{bucket}/study"
+
+
+class Outcome:
+    """Exit code and output of a command run in this process."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            command_line.main()
+        captured = capsys.readouterr()
+        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
+
+    return call

@@ -19,27 +19,6 @@ from diffvit.train import train
 ROOT = Path(__file__).resolve().parents[1]
 
 
-class Outcome:
-    """Exit code and output of a command run in this process."""
-
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            command_line.main()
-        captured = capsys.readouterr()
-        return Outcome(int(stopped.value.code or 0), captured.out, captured.err)
-
-    return call
-
-
 TRAIN = ("train", "--model", "vit_classic", "--size", "0.1M", "--dataset", "digits", "--device", "cpu")
 
 

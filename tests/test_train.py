@@ -16,8 +16,9 @@ from diffvit.compute import Compute
 from diffvit.dataset import Prepare, load, with_training_noise
 from diffvit.ledger import RunFiles, RunSpec, load_weights, read_result, read_results, verify_run
 from diffvit.log import read_log
+from diffvit.memory import affordable_micro_batch
 from diffvit.protocol import PROTOCOLS
-from diffvit.train import Stopped, affordable_micro_batch, fit, train
+from diffvit.train import Stopped, fit, train
 from diffvit.vit import build_model
 
 SHORT = {"max_steps": 12, "batch_size": 32}

@@ -1,0 +1,355 @@
+"""What a study will need, known before it starts: memory, time and money; and what a rehearsal finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffvit.compute import DEFAULT_COMPUTE, Compute
+from diffvit.dataset import load
+from diffvit.ledger import RunFiles, RunSpec
+from diffvit.log import was_interrupted
+from diffvit.memory import activation_bytes, affordable_micro_batch, micro_batch_within, training_memory
+from diffvit.protocol import MODELS, PROTOCOLS
+from diffvit.saving import Saving
+from diffvit.train import Stopped, train
+from diffvit.vit import VisionTransformer, build_model
+from study.cluster import connect
+from study.devices import SHEETS, CellRate, Machine, find_machine, how, keep_machine, measurements_file, sheet_of
+from study.forecast import Rate, cell_of, forecast_study, forecast_text, makespan, measured_place, run_seconds, sheet_place
+from study.grid import GRIDS, Grid
+from study.plan import load_fingerprints, plan_runs
+from study.probe import measure_cell
+from study.rehearsal import Rehearsed, cells, rehearse
+from study.runner import Settings
+from study.truth import compare, comparison_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT_DEPTHS = {"two": 2}
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+def _saved_bytes(model: VisionTransformer, forward) -> int:
+    """Bytes of all storages that autograd saves in `forward`, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that its address is not given away again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(size for size, _ in saved.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("dataset", "dropout"), [("digits", 0.0), ("digits", 0.2), ("CIFAR-100", 0.2)])
+@pytest.mark.parametrize("model_name", MODELS)
+def test_activations_are_what_autograd_saves(model_name: str, dataset: str, dropout: float, recompute: bool) -> None:
+    protocol = dataclasses.replace(PROTOCOLS[dataset], dropout=dropout, depths=SHORT_DEPTHS)
+    model = build_model(model_name, "two", protocol)
+    model.initialise(0)
+    model.recompute = recompute
+    images, labels = torch.randn(2, protocol.channels, protocol.image_size, protocol.image_size), torch.zeros(2, dtype=torch.long)
+    truth = _saved_bytes(model, lambda: F.cross_entropy(model(images), labels, reduction="sum"))
+    if recompute:  # while a block's gradient is computed, it keeps what it would have kept
+        x_BND = torch.randn(2, model.tokens, protocol.d_model, requires_grad=True)
+        truth += _saved_bytes(model, lambda: model.blocks[0](x_BND))
+    ratio = 2 * activation_bytes(model, "fp32", "cpu", recompute) / truth
+    assert 1.0 <= ratio <= 1.6
+
+
+def test_memory_follows_size_precision_and_recomputation() -> None:
+    protocol = PROTOCOLS["CIFAR-100"]
+    small, large = (build_model("vit_differential", size, protocol, "meta") for size in ("10B", "50B"))
+    assert activation_bytes(small, "fp32", "cuda") < activation_bytes(large, "fp32", "cuda")
+    assert activation_bytes(large, "bf16", "cuda") < activation_bytes(large, "fp32", "cuda")
+    assert activation_bytes(large, "bf16", "cuda", recompute=True) < activation_bytes(large, "bf16", "cuda") / 8
+    assert training_memory(large, 0, "fp32", "cuda") == 16 * large.count_parameters()
+    fits = [micro_batch_within(large, 512, memory * 2**30, "bf16", "cuda") for memory in (8, 24, 80, 10_000)]
+    assert fits == sorted(fits) and fits[-1] == 512 and 1 <= fits[0] < fits[2]
+    for memory, images in zip((24, 80), fits[1:3], strict=True):
+        assert training_memory(large, images, "bf16", "cuda") < memory * 2**30 / 2 + 16 * large.count_parameters()
+    place = torch.device("cpu")
+    without, with_it = (affordable_micro_batch(large, protocol, place, "fp32", 0.5, recompute) for recompute in (False, True))
+    assert without < with_it
+
+
+# --------------------------------------------------------------------------------------------------------------- forecast
+
+
+def _machine(specs, **rate) -> Machine:
+    cells = {
+        cell_of(run.spec): CellRate(**{"train": 1e-3, "evaluate": 2e-4, "start": 0.5, "images": 32, "date": "2020-01-02", **rate}, flops=run.forward_flops)
+        for run in specs
+    }  # fmt: skip
+    return Machine("Some CPU", "cpu", "fp32", 1, 2, 8 * 2**30, how(DEFAULT_COMPUTE), 4.0, {"digits": 1.0}, cells)
+
+
+def test_makespan_is_that_of_list_scheduling() -> None:
+    assert makespan([], 3) == 0
+    assert makespan([5, 4, 3, 3, 3], 2) == 10  # 5 3 . | 4 3 3: the optimum is 9
+    assert makespan([5, 4, 3, 3, 3], 1) == 18
+    assert makespan([5, 4, 3, 3, 3], 9) == 5
+
+
+def test_a_run_takes_what_its_images_and_its_start_take() -> None:
+    (run,) = plan_runs([RunSpec.of("vit_classic", "0.1M", "digits", overrides={"epochs": 2})], Path("nowhere"), {})
+    rate = Rate(train=1.0, evaluate=0.01, start=7.0, source="measured")
+    steps = 2 * 40  # 1,258 images at 32; validation goes round its 180 in 6 batches, 13 times and 2 batches
+    assert run.steps == steps
+    assert run_seconds(run, rate) == pytest.approx(7 + 2 * 1258 + 0.01 * (13 * 180 + 2 * 32 + 180 + 359))
+    assert run_seconds(run, rate, done=40) == pytest.approx(7 + 1258 + 0.01 * (13 * 180 + 2 * 32 - (6 * 180 + 4 * 32) + 180 + 359))
+    (trial,) = plan_runs([RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 1})], Path("nowhere"), {})
+    assert run_seconds(trial, rate) == pytest.approx(7 + 32 + 0.01 * (32 + 64 + 64))
+
+
+def test_done_runs_cost_nothing_and_begun_ones_the_rest(tmp_path: Path) -> None:
+    specs = Grid("two", ("digits",), sizes=("small",), overrides={"max_steps": 20}).runs()
+    train(specs[0], tmp_path, device="cpu")
+    stops = iter(range(1, 100))
+    with pytest.raises(Stopped):
+        train(specs[1], tmp_path, device="cpu", should_stop=lambda: next(stops) >= 5)
+    runs = plan_runs(specs, tmp_path, load_fingerprints(specs, None, required=True))
+    machine = _machine(runs)
+    forecast = forecast_study(runs, measured_place(machine, runs, 1, DEFAULT_COMPUTE, None), tmp_path)
+    done, begun = forecast.runs
+    assert (done.state, done.seconds, begun.state, begun.steps_done) == ("done", 0.0, "25 % done", 5)
+    rate = begun.rate
+    assert begun.seconds == pytest.approx(run_seconds(runs[1], rate) - 5 * 32 * (rate.train + rate.evaluate))
+    assert forecast.makespan == pytest.approx(4.0 + 2 * 1.0 + begun.seconds)
+    said = forecast_text(forecast)
+    assert "1 to train, 1 of them begun; 1 ended" in said and "measured  on Some CPU, 2020-01-02" in said and "ESTIMATED" not in said
+    everything = forecast_study(runs, measured_place(machine, runs, 1, DEFAULT_COMPUTE, None), tmp_path / "elsewhere")
+    assert everything.runs[1].seconds > begun.seconds and not everything.runs[0].seconds
+
+
+def test_a_cell_that_was_not_measured_is_scaled_from_its_neighbour() -> None:
+    runs = plan_runs(GRIDS["digits"].runs(), Path("nowhere"), {})
+    machine = _machine([run for run in runs if run.spec.size != "0.4M"])
+    place = measured_place(machine, runs, 1, DEFAULT_COMPUTE, 3.0)
+    forecast = forecast_study(runs, place, Path("nowhere"))
+    assert [each.rate.source for each in forecast.runs] == (["measured"] * 4 + ["scaled"] * 2) * 2
+    assert forecast.runs[4].rate.train == pytest.approx(1e-3 * runs[4].forward_flops / runs[2].forward_flops, rel=0.05)
+    # Two runs share the machine, so each is charged half of its price.
+    assert forecast.price(7200) == pytest.approx(3.0) and forecast.bill == pytest.approx(forecast.makespan / 3600 * 3.0)
+    assert "scaled    by FLOPs" in forecast_text(forecast)
+
+
+def test_measurements_are_kept_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path))
+    assert find_machine("Some CPU", "fp32", 1, DEFAULT_COMPUTE) is None
+    runs = plan_runs(GRIDS["digits"].runs(), Path("nowhere"), {})
+    keep_machine(_machine(runs[:2]))
+    kept = keep_machine(_machine(runs[1:3], train=5.0))
+    assert [rate.train for rate in kept.cells.values()] == [1e-3, 5.0, 5.0]
+    assert find_machine("^Some CPU$", "fp32", 1, DEFAULT_COMPUTE) == kept
+    for others in (
+        ("Some", "bf16", 1, DEFAULT_COMPUTE),
+        ("Some", "fp32", 2, DEFAULT_COMPUTE),
+        ("Some", "fp32", 1, Compute(recompute=True)),
+    ):
+        assert find_machine(*others) is None
+    measurements_file().write_text("{")
+    assert find_machine("Some CPU", "fp32", 1, DEFAULT_COMPUTE) is None
+    assert keep_machine(_machine(runs[:1])).cells.keys() == {cell_of(runs[0].spec)}
+
+
+def test_data_sheets_give_sane_times() -> None:
+    assert set(SHEETS) >= {"h100", "h200", "a100-80", "a100-40", "l40s", "4090", "3090", "a10", "t4"}
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100-80", "NVIDIA A100-SXM4-40GB": "a100-40",
+        "NVIDIA L40S": "l40s", "NVIDIA GeForce RTX 4090": "4090", "NVIDIA A10": "a10", "Tesla T4": "t4", "NVIDIA A10G": None,
+    }  # fmt: skip
+    assert {name: sheet.name if (sheet := sheet_of(name)) else None for name in names} == names
+    hours = {}
+    for sheet in SHEETS.values():
+        runs = plan_runs(GRIDS["full"].runs(sheet.precision), Path("nowhere"), {})
+        forecast = forecast_study(runs, sheet_place(sheet, 1, DEFAULT_COMPUTE, None), Path("nowhere"))
+        hours[sheet.name] = forecast.makespan / 3600
+        assert all(each.fits and each.rate.source == "sheet" for each in forecast.runs)
+        peak = (sheet.bf16 or sheet.fp32) * 1e12
+        assert forecast.seconds > sum(run.train_flops for run in runs) / peak  # nothing is faster than its peak
+        slower = forecast_study(runs, sheet_place(sheet, 1, Compute(recompute=True), None), Path("nowhere"))
+        assert slower.seconds > forecast.seconds and slower.runs[4].micro_batch > forecast.runs[4].micro_batch
+    assert hours["h200"] < hours["h100"] < hours["a100-80"] < hours["a10"] < hours["t4"]
+
+
+# ------------------------------------------------------------------------------------------------------------ the command
+
+
+def test_plan_of_the_full_grid(cli, tmp_path: Path) -> None:
+    outcome = cli("plan", "--grid", "full", "--gpu", "h100", "--gpus", "4", "--price", "2", "--json", "plan.json")
+    assert outcome.code == 0
+    assert max(map(len, outcome.out.splitlines())) <= 100
+    assert (
+        len(re.findall(r" sheet +to do", outcome.out)) == 12
+        and "ESTIMATED from the data sheet" in outcome.out
+        and "4 x NVIDIA H100 SXM" in outcome.out
+    )
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert len(plan["runs"]) == 12 and plan["precision"] == "bf16"
+    assert plan["dollars"] == pytest.approx(plan["seconds"] / 3600 * 2) and plan["bill"] == pytest.approx(
+        plan["makespan_seconds"] / 3600 * 8
+    )
+    assert f"{plan['runs'][0]['parameters']:,}" in outcome.out
+    alone = cli("plan", "--grid", "full", "--gpu", "H100")
+    assert alone.code == 0 and "$" not in alone.out and "--price P" in alone.out
+    assert "fp32, 16 GB" in cli("plan", "--grid", "full", "--gpu", "t4").out
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]  # no ledger
+
+
+def test_plan_says_what_does_not_fit(cli) -> None:
+    assert "does not fit" in cli("plan", "--grid", "full", "--gpu", "t4", "--micro_batch", "64").out
+    assert "does not fit" not in cli("plan", "--grid", "full", "--gpu", "t4", "--micro_batch", "64", "--recompute").out
+
+
+@pytest.mark.parametrize(("arguments", "hint"), [
+    (("--gpu", "h101"), "did you mean h100"),
+    (("--gpu", "abacus"), "known: h200, h100, a100-80"),
+    (("--gpu", "h100", "--price", "0"), "--help"),
+    (("--gpu", "h100", "--price", "-2"), "--help"),
+    (("--gpu", "h100", "--gpus", "0"), "--help"),
+    (("--gpu", "h100", "--probe"), "--probe measures the machine at hand"),
+    (("--probe", "--probe_seconds", "0"), "--help"),
+    (("--grid", "fulll", "--gpu", "h100"), "did you mean full"),
+    (("--gpu", "h100", "--data_root", "nowhere"), "--data_root"),
+    (("--gpu", "h100", "--epochs", "0"), "at least 1"),
+    (("--gpus_per_run", "0"), "--probe, or --gpu"),
+    (("--gpu", "h100", "--json", "nowhere/plan.json"), "a folder that is there"),
+])  # fmt: skip
+def test_bad_input(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], hint: str) -> None:
+    monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path / "cache"))
+    outcome = cli("plan", "--json", "plan.json", *arguments)
+    assert outcome.code == 2
+    error, said = outcome.err.strip().splitlines()[-2:]
+    assert error.startswith("error: ") and said.startswith("hint: ") and hint in said
+    assert outcome.out == "" and not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------- forecast and truth
+
+
+def test_the_error_of_a_forecast_is_said(tmp_path: Path) -> None:
+    specs = Grid("two", ("digits",), sizes=("small", "medium"), overrides={"max_steps": 20}).runs()
+    runs = plan_runs(specs, tmp_path, load_fingerprints(specs, None, required=True))
+    forecast = forecast_study(runs, measured_place(_machine(runs), runs, 1, DEFAULT_COMPUTE, None), tmp_path)
+    said = forecast.runs[0].seconds
+    logs = [RunFiles.of(tmp_path, run.spec, str(run.run_id)).log for run in runs]
+    for log, note in zip(
+        logs, ("", "# resumed after step 3; 2 steps, 1.5 s done again\n", "# begun again; 4 steps, 0.3 s done again\n"), strict=False
+    ):
+        log.parent.mkdir(exist_ok=True)
+        log.write_text("step,seconds\n" + note)
+    assert [was_interrupted(log) for log in logs] == [False, True, True, False]  # the last one has no log at all
+    took = {str(runs[0].run_id): said / 1.25, str(runs[1].run_id): 1.0, str(runs[2].run_id): 1.0}
+    comparison = compare(forecast, took, forecast.makespan * 2, tmp_path)
+    assert [run[0] for run in comparison.runs] == [runs[0].spec.title] and len(comparison.interrupted) == 2
+    text = "\n".join(comparison_lines(comparison))
+    assert "+25 %" in text and "-50 %" in text and "2 runs were interrupted" in text and "1 runs: the forecast is off by 25 %" in text
+    stopped = "\n".join(comparison_lines(compare(forecast, took, None, tmp_path)))
+    assert "whole study" not in stopped and "+25 %" in stopped
+
+
+def test_a_cell_is_measured_by_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = RunSpec.of("vit_differential", "0.1M", "digits")
+    found = measure_cell(spec, load("digits"), torch.device("cpu"), Compute(micro_batch=16), 0.5)
+    assert found["images"] in (1, 4, 16, 32) and found["train"] > 0 and found["evaluate"] > 0 and found["start"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+# -------------------------------------------------------------------------------------------------------------- rehearsal
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with connect("local") as connected:
+        yield connected
+
+
+def test_a_rehearsal_leaves_nothing_and_names_what_fails(cluster, tmp_path: Path) -> None:
+    breaks = {"lr": 9e8, "warmup_steps": 0}
+    chosen = cells(Grid("some", ("digits",), models=("vit_classic",), sizes=("small",), seeds=(0, 1), conditions=({}, breaks)).runs())
+    assert [spec.overrides for spec in chosen] == [{"max_steps": 2}, {**breaks, "max_steps": 2}]
+    (tmp_path / "storage").mkdir()
+    settings = Settings(checkpoints=str(tmp_path / "checkpoints"), saving=Saving(storage=str(tmp_path / "storage")))
+    heard: list[Rehearsed] = []
+    found = rehearse(chosen, settings, heard.append)
+    assert len(heard) == 2 and {each.title for each in heard} == {each.title for each in found}
+    whole, broken = found
+    assert whole.title == "vit_classic 0.1M digits" and broken.title == "vit_classic 0.1M digits lr=900000000.0 warmup_steps=0"
+    assert whole.parts == (
+        "stopped and saved after a step", "resumed to step 2", "tested on 64 images", "read back", "stored and brought back")  # fmt: skip
+    assert whole.fault == "" and whole.seconds > 0 and whole.memory is not None and whole.memory > 50 * 2**20
+    assert whole.line().startswith("ok ") and "diverged" in broken.fault and broken.line().startswith("FAILED")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["storage"]
+
+
+def test_a_rehearsal_keeps_what_was_there(cluster, tmp_path: Path) -> None:
+    specs = Grid("one", ("digits",), models=("vit_classic",), sizes=("small",), overrides={"max_steps": 2}).runs()
+    train(specs[0], tmp_path, device="cpu")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (outcome,) = rehearse(cells(specs), Settings(checkpoints=str(tmp_path)), lambda each: None)
+    assert not outcome.fault and "stored and brought back" not in outcome.parts
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not list((tmp_path / ".state").iterdir())
+
+
+def test_a_process_that_dies_in_a_rehearsal_is_named(cluster, tmp_path: Path) -> None:
+    import ray
+
+    from study.rehearsal import _outcome
+
+    died = _outcome(ray.remote(max_retries=0)(lambda: os._exit(3)).remote(), "some cell")
+    assert died.title == "some cell" and "process died" in died.fault and "FAILED  some cell" in died.line()
+
+
+@pytest.mark.slow
+def test_plan_probe_study_and_rehearsal_as_commands(tmp_path: Path) -> None:
+    (tmp_path / "two.yaml").write_text("datasets: [digits]\nsizes: [small]\noverrides: {epochs: 2}\n")
+    environment = {**os.environ, "DIFFVIT_CACHE": str(tmp_path / "cache")}
+
+    def command(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    grid = ("--grid", "two.yaml", "--address", "local")
+    rehearsed = command("study", *grid, "--rehearse")
+    assert rehearsed.returncode == 0, rehearsed.stderr
+    assert len(rehearsed.stdout.splitlines()) == 2 and all(
+        line.startswith("ok ") and " GB " in line for line in rehearsed.stdout.splitlines()
+    )
+    assert not (tmp_path / "checkpoints").exists()
+    assert command("study", "--grid", "two.yaml", "--address", "local", "--rehearse", "--dry_run").returncode == 2
+
+    unknown = command("plan", "--grid", "two.yaml")
+    assert unknown.returncode == 2 and "--probe" in unknown.stderr
+    probed = command("plan", *grid, "--probe", "--probe_seconds", "1", "--json", "plan.json")
+    assert probed.returncode == 0, probed.stderr
+    assert len(re.findall(r" measured +to do", probed.stdout)) == 2 and "measured  on " in probed.stdout
+    assert json.loads((tmp_path / "plan.json").read_text())["makespan_seconds"] > 0
+    again = command("plan", *grid)
+    assert again.stdout == probed.stdout
+
+    study = command("study", *grid)
+    assert study.returncode == 0, study.stderr
+    assert re.search(r"^forecast: \d+", study.stderr, re.MULTILINE)
+    assert len(re.findall(r"^vit_\w+ 0\.1M digits seed 0 .*\d s +\d+\.\d s +[+-]\d+ %$", study.stderr, re.MULTILINE)) == 2
+    assert re.search(r"^whole study: forecast \d+.*, took \d+.*: [+-]\d+ %$", study.stderr, re.MULTILINE)
+    done = command("plan", *grid)
+    assert "0 to train; 2 ended" in done.stdout and done.stdout.count("0:00:00") == 2
