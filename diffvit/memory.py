@@ -21,7 +21,7 @@ _PARAMETER_BYTES = 16
 
 # Values that an attention layer keeps for each token and channel between its two projections, by its form: q, k, v, the output, and one
 # for what fused kernels and norms keep a head and token; and what the difference and its norm add.
-_ATTENTION_VALUES = {"sdpa": 5, "sdpa, one call": 10, "blocks": 7, "maps": 7, "two_calls": 10, "four_calls": 12, "padded": 15}
+_ATTENTION_VALUES = {"sdpa": 5, "sdpa, one call": 10, "blocks": 7, "maps": 7, "triton": 8, "two_calls": 10, "four_calls": 12, "padded": 15}
 _MOST_ATTENTION_VALUES = max(_ATTENTION_VALUES.values())
 
 
