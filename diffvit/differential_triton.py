@@ -67,9 +67,6 @@ def differential_attention(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lam
         raise ValueError("there is nothing to attend to: an input is empty")
     if len({x.dtype for x in (q_BNPsE, k_BNPsE, v_BPNV)}) > 1 or len({x.device for x in (q_BNPsE, k_BNPsE, v_BPNV, lambda_full)}) > 1:
         raise ValueError("q, k and v must have one dtype, and all inputs be on one device")
-    if not supported(v_BPNV.device, v_BPNV.dtype, E):
-        matmul = torch.get_float32_matmul_precision()
-        raise ValueError(f"no Triton kernels for {v_BPNV.dtype} (matmul precision {matmul}), head dimension {E} on {v_BPNV.device}")
     return _attend(q_BNPsE, k_BNPsE, v_BPNV, lambda_full, torch.is_grad_enabled())[0]
 
 
@@ -405,6 +402,9 @@ def _launch(
 def _attend(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor, for_backward: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Out, and for the backward pass A2 V, both [B, P, N, V], and the logarithms of the sums [B, P, s, N]."""
     N, P, _, E = q_BNPsE.shape[1:]
+    if not supported(v_BPNV.device, v_BPNV.dtype, E):  # asked here, where torch.compile does not look
+        matmul = torch.get_float32_matmul_precision()
+        raise ValueError(f"no Triton kernels for {v_BPNV.dtype} (matmul precision {matmul}), head dimension {E} on {v_BPNV.device}")
     results = _attend_like(q_BNPsE, k_BNPsE, v_BPNV, lambda_full, for_backward)
     strided = [_rows_whole(x) for x in (q_BNPsE, k_BNPsE, v_BPNV)]
     _launch("forward", [*strided, lambda_full, *results], strided, N, P, E, [_to_log2(E)], FOR_BACKWARD=for_backward)
@@ -432,7 +432,7 @@ def _attend_backward(
     second_BPNV: Tensor,
     log_sum_BPsN: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, and of each query's lambda [B, P, N]."""
+    """The gradients of q, k and v, and delta [B, P, s, N]."""
     N, P, _, E = q_BNPsE.shape[1:]
     dq_BNPsE, dk_BNPsE, dv_BPNV, delta_BPsN = _attend_backward_like(
         do_BPNV, q_BNPsE, k_BNPsE, v_BPNV, lambda_full, out_BPNV, second_BPNV, log_sum_BPsN
