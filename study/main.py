@@ -290,7 +290,7 @@ def _train(
     from study.display import StudyDisplay
     from study.forecast import duration
     from study.runner import run_all
-    from study.truth import compare, comparison_lines
+    from study.truth import compare, comparison_lines, seconds_taken
 
     settings = _settings(options, cluster)
     at_once = _slots(cluster, settings)
@@ -315,9 +315,8 @@ def _train(
         if not ended:
             failures.append((run.spec.title, str(report.get("failed", "it ended without a result"))))
     if forecast:
-        run_seconds = {run_id: report["run_seconds"] for run_id, report in reports.items() if report.get("status") == "done"}
         as_planned = not failures and signal_code is None
-        for line in comparison_lines(compare(forecast, run_seconds, took if as_planned else None, options.checkpoints)):
+        for line in comparison_lines(compare(forecast, seconds_taken(reports), took if as_planned else None, options.checkpoints)):
             _say(line)
     return failures, signal_code
 

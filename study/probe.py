@@ -61,6 +61,8 @@ def probe(
     facts = ray.get([prober.facts.remote() for prober in probers])[0]
     start = time.monotonic() - begun
     loading = {name: _mean(ray.get([prober.load.remote(name) for prober in probers])) for name in datasets}
+    smallest = min(cells.values(), key=lambda run: run.forward_flops).spec
+    start += _mean(ray.get([prober.warm_up.remote(dataclasses.asdict(smallest)) for prober in probers]))
     rates = {}
     for number, (cell, run) in enumerate(cells.items(), start=1):
         say(f"measuring {number} of {len(cells)}: {run.spec.model} {run.spec.size} {run.spec.dataset}")
@@ -107,6 +109,14 @@ class _Prober:
     def load(self, dataset: str) -> float:
         start = time.perf_counter()
         load(dataset, self._settings.data_root)
+        return time.perf_counter() - start
+
+    def warm_up(self, spec: dict[str, Any]) -> float:
+        """Seconds of the first steps in this process, which import and set up much that later ones find there."""
+        run, start = RunSpec(**spec), time.perf_counter()
+        protocol = dataclasses.replace(run.protocol, max_steps=None, epochs=10**6)
+        model = build_model(run.model, run.size, protocol).to(self._device)
+        _step_seconds(model, load(run.dataset, self._settings.data_root), protocol, run.precision, micro=1, images=1)
         return time.perf_counter() - start
 
     def measure(self, spec: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -38,6 +38,7 @@ from ray.tune import Callback, ResultGrid, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
+from diffvit.dataset import load
 from diffvit.errors import RunIsBusyError, StorageError, UserError
 from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec
@@ -274,8 +275,9 @@ def _worker(config: dict[str, Any]) -> None:
             last = steps[-1]
             report({**last._asdict(), "total_steps": total, "images_per_second": _pace(spec, last)})
 
-    start = time.perf_counter()
     try:
+        load(spec.dataset, settings.data_root)  # once a process, and no part of a run's time
+        start = time.perf_counter()
         result = train(
             spec,
             Path(settings.checkpoints),

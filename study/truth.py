@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffvit.ledger import RunFiles
 from diffvit.log import was_interrupted
@@ -25,6 +27,12 @@ class Comparison:
     interrupted: list[str]
     makespan: tuple[float, float] | None
     source: str
+
+
+def seconds_taken(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """run_id -> seconds of runs that are done, from their last reports. A run that was found done elsewhere took none of ours."""
+    done = {run_id: report for run_id, report in reports.items() if report.get("status") == "done" and "run_seconds" in report}
+    return {run_id: report["run_seconds"] for run_id, report in done.items() if report["run_seconds"] >= report["seconds"]}
 
 
 def compare(forecast: StudyForecast, took: dict[str, float], makespan: float | None, checkpoints: Path) -> Comparison:

@@ -31,7 +31,7 @@ from study.plan import load_fingerprints, plan_runs
 from study.probe import measure_cell
 from study.rehearsal import Rehearsed, cells, rehearse
 from study.runner import Settings
-from study.truth import compare, comparison_lines
+from study.truth import compare, comparison_lines, seconds_taken
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT_DEPTHS = {"two": 2}
@@ -255,7 +255,13 @@ def test_the_error_of_a_forecast_is_said(tmp_path: Path) -> None:
         log.parent.mkdir(exist_ok=True)
         log.write_text("step,seconds\n" + note)
     assert [was_interrupted(log) for log in logs] == [False, True, True, False]  # the last one has no log at all
-    took = {str(runs[0].run_id): said / 1.25, str(runs[1].run_id): 1.0, str(runs[2].run_id): 1.0}
+    reports = {str(run.run_id): {"status": "done", "run_seconds": 1.0, "seconds": 0.1} for run in runs[:3]}
+    reports[str(runs[0].run_id)]["run_seconds"] = said / 1.25
+    reports[str(runs[3].run_id)] = {"status": "done", "run_seconds": 0.1, "seconds": 99.0}  # another machine had trained it
+    took = seconds_taken(
+        {**reports, "failed": {"failed": "it died"}, "diverged": {"status": "diverged", "run_seconds": 1.0, "seconds": 0.5}}
+    )
+    assert took.keys() == {str(run.run_id) for run in runs[:3]}
     comparison = compare(forecast, took, forecast.makespan * 2, tmp_path)
     assert [run[0] for run in comparison.runs] == [runs[0].spec.title] and len(comparison.interrupted) == 2
     text = "\n".join(comparison_lines(comparison))
