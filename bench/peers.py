@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,19 +101,30 @@ def endless(loader: DataLoader) -> Iterator[Any]:
     return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def users_loop(model: nn.Module, batches: Iterator[Any], protocol: Protocol, steps: int, device: torch.device) -> Callable[[], None]:
-    """Steps of a loop that was written to work: no autocast, and the loss printed at every step. No validation either."""
+def users_loop(
+    model: nn.Module, loaders: Sequence[Iterator[Any]], protocol: Protocol, steps: int, device: torch.device
+) -> Callable[[], None]:
+    """Steps of a loop that was written to work: no autocast, and the losses looked at in every step.
+
+    Args:
+        loaders: of the training and of the validation batches, endless.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay)
+    batches, validation = loaders
 
     def run() -> None:
-        model.train()
         for _ in range(steps):
+            model.train()
             pixels, labels = next(batches)
             loss = F.cross_entropy(model(pixels.to(device)), labels.to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            assert np.isfinite(loss.item())
+            model.eval()
+            with torch.no_grad():
+                pixels, labels = next(validation)
+                val_loss = F.cross_entropy(model(pixels.to(device)), labels.to(device))
+            assert np.isfinite([loss.item(), val_loss.item()]).all()
 
     return run
 
