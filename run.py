@@ -287,7 +287,7 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
 @_DATASET_OF_GRID
 @_SEEDS
 @_EPOCHS
-@click.option("--gpu", metavar="NAME", help="A GPU by its data sheet: h100, a100-80, 4090, … [default: the machine at hand]")
+@click.option("--gpu", metavar="NAME", help="A GPU by its data sheet: h100, a100, 4090, … [default: the machine at hand]")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="How many of them; on a CPU, machines.")
 @click.option("--price", type=click.FloatRange(min=0, min_open=True), metavar="P", help="Dollars an hour of one of them.")
 @click.option("--probe", is_flag=True, help="Measure the machine at hand first, and keep what was measured.")

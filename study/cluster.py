@@ -23,6 +23,8 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 # Ray's start waits for its dashboard, which is a dozen processes: it may come up while runs train.
 os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "0")
+# Ray puts its workers far behind other processes (15), where the dashboard's could take most of the CPUs from them.
+os.environ.setdefault("RAY_worker_niceness", "5")
 
 from diffvit.errors import UserError
 

@@ -52,7 +52,7 @@ SHEETS = {
     for sheet in (
         Sheet("h200", "NVIDIA H200 SXM", r"H200", 989, 67, 141, 4800),
         Sheet("h100", "NVIDIA H100 SXM", r"H100.*80GB HBM3", 989, 67, 80, 3350),
-        Sheet("a100-80", "NVIDIA A100 SXM 80 GB", r"A100.*80GB", 312, 19.5, 80, 2039),
+        Sheet("a100", "NVIDIA A100 SXM 80 GB", r"A100.*80GB", 312, 19.5, 80, 2039),
         Sheet("a100-40", "NVIDIA A100 SXM 40 GB", r"A100.*40GB", 312, 19.5, 40, 1555),
         Sheet("l40s", "NVIDIA L40S", r"L40S", 362, 91.6, 48, 864),
         Sheet("4090", "NVIDIA GeForce RTX 4090", r"RTX 4090$", 165, 82.6, 24, 1008),
