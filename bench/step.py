@@ -3,10 +3,11 @@
     python -m bench.step                           the first GPU, or the CPU
     python -m bench.step --device cpu --json docs/results/step.json
 
-A step is one AdamW update on a batch and a look at a validation batch, on images as CIFAR-100 has them, resized on the device. Ours go
-through `fit`, the loop that every run uses. The plain loop gets the same batches and the same resizing; the user's loop transforms each
-image with torchvision in DataLoader workers and has no autocast. Before anything is timed, the models are given the same weights and must
-give the same logits and gradients. Rows without a bar are timed in fewer rounds, beside timm's.
+A step is one AdamW update on a batch, on images as CIFAR-100 has them, resized on the device. Ours go through `fit`, the loop that every
+run uses, and the plain loop gets the same batches and the same resizing. Both also look at a validation batch after each step: of one
+image in the rows that the bars are about, of as many as are trained on in those that say so. The user's loop transforms each image with
+torchvision in DataLoader workers and has no autocast. Before anything is timed, the models are given the same weights and must give the
+same logits and gradients. Rows without a bar are timed in fewer rounds, beside timm's.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ GPU_ROOFLINE = 0.50
 # Everywhere.
 VALIDATION_TO_TRAINING = 1 / 3
 DATA_TO_STEP = 0.02
+
+_VALIDATED = ", with validation"
 
 
 def images_of(protocol: Protocol, count: int) -> Dataset:
@@ -138,7 +141,8 @@ def main(device_name: str | None, precision: str, images: int | None, micro_batc
     protocol = PROTOCOLS["CIFAR-100"].with_overrides({"batch_size": images, "max_steps": steps})
     if depth:
         protocol = dataclasses.replace(protocol, depths={SIZE: depth})
-    data = images_of(protocol, 2 * images)
+    whole = images_of(protocol, 2 * images)
+    data = dataclasses.replace(whole, val=whole.val.head(1))
     set_matmul_precision("fp32")
 
     ours: dict[str, VisionTransformer] = {}
@@ -155,10 +159,10 @@ def main(device_name: str | None, precision: str, images: int | None, micro_batc
     set_matmul_precision(precision)
     chosen = {model: choose(built, micro_batch, precision, DEFAULT_COMPUTE) for model, built in ours.items()}
 
-    def our_loop(model: VisionTransformer) -> Callable[[], object]:
+    def our_loop(model: VisionTransformer, data: Dataset = data) -> Callable[[], object]:
         return partial(fit, model, data, protocol, seed=0, precision=precision, micro_batch=micro_batch)
 
-    def their_loop(model: nn.Module) -> Callable[[], object]:
+    def their_loop(model: nn.Module, data: Dataset = data) -> Callable[[], object]:
         return partial(plain_loop, model, data, protocol, steps, precision, device, micro_batch)
 
     actions: dict[str, Callable[[], object]] = {
@@ -174,42 +178,51 @@ def main(device_name: str | None, precision: str, images: int | None, micro_batc
             copied.compile()
             others[name] = their_loop(copied)
     if not only_arms:
+        others |= {
+            f"diffvit classic{_VALIDATED}": our_loop(ours[CLASSIC], whole),
+            f"diffvit differential{_VALIDATED}": our_loop(ours[DIFFERENTIAL], whole),
+            f"timm ViT{_VALIDATED}": their_loop(theirs[CLASSIC], whole),
+            f"timm DiffAttention{_VALIDATED}": their_loop(theirs[DIFFERENTIAL], whole),
+        }
         whole_maps = build_model(DIFFERENTIAL, SIZE, protocol)
         whole_maps.initialise(0)
         set_form(whole_maps, "maps")
         others["diffvit differential, whole maps"] = our_loop(whole_maps.to(device))
         small = min(images, 64)  # without autocast or micro-batches more would not fit
         loaders = [
-            endless(transform_loader(dataclasses.replace(data, train=images_of(protocol, 4 * images).train), protocol, workers))
+            endless(transform_loader(dataclasses.replace(whole, train=images_of(protocol, 4 * images).train), protocol, workers))
             for workers in ((8, 8) if gpu else (1, 1))
         ]
         user = timm_model(CLASSIC, SIZE, protocol).to(device)
-        others["the user's loop, timm ViT"] = users_loop(user, [_at_most(loader, small) for loader in loaders], protocol, steps, device)
+        others["the user's loop, timm ViT, with validation"] = users_loop(
+            user, [_at_most(loader, small) for loader in loaders], protocol, steps, device
+        )
 
     a_step = {name: times / steps for name, times in rounds_of(actions, rounds, device).items()}
     against = {name: a_step[_peer(name)] for name in a_step}
     if others:
         peers = {name: actions[name] for name in ("timm ViT", "timm DiffAttention")}
         fewer = {name: times / steps for name, times in rounds_of({**peers, **others}, max(2, rounds // 4), device).items()}
-        if not only_arms:
-            fewer["the user's loop, timm ViT"] *= images / small
+        if not only_arms:  # its batch may be smaller
+            fewer["the user's loop, timm ViT, with validation"] *= images / small
         against |= {name: fewer[_peer(name)] for name in others}
         a_step |= {name: fewer[name] for name in others}
-    parts = parts_of_a_step(ours[CLASSIC], data, protocol, precision, micro_batch, device, rounds)
+    parts = parts_of_a_step(ours[CLASSIC], whole, protocol, precision, micro_batch, device, rounds)
     ceilings = measure_ceilings(device, autocast_dtype(precision))
-    flops = {model: 4 * images * built.estimate_flops() for model, built in ours.items()}
+    flops = {model: images * built.estimate_flops() for model, built in ours.items()}
     fractions = {}
     rows = []
     for name, times in a_step.items():
-        model = DIFFERENTIAL if _peer(name) == "timm DiffAttention" else CLASSIC
+        model = DIFFERENTIAL if "Diff" in _peer(name) else CLASSIC
         # Weights, gradients and AdamW's moments, read and written once: 4 bytes each.
-        least = ceilings.least_seconds(flops[model], 28 * ours[model].count_parameters())
+        passes = 4 if name.endswith(_VALIDATED) else 3 + 1 / images
+        least = ceilings.least_seconds(passes * flops[model], 28 * ours[model].count_parameters())
         fractions[name] = least / float(np.median(times))
         rows.append(
             (name, spread(times), f"{images / np.median(times):,.1f}", str(ratio(times, against[name])), f"{100 * fractions[name]:.0f} %")
         )
     table(
-        f"CIFAR-100, {SIZE}, {protocol.depths[SIZE]} layers, {precision}: {images} images and as many of validation, {micro_batch} at once",
+        f"CIFAR-100, {SIZE}, {protocol.depths[SIZE]} layers, {precision}: {images} images, {micro_batch} at once",
         ("a step", "median (range)", "images/s", "times timm's, 95 %", "of roofline"),
         rows,
     )
@@ -219,10 +232,12 @@ def main(device_name: str | None, precision: str, images: int | None, micro_batc
     classic, differential = a_step["diffvit classic"], a_step["diffvit differential"]
     between = ratio(differential, classic)
     validation, fetching = float(np.median(parts["validation"])), float(np.median(parts["data"]))
-    training = float(np.median(classic)) - validation - fetching
+    training = float(np.median(classic)) - validation / images
     click.echo(f"differential over classic: {between}")
-    click.echo(f"of a classic step: validation {1e3 * validation:.1f} ms, fetching both batches {1e3 * fetching:.3f} ms")
-    click.echo(f"{ceilings}; the roofline counts matrix products of forward and backward passes and of the validation batch")
+    click.echo(
+        f"a whole validation batch of the classic model takes {1e3 * validation:.1f} ms, fetching two batches {1e3 * fetching:.3f} ms"
+    )
+    click.echo(f"{ceilings}; the roofline counts matrix products")
 
     to_timm, diff_to_timm = ratio(classic, a_step["timm ViT"]), ratio(differential, a_step["timm DiffAttention"])
     if gpu:
@@ -260,8 +275,9 @@ def main(device_name: str | None, precision: str, images: int | None, micro_batc
 
 
 def _peer(name: str) -> str:
-    """timm's model of the same architecture as a row's."""
-    return "timm DiffAttention" if "differential" in name or "Diff" in name else "timm ViT"
+    """The row of timm's model of the same architecture, doing the same."""
+    peer = "timm DiffAttention" if "differential" in name or "Diff" in name else "timm ViT"
+    return peer + (_VALIDATED if name.endswith(_VALIDATED) else "")
 
 
 def _at_most(batches: Any, images: int) -> Any:
