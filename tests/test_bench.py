@@ -101,7 +101,7 @@ def test_models_that_differ_are_not_timed() -> None:
         ["data", "--rounds", "2"],
         ["study", "--rounds", "1", "--epochs", "1"],
         ["cells", "--toy", "--size", "10B"],
-        ["scale", "--runs", "8", "--steps", "50", "--rounds", "1"],
+        ["scale", "--runs", "40", "--steps", "50", "--rounds", "1"],
     ],
     ids=lambda command: command[0],
 )
