@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffvit.dataset import cache_folder
 from diffvit.differential_forms import CANDIDATES, differential_attention, usable
+from diffvit.evaluation import autocast
 from diffvit.ledger import write_atomically
 from diffvit.vit import VisionTransformer
 from diffvit.vit_differential import DifferentialAttention, set_form
@@ -216,7 +217,7 @@ def _compile(model: VisionTransformer, images: int, precision: str) -> tuple[flo
     training = model.training
 
     def work(block: nn.Module) -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             out_BND = block(x_BND)
         torch.autograd.grad(out_BND, [x_BND, *block.parameters()], torch.ones_like(out_BND))
 
@@ -228,7 +229,7 @@ def _compile(model: VisionTransformer, images: int, precision: str) -> tuple[flo
     # In the second layer torch notices that a layer's constants differ; validation has code of its own.
     for block in model.blocks[:2]:
         work(block)
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with torch.no_grad(), autocast(device, precision):
         model.eval()
         for block in model.blocks[:2]:
             block(validated_BND)

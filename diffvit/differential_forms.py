@@ -38,7 +38,7 @@ _FEW_TOKENS = 64
 
 
 def default_form(device: str, dtype: torch.dtype, tokens: int) -> str:
-    """The form for a kind of device where none was chosen by measurement (tuning.py). The evidence is in docs/performance.md.
+    """The form for a kind of device where none was chosen by measurement (compute.py). The evidence is in docs/performance.md.
 
     On a CPU `blocks` is the fastest, and `maps` where maps are small. Both are made of operations that a CPU has no fast ones for in
     half precision; there it is `padded`.
