@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffvit.dropout import Dropout
 from diffvit.protocol import MODELS, Protocol, resolve_model, stable_seed
 
 
@@ -57,7 +58,7 @@ class MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(d_model, hidden)
         self.fc2 = nn.Linear(hidden, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x_BND)))))
@@ -115,7 +116,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = nn.Conv2d(channels, d_model, kernel_size=patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
         self.pos_embed = nn.Parameter(torch.zeros(1, self.tokens, d_model))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         hidden = attention.mlp_hidden(d_model, heads, mlp_ratio) if hasattr(attention, "mlp_hidden") else mlp_ratio * d_model
         self.blocks = nn.ModuleList(Block(attention(d_model, heads, layer, dropout), d_model, hidden, dropout) for layer in range(depth))
         self.norm = nn.LayerNorm(d_model, eps=1e-6)

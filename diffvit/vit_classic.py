@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffvit.dropout import Dropout
 from diffvit.protocol import PROTOCOLS, resolve_size
 from diffvit.vit import VisionTransformer, build_model, softmax_maps
 
@@ -23,7 +24,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.proj = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @staticmethod
     def map_flops(d_model: int, tokens: int) -> int:

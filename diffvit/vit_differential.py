@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from diffvit.differential_forms import default_form, differential_attention
+from diffvit.dropout import Dropout
 from diffvit.protocol import PROTOCOLS, resolve_size
 from diffvit.vit import VisionTransformer, build_model, softmax_maps
 
@@ -49,7 +50,7 @@ class DifferentialAttention(nn.Module):
         self.lambda_k2 = nn.Parameter(torch.zeros(self.head_dim))
         self.sub_norm = nn.RMSNorm(2 * self.head_dim, eps=1e-5)
         self.proj = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.form: str | None = None  # of equation 1: a key of FORMS, or None for the device's default
 
     @staticmethod

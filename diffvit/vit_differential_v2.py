@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffvit.dropout import Dropout
 from diffvit.vit import softmax_maps
 
 
@@ -35,7 +36,7 @@ class DifferentialAttentionV2(nn.Module):
         self.qkv = nn.Linear(d_model, 4 * d_model)
         self.lambda_proj = nn.Linear(d_model, heads)
         self.proj = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     @staticmethod
     def mlp_hidden(d_model: int, heads: int, mlp_ratio: int) -> int:
