@@ -306,6 +306,7 @@ def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
             f"{path} does not fit the model its header names: {str(error).splitlines()[0]}.",
             "delete its _result.json and train the run again.",
         ) from error
+    model.facts = facts
     return model.eval(), facts
 
 
