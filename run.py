@@ -79,7 +79,7 @@ _saving_options = _options(
     click.option("--save_every", default=str(DEFAULT_SAVING.every), show_default=True, metavar="INTERVAL",
                  help="How often the state of training is saved, such as 60s or 500steps: what a kill costs at most."),
     click.option("--upload", type=bool, default=False, metavar="BOOL",
-                 help="The hub as storage: finished runs, states of unfinished ones and a model card go to HF_REPOSITORY (see .env.example)."),
+                 help="The hub as storage: finished runs, states of unfinished ones and a model card go to HF_REPOSITORY."),
     click.option("--storage", envvar="DIFFVIT_STORAGE", metavar="URL",
                  help="Path or fsspec URL (s3://…) off this machine: runs are copied there and can be taken over from there. "
                       "[env: DIFFVIT_STORAGE]"),

@@ -75,8 +75,8 @@ def _page(
             Heading("Load a model"),
             Code(f"from diffvit import from_pretrained\n{call}"),
             Paragraph(
-                "`model.facts` has the classes, and the mean and standard deviation that pixels between 0 and 1 are normalised with. Weights "
-                "are safetensors; loading them executes nothing."
+                "`model.facts` has the classes, and the mean and standard deviation that pixels between 0 and 1 are normalised with. "
+                "Weights are safetensors; loading them executes nothing."
             ),
         ]
     return [*blocks, Heading("Protocol"), *_protocols(results)]

@@ -15,6 +15,7 @@ from diffvit.storage import Storage, fetch_run, open_storage, settle_run
 from study.table import cell_key
 
 _CARD_TRIES = 5
+_FIGURE = "_scaling_overlay.png"
 # A result is a few kilobytes; what says it is one and is longer is not read.
 _LONGEST_RESULT = 4 * 1024**2
 
@@ -125,11 +126,8 @@ def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
         table = run_table(Path(folder))
         contents = [json.loads(path.read_text()) for path in results]
     ours = {path.name for path in checkpoints.glob("*/model_*_result.json")}
-    figures = sorted((checkpoints / "figures").glob("*_scaling_overlay.png")) if {path.name for path in results} <= ours else []
-    there = storage.hub.files("figures", head)
-    known = sorted(
-        {*(path.name for path in figures), *(name.rpartition("/")[2] for name in there if name.endswith("_scaling_overlay.png"))}
-    )
-    text = card_text(storage.hub.repository, table, contents, known)
+    figures = sorted((checkpoints / "figures").glob(f"*{_FIGURE}")) if {path.name for path in results} <= ours else []
     puts: dict[str, Any] = {f"figures/{path.name}": path for path in figures}
+    pictures = {name for name in (*puts, *storage.hub.files("figures", head)) if name.endswith(_FIGURE)}
+    text = card_text(storage.hub.repository, table, contents, sorted(Path(name).name for name in pictures))
     storage.hub.commit({**puts, "README.md": text.encode()}, (), "write the model card", parent=head)
