@@ -176,7 +176,12 @@ class HubStorage(Storage):
         return {name: file for folder in folders for name, file in self.hub.files(folder, branch, recursive=False).items()}
 
     def _ensure_branch(self) -> None:
-        self.hub.call(lambda: self.hub.api.create_branch(self.hub.repository, branch=STATE_BRANCH, exist_ok=True))
+        try:
+            self.hub.call(lambda: self.hub.api.create_branch(self.hub.repository, branch=STATE_BRANCH, exist_ok=True))
+        except StorageError:
+            raise
+        except Exception as error:
+            raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> StorageError:
         return StorageError(
