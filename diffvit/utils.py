@@ -138,8 +138,11 @@ class Hub:
 
     def __init__(self, account: Account, pauses: Sequence[float] = PATIENT, on_retry: Callable[[str], None] | None = None):
         from huggingface_hub import HfApi
+        from huggingface_hub.utils import logging
 
         from diffvit import __version__
+
+        logging.set_verbosity_error()  # it tries again by itself at times; who waits hears of it from us
 
         self.account, self.pauses, self._on_retry = account, tuple(pauses), on_retry
         # False, and not None: the client would look for a token elsewhere.
@@ -191,7 +194,9 @@ class Hub:
     def reason(self, error: Exception) -> str:
         """What an error says, in a line, without the token or the client's advice."""
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return redact(text.rstrip("."), self.account.token)[:300]
+        server = getattr(error, "server_message", None)
+        text = f"{text.rstrip('.: ')}: {server}" if server and server not in text else text
+        return redact(" ".join(text.split()).rstrip("."), self.account.token)[:300]
 
     def ensure(self) -> None:
         """Makes the repository, private, where it is missing, and finds out whether the token may write to it."""

@@ -165,30 +165,42 @@ def test_names_that_lead_elsewhere(name: str) -> None:
     assert not is_safe_name(name)
 
 
+LISTED = "runs/vit_classic/a_training.log"
+
+
 @pytest.mark.parametrize(
-    "lie",
+    ("name", "lie"),
     [
-        {"path": "../../evil"},
-        {"path": "/tmp/evil"},
-        {"path": "runs/../../../evil"},
-        {"size": 2**60},
-        {"size": -1},
-        {"oid": "nonsense"},
+        ("runs/../../evil", {"content": b"evil"}),
+        ("/tmp/evil", {"content": b"evil"}),
+        ("runs/vit_classic/../../../evil", {"content": b"evil"}),
+        ("runs/C:\\evil", {"content": b"evil"}),
+        (LISTED, {"size": 2**60}),
+        (LISTED, {"size": -1}),
+        (LISTED, {"oid": "nonsense"}),
     ],
     ids=str,
 )
-def test_a_hostile_listing_writes_nothing(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path, lie: dict) -> None:
+def test_a_hostile_listing_writes_nothing(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path, name: str, lie: dict) -> None:
     upload(folder, "runs", to_hub)
-    hub.repo(NAME).lie("runs/vit_classic/a_training.log", **lie)
+    hub.repo(NAME).lie(name, **lie)
     before = contents(tmp_path)
     with pytest.raises(StorageError, match="cannot be"):
         download("", tmp_path / "back", to_hub)
     assert contents(tmp_path) == before
 
 
+def test_a_hash_that_lies_is_found_out(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    upload(folder, "runs", to_hub)
+    hub.repo(NAME).lie(LISTED, oid="0" * 40)
+    with pytest.raises(StorageError, match="came damaged"):
+        download(LISTED, tmp_path / "back", to_hub)
+    assert "a_training.log" not in contents(tmp_path / "back")
+
+
 def test_a_file_larger_than_the_disk_is_not_begun(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path) -> None:
     upload(folder, "runs", to_hub)
-    hub.repo(NAME).lie("runs/vit_classic/a_training.log", size=2**49)
+    hub.repo(NAME).lie(LISTED, size=2**49)
     with pytest.raises(UserError, match="left") as full:
         download("runs", tmp_path / "back", to_hub)
     assert "make room" in full.value.hint and not hub.asked("GET", "resolve")
@@ -221,7 +233,10 @@ def test_repositories_that_are_understood(text: str) -> None:
     assert parse_repository(text) == "user/repo"
 
 
-@pytest.mark.parametrize("text", ["", "repo", "a/b/c", "https://huggingface.co/datasets/user/repo", "../repo", "user/..", "user/re po", "http://elsewhere/user/repo"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "repo", "a/b/c", "https://huggingface.co/datasets/user/repo", "../repo", "user/..", "user/re po", "http://elsewhere/user/repo"],
+)
 def test_repositories_that_are_not(text: str) -> None:
     with pytest.raises(UserError, match="not a model repository"):
         parse_repository(text)
