@@ -60,6 +60,8 @@ class HubStorage(Storage):
 
     def _commit(self, puts: Mapping[str, Any], removes: list[str], branch: str, parent: str | None = None) -> None:
         names = [*puts, *removes]
+        if not names:
+            return
         message = f"{'add' if puts else 'remove'} {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}"
         for attempt in range(_CREATE_TRIES):
             there = set(self._listing(removes, branch)) if removes else set()

@@ -25,7 +25,7 @@ from diffvit.ledger import RunFiles, check_writable, read_result, sweep_asides
 from diffvit.log import LogPosition, TrainingLog
 from diffvit.saving import Saving
 from diffvit.state import KEPT, StateFolder, folder_id
-from diffvit.storage import Lease, Storage, fetch_run, open_storage, push_run, take_lease
+from diffvit.storage import MARKER, Lease, Storage, fetch_run, open_storage, push_run, take_lease
 
 # A finished run that the storage does not take is offered again after these pauses, and then left to the next command.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
@@ -139,7 +139,7 @@ class RunKeeper:
         assert self._storage
         for pause in (*_PAUSES, None):
             try:
-                push_run(self._storage, self._files, result, self._storage.names(_remote_folder(self._files.run_id)))
+                push_run(self._storage, self._files, result, _leftovers(self._storage, self._files.run_id))
                 return
             except StorageError as error:
                 if pause is None:
@@ -150,6 +150,13 @@ class RunKeeper:
 
 def _remote_folder(run_id: str) -> str:
     return f".state/{run_id}"
+
+
+def _leftovers(storage: Storage, run_id: str) -> list[str]:
+    """All that a run's states have left in the storage, also what a machine was killed over."""
+    folder = _remote_folder(run_id)
+    names = {name.removesuffix(MARKER) for name in storage.ls(folder)}
+    return sorted(f"{folder}/{name}" for name in names if name.endswith((".state", ".log")))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import fsspec
 from diffvit.errors import StorageError, UserError
 from diffvit.ledger import RunFiles, read_result, write_atomically
 
-_MARKER = ".ok"
+MARKER = ".ok"
 _CHUNK = 8 * 1024**2
 
 # What clocks of two machines may differ by: a lease is taken over only so long after it has run out, or after a tenth of its length
@@ -97,14 +97,14 @@ class Storage:
                     target.write(chunk)
                     digest.update(chunk)
                     size += len(chunk)
-            with self._open_to_write(name + _MARKER) as target:
+            with self._open_to_write(name + MARKER) as target:
                 target.write(json.dumps({"bytes": size, "sha256": digest.hexdigest()}).encode())
 
     def read(self, name: str) -> bytes | None:
         """A small object's content; None where it is not there or not whole."""
         with self._faults():
             try:
-                marker = json.loads(self._fs.cat_file(self._path(name + _MARKER)))
+                marker = json.loads(self._fs.cat_file(self._path(name + MARKER)))
                 content = self._fs.cat_file(self._path(name))
             except (FileNotFoundError, ValueError):
                 return None
@@ -114,13 +114,13 @@ class Storage:
     def has(self, name: str) -> bool:
         """Whether an object and its marker are there."""
         with self._faults():
-            return all(self._fs.exists(self._path(each)) for each in (name, name + _MARKER))
+            return all(self._fs.exists(self._path(each)) for each in (name, name + MARKER))
 
     def get(self, name: str, path: Path) -> bool:
         """Bring an object to a file, which is replaced in one step; False where it is not there or not whole."""
         with self._faults():
             try:
-                marker = json.loads(self._fs.cat_file(self._path(name + _MARKER)))
+                marker = json.loads(self._fs.cat_file(self._path(name + MARKER)))
                 source = self._fs.open(self._path(name), "rb")
             except (FileNotFoundError, ValueError):
                 return False
@@ -146,12 +146,12 @@ class Storage:
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
         """Names of the objects in a folder that end in `suffix` and have a marker, sorted; each begins with the folder's."""
-        ending = suffix + _MARKER
-        return sorted(f"{folder}/{name.removesuffix(_MARKER)}" for name in self.ls(folder) if name.endswith(ending))
+        ending = suffix + MARKER
+        return sorted(f"{folder}/{name.removesuffix(MARKER)}" for name in self.ls(folder) if name.endswith(ending))
 
     def remove(self, name: str) -> None:
         """Forget an object: first its marker, so that it is never there by half."""
-        for each in (name + _MARKER, name):
+        for each in (name + MARKER, name):
             with self._faults(), contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(each))
 
@@ -197,7 +197,7 @@ class Storage:
         """Name -> content of the objects without markers in a folder."""
         found = {}
         for name in self.ls(folder):
-            if not name.endswith(_MARKER):
+            if not name.endswith(MARKER):
                 with self._faults(), contextlib.suppress(FileNotFoundError):
                     found[name] = self._fs.cat_file(self._path(f"{folder}/{name}"))
         return found

@@ -254,7 +254,11 @@ class Hub:
 
         def fetch() -> Path:
             with _quiet():
-                path = Path(self.api.hf_hub_download(self.repository, file.name, revision=revision, local_dir=folder))
+                # A cache of its own: from the user's it would take a damaged file.
+                brought = self.api.hf_hub_download(
+                    self.repository, file.name, revision=revision, local_dir=folder, cache_dir=folder / ".cache" / "hub"
+                )
+                path = Path(brought)
             if not file.is_like(path):
                 path.unlink(missing_ok=True)
                 shutil.rmtree(folder / ".cache", ignore_errors=True)  # what the client knows of it is wrong

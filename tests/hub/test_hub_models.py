@@ -117,7 +117,7 @@ def test_which_of_several_runs_is_loaded(account: HubServer, cli) -> None:
     }
     assert from_pretrained(NAME, **names, seed=1).facts["seed"] == 1
     # Both runs of seed 0 have overrides, and none is the plain one.
-    with pytest.raises(UserError, match="not one alone with seed 0") as several:
+    with pytest.raises(UserError, match="not one of them alone has seed 0") as several:
         from_pretrained(NAME, **names)
     assert all(run_id in several.value.hint for run_id in seeds)
     for run_id in seeds:
@@ -164,6 +164,7 @@ def test_a_damaged_cache_is_brought_again(account: HubServer, cli) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_rehearsal_tries_the_hub_too_and_leaves_nothing(account: HubServer, cli) -> None:
     Path("grid.yaml").write_text("datasets: [digits]\nsizes: [small]\nmodels: [vit_classic]\n")
     outcome = cli("study", "--grid", "grid.yaml", "--rehearse", "--upload", "true", "--address", "local")
