@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, unquote, urlencode
 
 import yaml
 from hub.repos import Commit, Entry, HubError, Repo, card_metadata, check_card, missing_entry, missing_revision
@@ -339,7 +339,7 @@ class HubServer:
         return items[start : start + size], {"Link": f'<{self.url}{call.raw_path}?{following}>; rel="next"'}
 
     def _resolve(self, call: Call, repo: Repo, commit: Commit, path: str) -> Answer:
-        entry = repo.entries(commit).get(path)
+        entry = repo.entry(commit, path)
         told = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
         if entry is None:
             error = missing_entry(path)
@@ -446,14 +446,15 @@ class HubServer:
                 return Answer(headers={"ETag": f'"{oid}"'})
             case ("GET" | "HEAD", "storage", "download", plural, namespace, name, commit, path):
                 repo = self.repo(f"{namespace}/{name}", KINDS[plural])
-                entry = repo.entries(repo.resolve(commit)).get(path)
+                entry = repo.entry(repo.resolve(commit), path)
                 if entry is None:
                     raise HubError(404, "NoSuchKey")
                 return ranged(call, entry.content, {"ETag": f'"{entry.etag}"', "Accept-Ranges": "bytes"})
         raise HubError(404, "NoSuchKey")
 
     def _signature(self, path: str, of: str) -> str:
-        return hmac.new(self._secret, f"{path} {of}".encode(), "sha256").hexdigest()
+        # Of the unquoted path: a client may quote it in another way.
+        return hmac.new(self._secret, f"{unquote(path)} {of}".encode(), "sha256").hexdigest()
 
     def _signed(self, base: str, path: str, of: str = "") -> str:
         return f"{base}{path}?{urlencode({'of': of, 'signature': self._signature(path, of)})}"

@@ -339,8 +339,8 @@ def test_a_hub_that_hangs(hub: HubServer, repo: Repo, api: HfApi):
     url = f"{hub.url}/{NAME}/resolve/main/a"
     hub.faults.add("HEAD", "/resolve/", hang=60, times=1)
     with pytest.raises(Exception, match="timed out"):
-        api.get_hf_file_metadata(url, timeout=0.2)
-    assert api.get_hf_file_metadata(url).size == 1
+        api.get_hf_file_metadata(url=url, timeout=0.2)
+    assert api.get_hf_file_metadata(url=url).size == 1
 
 
 def test_which_requests_a_fault_hits():
@@ -367,7 +367,7 @@ def test_lies(repo: Repo, api: HfApi):
     told = {each.path: each for each in api.list_repo_tree(NAME, recursive=True)}
     assert {"../../evil", "/etc/evil"} < told.keys()
     assert (told["weights.bin"].size, told["weights.bin"].lfs.sha256) == (1 << 50, "f" * 64)
-    metadata = api.get_hf_file_metadata(f"{api.endpoint}/{NAME}/resolve/main/weights.bin")
+    metadata = api.get_hf_file_metadata(url=f"{api.endpoint}/{NAME}/resolve/main/weights.bin")
     assert (metadata.size, metadata.etag) == (1 << 50, "f" * 64)
     assert told["log.csv"].size == 4
     answer = huggingface_hub.get_session().get(f"{api.endpoint}/{NAME}/resolve/main/log.csv", headers={"Authorization": "Bearer hf_read"})
