@@ -94,6 +94,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
             "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(home / "hub"),
             "HF_TOKEN_PATH": str(home / "token"),
+            "AGENT_HARNESSES_PATH": str(home / "harnesses.json"),
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_OFFLINE": False,
         }.items():

@@ -48,7 +48,7 @@ def blob_oid(content: bytes) -> str:
 class File:
     """The content of a file, kept in git or as LFS."""
 
-    content: bytes
+    content: bytes = field(repr=False)
     lfs: bool
 
     @cached_property
@@ -79,7 +79,7 @@ class Entry:
     """A file as lists and HEAD tell of it; `content` is what a download gets."""
 
     path: str
-    content: bytes
+    content: bytes = field(repr=False)
     size: int
     oid: str
     sha256: str | None
@@ -90,20 +90,20 @@ class Entry:
         return self.sha256 or self.oid
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Commit:
     oid: str
-    parent: str | None
+    parent: Commit | None = field(repr=False)
     title: str
     message: str
     author: str
     date: str
-    files: dict[str, File]
+    files: dict[str, File] = field(repr=False)
 
 
 @dataclass
 class Repo:
-    """A repository. Commits do not change once they are there, so that reading needs no lock."""
+    """A repository: branches and tags lead to commits, which never change."""
 
     kind: str
     name: str
@@ -135,7 +135,7 @@ class Repo:
 
     def history(self, revision: str = "main") -> list[Commit]:
         """The commits of a revision, the newest first."""
-        return list(self._ancestors(self.resolve(revision)))
+        return list(_with_ancestors(self.resolve(revision)))
 
     def commit(self, files: dict[str, bytes], message: str = "a commit", branch: str = "main", delete: Iterable[str] = ()) -> str:
         """Add and delete files past HTTP; returns the id of the commit."""
@@ -161,12 +161,13 @@ class Repo:
 
     def resolve(self, revision: str) -> Commit:
         """The commit of a branch, a tag, or (the beginning of) an id."""
-        oid = self.branches.get(revision) or self.tags.get(revision)
-        if oid is None and re.fullmatch("[0-9a-f]{7,40}", revision):
-            oid = next((each for each in list(self._commits) if each.startswith(revision)), None)
-        if oid is None:
-            raise missing_revision(revision)
-        return self._commits[oid]
+        with self.lock:
+            oid = self.branches.get(revision) or self.tags.get(revision)
+            if oid is None and re.fullmatch("[0-9a-f]{7,40}", revision):
+                oid = next((each for each in self._commits if each.startswith(revision)), None)
+            if oid is None:
+                raise missing_revision(revision)
+            return self._commits[oid]
 
     def entries(self, commit: Commit) -> dict[str, Entry]:
         """What is told of the files of a commit, by path."""
@@ -174,10 +175,15 @@ class Repo:
         paths = sorted(commit.files.keys() | lies.keys())
         return {path: _entry(path, commit.files.get(path), lies.get(path)) for path in paths}
 
+    def entry(self, commit: Commit, path: str) -> Entry | None:
+        """What is told of one path of a commit; None: it is not there."""
+        file, lie = commit.files.get(path), self._lies.get(path)
+        return _entry(path, file, lie) if file or lie else None
+
     def last_change(self, commit: Commit, touches: Callable[[str], bool]) -> Commit:
         """The newest commit that changed a path that `touches` accepts."""
-        for each in self._ancestors(commit):
-            before = self._commits[each.parent].files if each.parent else {}
+        for each in _with_ancestors(commit):
+            before = each.parent.files if each.parent else {}
             changed = (path for path in each.files.keys() | before.keys() if each.files.get(path) != before.get(path))
             if any(touches(path) for path in changed):
                 return each
@@ -311,29 +317,28 @@ class Repo:
             if branch in self.tags:
                 raise HubError(400, "Cannot squash a tag")
             self._append(branch, self._head(branch).files, message, root=True)
-            kept: dict[str, Commit] = {}
-            for oid in {*self.branches.values(), *self.tags.values()}:
-                kept |= {each.oid: each for each in self._ancestors(self._commits[oid])}
-            self._commits = kept
+            heads = [self._commits[oid] for oid in {*self.branches.values(), *self.tags.values()}]
+            self._commits = {each.oid: each for head in heads for each in _with_ancestors(head)}
 
     def _head(self, branch: str) -> Commit:
         if branch not in self.branches:
             raise missing_revision(branch)
         return self._commits[self.branches[branch]]
 
-    def _ancestors(self, commit: Commit) -> Iterator[Commit]:
-        commits, oid = self._commits, commit.oid
-        while oid:
-            yield commits[oid]
-            oid = commits[oid].parent or ""
-
     def _append(self, branch: str, files: dict[str, File], title: str, message: str = "", root: bool = False) -> Commit:
-        parent = None if root else self.branches.get(branch)
+        parent = self._commits[self.branches[branch]] if branch in self.branches and not root else None
         oid = secrets.token_hex(20)  # a name like git's, which a clock and a parent make as unpredictable
         commit = Commit(oid, parent, title, message, self.user, _now(), files)
-        self._commits = {**self._commits, oid: commit}
+        self._commits[oid] = commit
         self.branches[branch] = oid
         return commit
+
+
+def _with_ancestors(commit: Commit) -> Iterator[Commit]:
+    each: Commit | None = commit
+    while each:
+        yield each
+        each = each.parent
 
 
 def _entry(path: str, file: File | None, lie: Lie | None) -> Entry:

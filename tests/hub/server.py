@@ -11,134 +11,19 @@ import hashlib
 import hmac
 import json
 import os
-import random
 import re
 import secrets
-import socket
-import socketserver
-import struct
-import sys
 import threading
-import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+from urllib.parse import quote, unquote, urlencode
 
 import yaml
 from hub.repos import Commit, Entry, HubError, Repo, card_metadata, check_card, missing_entry, missing_revision
+from hub.wire import Answer, Call, Fault, Faults, Listener, Request, as_json, ranged
+
+__all__ = ["Fault", "Faults", "HubError", "HubServer", "Repo", "Request"]
 
 KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
-CHUNK = 65536
-
-
-@dataclass
-class Fault:
-    """What goes wrong with some requests, and with which.
-
-    Args:
-        method: "GET", "PUT", …; "*": any.
-        path: A regular expression, searched in the path (unquoted, without query).
-        times: So many requests, then no more.
-        after: Lets the first so many pass.
-        every: Hits one request in so many.
-        probability: Hits with this probability, by a generator with the seed `seed`.
-        status: Answers this, instead of doing what is asked.
-        headers: Sent with that status.
-        hang: Does not answer for so many seconds, then closes the connection.
-        cut: Closes the connection after so many bytes of the body of the answer.
-        cut_request: Closes it after so many bytes of the body of the request, which is then not done.
-        lose: Does what is asked, and closes the connection without an answer.
-        reset: Cuts, if they are to, are resets of the connection.
-        corrupt: Flips a bit of this byte of the body of the answer; -1: the last.
-        slow: Waits so many seconds before every 64 KiB, of a request or an answer.
-    """
-
-    method: str
-    path: str
-    times: int | None = None
-    after: int = 0
-    every: int = 1
-    probability: float = 1.0
-    seed: int = 0
-    status: int | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    hang: float = 0.0
-    cut: int | None = None
-    cut_request: int | None = None
-    lose: bool = False
-    reset: bool = False
-    corrupt: int | None = None
-    slow: float = 0.0
-    seen: int = 0
-    hits: int = 0
-
-    def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
-
-    def strikes(self, method: str, path: str) -> bool:
-        """Whether it is this request's turn; counts it."""
-        if self.method not in ("*", method) or not re.search(self.path, path):
-            return False
-        self.seen += 1
-        spent = self.times is not None and self.hits >= self.times
-        turn = self.seen > self.after and (self.seen - self.after) % self.every == 0
-        if spent or not turn or self._random.random() >= self.probability:
-            return False
-        self.hits += 1
-        return True
-
-
-class Faults:
-    """The faults there are; a request gets the first that strikes."""
-
-    def __init__(self) -> None:
-        self._faults: list[Fault] = []
-        self._lock = threading.Lock()
-
-    def add(self, method: str, path: str, **what: Any) -> Fault:
-        """Add a fault: see Fault. The one that comes back counts the requests it has seen, and hit."""
-        fault = Fault(method, path, **what)
-        with self._lock:
-            self._faults.append(fault)
-        return fault
-
-    def clear(self) -> None:
-        with self._lock:
-            self._faults.clear()
-
-    def pick(self, method: str, path: str) -> Fault | None:
-        with self._lock:
-            return next((fault for fault in self._faults if fault.strikes(method, path)), None)
-
-
-@dataclass
-class Request:
-    """A request as it came, and what came of it."""
-
-    method: str
-    path: str
-    query: str
-    host: str  # "hub" or "storage"
-    authenticated: bool  # it had an Authorization header
-    received: int = 0  # bytes of its body
-    status: int | None = None  # None: no answer (yet)
-
-
-@dataclass
-class Answer:
-    status: int = 200
-    body: bytes = b""
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-class CutError(Exception):
-    """The connection is to be closed."""
-
-
-def as_json(value: Any, status: int = 200, **headers: str) -> Answer:
-    return Answer(status, json.dumps(value).encode(), {"Content-Type": "application/json; charset=utf-8", **headers})
 
 
 class HubServer:
@@ -172,7 +57,7 @@ class HubServer:
         self._lock = threading.RLock()
         self._secret = secrets.token_bytes(16)
         self._ports = {"hub": 0, "storage": 0}
-        self._listeners: list[_Listener] = []
+        self._listeners: list[Listener] = []
 
     def __enter__(self) -> HubServer:
         self.start()
@@ -185,7 +70,7 @@ class HubServer:
         """Listen: on the ports of the last time, if there was one."""
         self.stopping.clear()
         for host in self._ports:
-            listener = _Listener(self, host, self._ports[host])
+            listener = Listener(self, host, self._ports[host])
             self._ports[host] = listener.server_address[1]
             self._listeners.append(listener)
             threading.Thread(target=listener.serve_forever, args=(0.05,), daemon=True).start()
@@ -250,6 +135,8 @@ class HubServer:
         match (call.method, *call.parts):
             case ("GET", "api", "whoami-v2"):
                 return self._whoami(call)
+            case ("GET", "api", "agent-harnesses"):  # the client asks it once a process, without a token
+                return as_json({"standardEnvVars": [], "harnesses": {}})
             case ("POST", "api", "validate-yaml"):
                 errors, warnings = check_card(call.json()["content"])
                 told = {"errors": [{"message": each} for each in errors], "warnings": [{"message": each} for each in warnings]}
@@ -452,7 +339,7 @@ class HubServer:
         return items[start : start + size], {"Link": f'<{self.url}{call.raw_path}?{following}>; rel="next"'}
 
     def _resolve(self, call: Call, repo: Repo, commit: Commit, path: str) -> Answer:
-        entry = repo.entries(commit).get(path)
+        entry = repo.entry(commit, path)
         told = {"X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
         if entry is None:
             error = missing_entry(path)
@@ -460,7 +347,7 @@ class HubServer:
             raise error
         if not entry.sha256:
             told |= {"ETag": f'"{entry.etag}"', "X-Linked-Size": str(entry.size)}
-            return _ranged(call, entry.content, told)
+            return ranged(call, entry.content, told)
         storage = f"/storage/download/{repo.kind}s/{repo.name}/{commit.oid}/{quote(path, safe='')}"
         told |= {"X-Linked-ETag": f'"{entry.etag}"', "X-Linked-Size": str(entry.size), "ETag": f'"{entry.oid}"'}
         return Answer(302, f"Found. Redirecting to {storage}".encode(), {**told, "Location": self._signed(self.storage_url, storage)})
@@ -559,14 +446,15 @@ class HubServer:
                 return Answer(headers={"ETag": f'"{oid}"'})
             case ("GET" | "HEAD", "storage", "download", plural, namespace, name, commit, path):
                 repo = self.repo(f"{namespace}/{name}", KINDS[plural])
-                entry = repo.entries(repo.resolve(commit)).get(path)
+                entry = repo.entry(repo.resolve(commit), path)
                 if entry is None:
                     raise HubError(404, "NoSuchKey")
-                return _ranged(call, entry.content, {"ETag": f'"{entry.etag}"', "Accept-Ranges": "bytes"})
+                return ranged(call, entry.content, {"ETag": f'"{entry.etag}"', "Accept-Ranges": "bytes"})
         raise HubError(404, "NoSuchKey")
 
     def _signature(self, path: str, of: str) -> str:
-        return hmac.new(self._secret, f"{path} {of}".encode(), "sha256").hexdigest()
+        # Of the unquoted path: a client may quote it in another way.
+        return hmac.new(self._secret, f"{unquote(path)} {of}".encode(), "sha256").hexdigest()
 
     def _signed(self, base: str, path: str, of: str = "") -> str:
         return f"{base}{path}?{urlencode({'of': of, 'signature': self._signature(path, of)})}"
@@ -576,207 +464,6 @@ class HubServer:
             raise HubError(403, "SignatureDoesNotMatch")
 
 
-@dataclass
-class Call:
-    """A request, taken apart."""
-
-    host: str
-    method: str
-    raw_path: str
-    query: dict[str, list[str]]
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def parts(self) -> list[str]:
-        return [unquote(part) for part in self.raw_path.strip("/").split("/")]
-
-    @property
-    def token(self) -> str | None:
-        kind, _, token = self.headers.get("authorization", "").partition(" ")
-        return token if kind == "Bearer" else None
-
-    def flag(self, name: str) -> bool:
-        return self.query.get(name, ["false"])[0].lower() in ("true", "1")
-
-    def json(self) -> Any:
-        try:
-            return json.loads(self.body)
-        except ValueError as error:
-            raise HubError(400, "The body is not JSON") from error
-
-    def form(self) -> dict[str, list[str]]:
-        if "json" not in self.headers.get("content-type", ""):
-            return parse_qs(self.body.decode())
-        return {key: value if isinstance(value, list) else [str(value)] for key, value in self.json().items()}
-
-
-class _Listener(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
-
-    def __init__(self, hub: HubServer, host: str, port: int):
-        self.hub, self.host = hub, host
-        self._connections: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", port), _Handler)
-
-    def server_bind(self) -> None:
-        # That of HTTPServer asks a name server for the name of the host.
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        self._connections.add(request)
-        super().process_request(request, client_address)
-
-    def shutdown_request(self, request: Any) -> None:
-        self._connections.discard(request)
-        super().shutdown_request(request)
-
-    def cut_connections(self) -> None:
-        for each in list(self._connections):
-            with contextlib.suppress(OSError):
-                each.shutdown(socket.SHUT_RDWR)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # A client that went away is none of ours.
-        if not isinstance(sys.exception(), OSError):
-            self.hub.errors.append(traceback.format_exc())
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: _Listener
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-    def _serve(self) -> None:
-        hub, url = self.server.hub, urlsplit(self.path)
-        path = unquote(url.path)
-        record = Request(self.command, path, url.query, self.server.host, "authorization" in self.headers)
-        hub.requests.append(record)
-        fault = hub.faults.pick(self.command, path) or Fault("*", "")
-        try:
-            if fault.hang:
-                hub.stopping.wait(fault.hang)
-                raise CutError
-            body = self._body(fault, record)
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            call = Call(self.server.host, self.command, url.path, parse_qs(url.query, keep_blank_values=True), headers, body)
-            answer = self._fail(fault) if fault.status else self._answer(call)
-            if fault.lose:
-                raise CutError
-            record.status = answer.status
-            self._send(answer, fault)
-        except CutError:
-            self._cut(fault.reset)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve  # noqa: N815
-
-    def _fail(self, fault: Fault) -> Answer:
-        assert fault.status
-        return as_json({"error": f"A fault: {fault.status}"}, fault.status, **fault.headers)
-
-    def _answer(self, call: Call) -> Answer:
-        try:
-            return self.server.hub.answer(call)
-        except HubError as error:
-            told = {"X-Error-Message": error.message.encode("ascii", "replace").decode(), **error.headers}
-            if error.code:
-                told["X-Error-Code"] = error.code
-            return as_json({"error": error.message, **error.more}, error.status, **told)
-        except Exception as error:
-            self.server.hub.errors.append(traceback.format_exc())
-            return as_json({"error": repr(error)}, 500)
-
-    def _body(self, fault: Fault, record: Request) -> bytes:
-        taken = bytearray()
-        for piece in self._pieces(fault):
-            taken += piece
-            record.received = len(taken)
-        return bytes(taken)
-
-    def _pieces(self, fault: Fault) -> Iterator[bytes]:
-        """The body of the request, as it comes."""
-        left = fault.cut_request
-        for size in self._sizes():
-            while size > 0:
-                if left == 0:
-                    raise CutError
-                if fault.slow:
-                    self.server.hub.stopping.wait(fault.slow)
-                piece = self.rfile.read(min(size, CHUNK) if left is None else min(size, CHUNK, left))
-                if not piece:
-                    raise CutError  # by the client
-                size -= len(piece)
-                left = None if left is None else left - len(piece)
-                yield piece
-        if fault.cut_request is not None:
-            raise CutError
-
-    def _sizes(self) -> Iterator[int]:
-        """The lengths of the parts of the body of the request; the caller reads each before it asks for the next."""
-        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            yield int(self.headers.get("Content-Length") or 0)
-            return
-        while line := self.rfile.readline():
-            if size := int(line.split(b";")[0], 16):
-                yield size
-                self.rfile.readline()
-                continue
-            while self.rfile.readline().strip():
-                pass
-            return
-        raise CutError  # by the client
-
-    def _send(self, answer: Answer, fault: Fault) -> None:
-        self.send_response(answer.status)
-        for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        body = answer.body
-        if fault.corrupt is not None and body:
-            changed = bytearray(body)
-            changed[fault.corrupt] ^= 1
-            body = bytes(changed)
-        view = memoryview(body)[: fault.cut]
-        for start in range(0, len(view), CHUNK):
-            if fault.slow:
-                self.server.hub.stopping.wait(fault.slow)
-            self.wfile.write(view[start : start + CHUNK])
-        if fault.cut is not None:
-            raise CutError
-
-    def _cut(self, reset: bool) -> None:
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            if reset:
-                # No lingering: closing sends a reset, and forgets what was not sent yet.
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
-            else:
-                self.connection.shutdown(socket.SHUT_RDWR)
-
-
 def _with_blob(sibling: dict[str, Any], entry: Entry) -> dict[str, Any]:
     lfs = {"lfs": {"sha256": entry.sha256, "size": entry.size, "pointerSize": entry.pointer_size}} if entry.sha256 else {}
     return {**sibling, "size": entry.size, "blobId": entry.oid, **lfs}
-
-
-def _ranged(call: Call, content: bytes, headers: dict[str, str]) -> Answer:
-    """Content, or the range of it that is asked for."""
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", call.headers.get("range", ""))
-    headers = {"Content-Type": "application/octet-stream", **headers}
-    if not match or match[0] == "bytes=-":
-        return Answer(200, content, headers)
-    first, last = match.groups()
-    start = int(first) if first else max(0, len(content) - int(last))
-    end = min(int(last), len(content) - 1) if first and last else len(content) - 1
-    if start > end:
-        return Answer(416, b"", {**headers, "Content-Range": f"bytes */{len(content)}"})
-    return Answer(206, content[start : end + 1], {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"})
