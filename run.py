@@ -183,12 +183,10 @@ def upload(local: Path, hf_dir: str, force: bool) -> None:
 
     What is there already with the same content is not sent again, and what is different is not replaced.
     """
-    from diffvit.utils import Hub, find_account
     from diffvit.utils import upload as send
 
-    hub = Hub(find_account(), on_retry=_warn)
-    with _TransferProgress() as progress:
-        done = send(local, hf_dir, hub, force=force, on_progress=progress)
+    hub = _hub()
+    done = send(local, hf_dir, hub, force=force, on_progress=_say_transfer)
     click.echo(f"sent {len(done.moved)} files, {done.bytes:,} bytes, to {hub.repository}; {len(done.skipped)} were there")
 
 
@@ -201,12 +199,10 @@ def download(hf_path: str, local: Path, force: bool) -> None:
 
     What is here already with the same content is not brought again, and what is different is not replaced.
     """
-    from diffvit.utils import Hub, find_account
     from diffvit.utils import download as bring
 
-    hub = Hub(find_account(), on_retry=_warn)
-    with _TransferProgress() as progress:
-        done = bring(hf_path, local, hub, force=force, on_progress=progress)
+    hub = _hub()
+    done = bring(hf_path, local, hub, force=force, on_progress=_say_transfer)
     click.echo(f"brought {len(done.moved)} files, {done.bytes:,} bytes, from {hub.repository}; {len(done.skipped)} were here")
 
 
@@ -568,31 +564,17 @@ class _StepProgress:
             click.echo(f"step {last.step}/{total}  {losses}  {last.seconds:.0f} s", err=True)
 
 
-class _TransferProgress:
-    """A progress bar of bytes on stderr; away from a terminal, a line a file."""
+def _hub() -> Any:
+    """The user's repository; on a terminal with the client's progress bars."""
+    from diffvit.utils import Hub, find_account
 
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    return Hub(find_account(), on_retry=_warn, bars=sys.stderr.isatty())
 
-        self._console = Console(stderr=True)
-        self._bar = Progress(
-            BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("{task.description}"),
-            console=self._console, transient=True, disable=not self._console.is_terminal,
-        )  # fmt: skip
-        self._task = self._bar.add_task("", total=None)
 
-    def __enter__(self) -> _TransferProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def __call__(self, done: int, total: int, name: str) -> None:
-        self._bar.update(self._task, completed=done, total=total, description=name)
-        if not self._console.is_terminal and name:
-            click.echo(f"{name}  {done:,} of {total:,} bytes", err=True)
+def _say_transfer(done: int, total: int, name: str) -> None:
+    """Away from a terminal, a line a file."""
+    if name and not sys.stderr.isatty():
+        click.echo(f"{name}  {done:,} of {total:,} bytes", err=True)
 
 
 def main() -> None:

@@ -132,11 +132,14 @@ class Hub:
     Args:
         pauses: in seconds, before each further attempt at a call that fails for a while.
         on_retry: hears why a call is tried again.
+        bars: show the client's progress bars.
 
     Its methods raise HubRefusesError where the hub says no, and StorageError where it does not answer, or not rightly, to the last attempt.
     """
 
-    def __init__(self, account: Account, pauses: Sequence[float] = PATIENT, on_retry: Callable[[str], None] | None = None):
+    def __init__(
+        self, account: Account, pauses: Sequence[float] = PATIENT, on_retry: Callable[[str], None] | None = None, bars: bool = False
+    ):
         from huggingface_hub import HfApi
         from huggingface_hub.utils import logging
 
@@ -144,7 +147,7 @@ class Hub:
 
         logging.set_verbosity_error()  # it tries again by itself at times; who waits hears of it from us
 
-        self.account, self.pauses, self._on_retry = account, tuple(pauses), on_retry
+        self.account, self.pauses, self._on_retry, self._bars = account, tuple(pauses), on_retry, bars
         # False, and not None: the client would look for a token elsewhere.
         self.api = HfApi(
             endpoint=os.environ.get("HF_ENDPOINT") or None,
@@ -246,14 +249,14 @@ class Hub:
                     self.repository, operations, commit_message=message, revision=revision, parent_commit=parent, num_threads=2
                 )
 
-        with _quiet():
+        with _quiet(unless=self._bars):
             self.call(send)
 
     def bring(self, file: HubFile, folder: Path, revision: str = "main") -> Path:
         """Brings a file to a folder that keeps what was brought of an interrupted one. Returns its path there; its hash is right."""
 
         def fetch() -> Path:
-            with _quiet():
+            with _quiet(unless=self._bars):
                 # A cache of its own: from the user's it would take a damaged file.
                 brought = self.api.hf_hub_download(
                     self.repository, file.name, revision=revision, local_dir=folder, cache_dir=folder / ".cache" / "hub"
@@ -367,17 +370,18 @@ def _asked_pause(error: BaseException) -> float:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(unless: bool = False) -> Iterator[None]:
     """No progress bars of the client's inside."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    were_off = are_progress_bars_disabled()
+    if unless or are_progress_bars_disabled():
+        yield
+        return
     disable_progress_bars()
     try:
         yield
     finally:
-        if not were_off:
-            enable_progress_bars()
+        enable_progress_bars()
 
 
 # ----------------------------------------------------------------------------------------------- upload and download
