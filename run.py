@@ -171,7 +171,7 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
     if saving.storage:
         from study.hub import send_run
 
-        send_run(saving.storage, _files(checkpoints, result), _warn)
+        send_run(saving.storage, _files(checkpoints, result), _warn, _own_command())
 
 
 @cli.command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -19,14 +20,18 @@ from typing import Any
 from diffvit.errors import StorageError, UserError
 from diffvit.ledger import write_atomically
 from diffvit.storage import Content, Storage
-from diffvit.utils import Account, Hub, find_token, is_missing, is_safe_name, parse_repository, status_of
+from diffvit.utils import Account, Hub, HubFile, find_token, is_missing, is_safe_name, parse_repository, status_of
 
 SCHEME = "hf://"
 STATE_BRANCH = "diffvit-state"
 
-# Between attempts at a call; who calls has a patience of its own.
-_PAUSES = (1.0, 2.0, 4.0)
+# Between attempts at a call, and the longest that the hub may ask for: who calls has a patience of its own.
+_PAUSES = (1.0,)
+_LONGEST_PAUSE = 10.0
 _CREATE_TRIES = 20
+
+# States are large, and stay in the history of their branch: it is forgotten every so many commits.
+_SQUASH_EVERY = 20
 
 
 class HubStorage(Storage):
@@ -39,7 +44,8 @@ class HubStorage(Storage):
         if folder and not is_safe_name(folder):
             raise UserError(f"the storage {url} cannot be.", "give hf://user/name.")
         self._folder = f"{folder}/" if folder else ""
-        self.hub = Hub(Account(parse_repository(f"{user}/{name}"), find_token()), _PAUSES)
+        self.hub = Hub(Account(parse_repository(f"{user}/{name}"), find_token()), _PAUSES, longest_pause=_LONGEST_PAUSE)
+        self._state_commits = 0
 
     def check(self) -> None:
         if not self.hub.account.token:
@@ -49,8 +55,8 @@ class HubStorage(Storage):
         self.hub.ensure()
         self._ensure_branch()  # which also needs write access
 
-    def commit(self, puts: Mapping[str, Content], removes: Iterable[str] = ()) -> None:
-        removes = list(removes)
+    def commit(self, puts: Mapping[str, Content], removes: Iterable[str] = (), leases: Mapping[str, bytes] | None = None) -> None:
+        removes, puts = list(removes), {**puts, **(leases or {})}
         for branch in ("main", STATE_BRANCH):
             with contextlib.ExitStack() as stack:
                 here = {name: _opened(content, stack) for name, content in puts.items() if _branch(name) == branch}
@@ -70,6 +76,7 @@ class HubStorage(Storage):
                 return
             try:
                 self.hub.commit({self._folder + name: content for name, content in puts.items()}, gone, message, branch, parent)
+                self._squash_at_times(branch)
                 return
             except StorageError:
                 raise
@@ -93,29 +100,31 @@ class HubStorage(Storage):
         return self._folder + name in self._listing([name], _branch(name))
 
     def get(self, name: str, path: Path) -> bool:
-        branch = _branch(name)
-        file = self._listing([name], branch).get(self._folder + name)
-        if file is None:
-            return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # On the same disk, and where nothing looks for files of a ledger.
-        with tempfile.TemporaryDirectory(prefix=".hub-", dir=path.parent) as folder:
+        for attempt in range(3):
             try:
-                brought = self.hub.bring(file, Path(folder), branch)
+                # Of one commit: a lease may be renewed between listing and bringing.
+                head = self.hub.head(_branch(name))
+                file = self._listing([name], head).get(self._folder + name)
+                if file is not None:
+                    self._get(file, path, head)
+                return file is not None
             except StorageError:
                 raise
             except Exception as error:
-                if is_missing(error):  # removed just now
-                    return False
-                raise self._failure(error) from error
-            with open(brought, "rb") as source:
+                if not is_missing(error):
+                    raise self._failure(error) from error
+                if attempt == 2:
+                    break  # no repository or branch; else the commit was forgotten meanwhile
+        return False
 
-                def copy(target: Any) -> None:
-                    while chunk := source.read(8 * 1024**2):
-                        target.write(chunk)
-
-                write_atomically(path, copy)
-        return True
+    def _get(self, file: HubFile, path: Path, commit: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # On the same disk, and where nothing looks for files of a ledger.
+        with (
+            tempfile.TemporaryDirectory(prefix=".hub-", dir=path.parent) as folder,
+            open(self.hub.bring(file, Path(folder), commit), "rb") as source,
+        ):
+            write_atomically(path, lambda target: shutil.copyfileobj(source, target, 8 * 1024**2))
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
         return sorted(f"{folder}/{name}" for name in self._files_in(folder) if name.endswith(suffix))
@@ -160,11 +169,9 @@ class HubStorage(Storage):
         return sorted({name.removeprefix(f"{inside}/").partition("/")[0] for name in found})
 
     def tidy(self) -> None:
-        """Forgets the history of what was under way, if nothing is under way; states are large."""
-        files = self.hub.files(f"{self._folder}.state", STATE_BRANCH)
-        if not files:
-            with contextlib.suppress(Exception):  # it costs room and nothing else
-                self.hub.api.super_squash_history(self.hub.repository, branch=STATE_BRANCH)
+        """Forgets the history of what was under way, if nothing is under way."""
+        if not self.hub.files(f"{self._folder}.state", STATE_BRANCH):
+            self._squash()
 
     # How
 
@@ -172,10 +179,20 @@ class HubStorage(Storage):
         found = self.hub.files(self._folder + folder, _branch(folder), recursive=False)
         return [os.path.basename(name) for name in found]
 
-    def _listing(self, names: Iterable[str], branch: str) -> dict[str, Any]:
+    def _listing(self, names: Iterable[str], revision: str) -> dict[str, Any]:
         """Those of the objects that are there."""
         folders = {os.path.dirname(self._folder + name) for name in names}
-        return {name: file for folder in folders for name, file in self.hub.files(folder, branch, recursive=False).items()}
+        return {name: file for folder in folders for name, file in self.hub.files(folder, revision, recursive=False).items()}
+
+    def _squash_at_times(self, branch: str) -> None:
+        if branch == STATE_BRANCH:
+            self._state_commits += 1
+            if self._state_commits % _SQUASH_EVERY == 0:
+                self._squash()
+
+    def _squash(self) -> None:
+        with contextlib.suppress(Exception):  # it costs room and nothing else
+            self.hub.api.super_squash_history(self.hub.repository, branch=STATE_BRANCH)
 
     def _ensure_branch(self) -> None:
         try:

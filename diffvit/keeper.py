@@ -27,6 +27,9 @@ from diffvit.saving import Saving
 from diffvit.state import KEPT, StateFolder, folder_id
 from diffvit.storage import MARKER, Lease, Storage, fetch_run, open_storage, push_run, take_lease
 
+# Seconds after which a renewal that failed is tried again.
+_RENEW_AGAIN = 60.0
+
 # A finished run that the storage does not take is offered again after these pauses, and then left to the next command.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
@@ -49,6 +52,7 @@ class RunKeeper:
         self._states = StateFolder(files.checkpoints, files.run_id, on_warning)
         self._storage: Storage | None = None
         self._courier: _Courier | None = None
+        self._lease_given_back = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> RunKeeper:
@@ -87,8 +91,9 @@ class RunKeeper:
         self._stack.__exit__(kind, error, trace)
 
     def _give_back(self, lease: Lease) -> None:
-        with contextlib.suppress(StorageError):  # else it runs out by itself
-            lease.release()
+        if not self._lease_given_back:
+            with contextlib.suppress(StorageError):  # else it runs out by itself
+                lease.release()
 
     @property
     def lost(self) -> bool:
@@ -130,20 +135,23 @@ class RunKeeper:
         A storage that does not answer never fails a finished run: the next command sends it.
         """
         if self._storage and self._courier:
-            self._courier.stop(send=False)
+            self._courier.rest()
             if not self.lost:
                 self._push(result)
+            self._courier.stop(send=False)
         self._states.remove()
 
     def _push(self, result: dict[str, Any]) -> None:
-        assert self._storage
+        storage, courier, files = self._storage, self._courier, self._files
+        assert storage and courier
         for pause in (*_PAUSES, None):
             try:
-                push_run(self._storage, self._files, result, _leftovers(self._storage, self._files.run_id))
+                courier.last(lambda lease: push_run(storage, files, result, [*_leftovers(storage, files.run_id), *lease.names()]))
+                self._lease_given_back = True
                 return
             except StorageError as error:
                 if pause is None:
-                    self._warn(f"the run {self._files.run_id} is finished here, and not in the storage: {error.message} `study` sends it")
+                    self._warn(f"the run {files.run_id} is finished here, and not in the storage: {error.message}")
                 else:
                     time.sleep(pause)
 
@@ -184,11 +192,23 @@ class _Courier(threading.Thread):
         self._parcel: _Parcel | None = None
         self._sent = 0
         self._ending = threading.Event()
-        self._silent = False
+        self._lock = threading.Lock()
+        self._silent = self._resting = self._renewed = False
 
     def offer(self, parcel: _Parcel) -> None:
         """A newer state than the last one."""
         self._parcel = parcel
+
+    def rest(self) -> None:
+        """From now on send no states; only the lease is renewed."""
+        with self._lock:
+            self._resting = True
+
+    def last(self, action: Callable[[Lease], None]) -> None:
+        """What gives the lease back too: it is not renewed while this runs, nor afterwards if it succeeds."""
+        with self._lock:
+            action(self._lease)
+            self._ending.set()
 
     def stop(self, send: bool = True) -> None:
         """End; a state that has not been sent yet is sent, so that another machine can go on from it."""
@@ -196,28 +216,34 @@ class _Courier(threading.Thread):
             return
         self._ending.set()
         self.join()
-        if send and not self.lost:
+        if send and not self._resting and not self.lost:
             self._try(self._send)
 
     def run(self) -> None:
         renewal = self._saving.lease_seconds / 3
         renew_at, send_at = time.monotonic() + renewal, time.monotonic() + self._saving.sync_every
         while not self._ending.wait(max(0.0, min(renew_at, send_at) - time.monotonic())):
-            if time.monotonic() >= renew_at:
-                self._try(self._renew)
-                if self.lost:
-                    return
-                renew_at = time.monotonic() + renewal
-            else:
-                self._try(self._send)
+            if time.monotonic() >= send_at:
+                sent = self._try(self._send)
                 send_at = time.monotonic() + self._saving.sync_every
+                if sent and self._renewed:  # it has renewed the lease too
+                    renew_at = time.monotonic() + renewal
+            else:
+                held = self._try(self._renew)
+                renew_at = time.monotonic() + (renewal if held else min(renewal, _RENEW_AGAIN))
+            if self.lost:
+                return
 
     def _renew(self) -> None:
         self.lost = not self._lease.renew()
 
     def _send(self) -> None:
-        parcel = self._parcel
-        if parcel is None or parcel.step == self._sent:
+        parcel, self._renewed = self._parcel, False
+        if parcel is None or parcel.step == self._sent or self._resting:
+            return
+        renewal = self._lease.renewal()
+        if renewal is None:
+            self.lost = True
             return
         name = f"{self._remote}/{parcel.step:09d}"
         there = self._storage.names(self._remote)
@@ -225,17 +251,21 @@ class _Courier(threading.Thread):
         old = [each for each in there if Path(each).stem not in kept]
         try:
             # The log first: a state counts only with a log that fits it.
-            self._storage.commit({f"{name}.log": (parcel.log, parcel.log_bytes), f"{name}.state": parcel.state}, old)
+            self._storage.commit({f"{name}.log": (parcel.log, parcel.log_bytes), f"{name}.state": parcel.state}, old, renewal)
         except FileNotFoundError:  # a newer state has just taken its place here; it goes next time
             return
-        self._sent = parcel.step
+        self._sent, self._renewed = parcel.step, True
 
-    def _try(self, action: Callable[[], None]) -> None:
-        """Training goes on without the storage; what could not be done is done at the next time."""
+    def _try(self, action: Callable[[], None]) -> bool:
+        """Training goes on without the storage; what could not be done is done at the next time. Whether it could."""
         try:
-            action()
+            with self._lock:
+                if not self._ending.is_set() or threading.current_thread() is not self:
+                    action()
             self._silent = False
+            return True
         except Exception as error:
             if not self._silent:  # once for each time that it falls silent
                 self._warn(f"{error.message if isinstance(error, StorageError) else error} Training goes on and tries again.")
             self._silent = True
+            return False

@@ -75,13 +75,19 @@ class Storage:
             raise StorageError(f"the storage {self.url} does not give back what was written.", "choose another --storage.")
         self.remove(name)
 
-    def commit(self, puts: Mapping[str, Content], removes: Iterable[str] = ()) -> None:
-        """Store objects, one after the other, and then forget others. Raises FileNotFoundError for a file that is not there."""
+    def commit(self, puts: Mapping[str, Content], removes: Iterable[str] = (), leases: Mapping[str, bytes] | None = None) -> None:
+        """Store objects, one after the other, write leases, and then forget objects.
+
+        Raises:
+            FileNotFoundError: one of the files is not there.
+        """
         for name, content in puts.items():
             if isinstance(content, tuple):
                 self.put(name, *content)
             else:
                 self.put(name, content)
+        for name, content in (leases or {}).items():
+            self.overwrite(name, content)
         for name in removes:
             self.remove(name)
 
@@ -244,7 +250,13 @@ class _DamagedError(Exception):
 def push_run(storage: Storage, files: RunFiles, result: dict[str, Any], removes: Iterable[str] = ()) -> None:
     """Copy an ended run to the storage, its result last, and then forget other objects."""
     names = [*result["sha256"], files.result.name]
-    storage.commit({f"{files.model}/{name}": files.folder / name for name in names}, removes)
+    try:
+        storage.commit({f"{files.model}/{name}": files.folder / name for name in names}, removes)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"the run {files.run_id} cannot be copied to {storage.url}: {error.filename} is missing.",
+            "`run.py list --verify` says what else is.",
+        ) from error
 
 
 def settle_run(storage: Storage, files: RunFiles) -> None:
@@ -288,23 +300,32 @@ class Lease:
     owner: str
     seconds: float
 
-    def renew(self) -> bool:
-        """Hold it for its length from now on; False where another machine has taken the run over."""
+    def renewal(self) -> dict[str, bytes] | None:
+        """What to write to hold it for its length from now on, name -> content; None where another machine has taken the run over."""
         found = _numbers(self.storage, self.folder)
         if max(found, default=0) != self.number or not self._is_ours(found[self.number]):
-            return False
-        self.storage.overwrite(self._name(self.number), _lease_content(self.owner, self.seconds))
-        return True
+            return None
+        return {self._name(self.number): _lease_content(self.owner, self.seconds)}
+
+    def renew(self) -> bool:
+        """Hold it for its length from now on; False where another machine has taken the run over."""
+        renewal = self.renewal()
+        for name, content in (renewal or {}).items():
+            self.storage.overwrite(name, content)
+        return renewal is not None
 
     def abandon(self) -> None:
         """Let it run out now: who sees it knows that its work is not done, and that nobody does it."""
         self.storage.overwrite(self._name(self.number), _lease_content(self.owner, 0.0))
 
+    def names(self) -> list[str]:
+        """All that there is of it, and of those before it."""
+        found = _numbers(self.storage, self.folder)
+        return [self._name(number) for number, content in found.items() if number < self.number or self._is_ours(content)]
+
     def release(self) -> None:
         """Give it back."""
-        for number, content in _numbers(self.storage, self.folder).items():
-            if number < self.number or self._is_ours(content):
-                self.storage.remove(self._name(number))
+        self.storage.commit({}, self.names())
 
     def _is_ours(self, content: bytes) -> bool:
         """Whether a lease with our number is ours: numbers begin anew once all leases were given back."""

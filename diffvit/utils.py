@@ -36,6 +36,9 @@ _T = TypeVar("_T")
 PATIENT = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _LONGEST_PAUSE = 300.0
 
+# Seconds without a byte after which a connection counts as dead; the client itself would wait forever.
+_SILENCE = 120.0
+
 # A commit takes so many files or bytes at most, so that an interrupted upload does not begin anew.
 _COMMIT_FILES = 50
 _COMMIT_BYTES = 2 * 1024**3
@@ -74,20 +77,26 @@ def find_account() -> Account:
             f"the hub needs {' and '.join(missing)}, and neither the environment nor .env has {'it' if len(missing) == 1 else 'them'}.",
             "write them into .env (see .env.example).",
         )
-    if not re.fullmatch(r"[\x21-\x7e]+", found["HF_TOKEN"]):
-        raise UserError("HF_TOKEN is not a token: it has a space or a special character.", "copy it again; it is one word.")
-    return Account(parse_repository(found["HF_REPOSITORY"]), found["HF_TOKEN"])
+    return Account(parse_repository(found["HF_REPOSITORY"]), find_token())
 
 
 def find_token() -> str | None:
-    """HF_TOKEN from the environment or .env; None where it is in neither."""
-    return _setting("HF_TOKEN") or None
+    """HF_TOKEN from the environment or .env; None where it is in neither. Raises UserError for one that cannot be."""
+    token = _setting("HF_TOKEN")
+    if not re.fullmatch(r"[\x21-\x7e]*", token):
+        raise UserError("HF_TOKEN is not a token: it has a space or a special character.", "copy it again; it is one word.")
+    return token or None
 
 
 def _setting(name: str) -> str:
     from dotenv import dotenv_values
 
-    return (os.environ.get(name) or dotenv_values(".env", interpolate=False).get(name) or "").strip()
+    if value := os.environ.get(name):
+        return value.strip()
+    try:
+        return (dotenv_values(".env", interpolate=False).get(name) or "").strip()
+    except (OSError, ValueError):
+        raise UserError(".env cannot be read.", "write it as plain text in UTF-8 (see .env.example).") from None
 
 
 def parse_repository(text: str) -> str:
@@ -133,13 +142,15 @@ class Hub:
         pauses: in seconds, before each further attempt at a call that fails for a while.
         on_retry: hears why a call is tried again.
         bars: show the client's progress bars.
+        longest_pause: of those that the hub asks for, in seconds.
 
     Its methods raise HubRefusesError where the hub says no, and StorageError where it does not answer, or not rightly, to the last attempt.
     """
 
     def __init__(
-        self, account: Account, pauses: Sequence[float] = PATIENT, on_retry: Callable[[str], None] | None = None, bars: bool = False
-    ):
+        self, account: Account, pauses: Sequence[float] = PATIENT, on_retry: Callable[[str], None] | None = None, bars: bool = False,
+        longest_pause: float = _LONGEST_PAUSE,
+    ):  # fmt: skip
         from huggingface_hub import HfApi
         from huggingface_hub.utils import logging
 
@@ -148,6 +159,7 @@ class Hub:
         logging.set_verbosity_error()  # it tries again by itself at times; who waits hears of it from us
 
         self.account, self.pauses, self._on_retry, self._bars = account, tuple(pauses), on_retry, bars
+        self._longest_pause = longest_pause
         # False, and not None: the client would look for a token elsewhere.
         self.api = HfApi(
             endpoint=os.environ.get("HF_ENDPOINT") or None,
@@ -164,10 +176,12 @@ class Hub:
         """What the client returns. Missing files, branches and conflicts (409, 412) raise the client's own errors."""
         for pause in (*self.pauses, None):
             try:
+                _bound_waits()
                 return action()
             except Exception as error:
                 status = status_of(error)
-                if isinstance(error, (UserError, FileNotFoundError)) and not _is_transient(error):
+                ours = isinstance(error, UserError) or (type(error).__module__ == "builtins" and isinstance(error, OSError))
+                if ours and not _is_transient(error):  # of this machine's files and disk
                     raise
                 if status in (409, 412) or is_missing(error):
                     raise
@@ -179,7 +193,7 @@ class Hub:
                         f"the hub does not answer for {self.repository}: {reason}.",
                         "try again later; what is there already is not sent again.",
                     ) from None
-                pause = min(max(pause, _asked_pause(error)), _LONGEST_PAUSE)
+                pause = min(max(pause, _asked_pause(error)), self._longest_pause)
                 if self._on_retry:
                     self._on_retry(f"the hub failed: {reason}; trying again in {pause:.0f} s")
                 time.sleep(pause)
@@ -202,7 +216,7 @@ class Hub:
         return redact(" ".join(text.split()).rstrip("."), self.account.token)[:300]
 
     def ensure(self) -> None:
-        """Makes the repository, private, where it is missing, and finds out whether the token may write to it."""
+        """Makes the repository, private, where it is missing."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
@@ -360,13 +374,35 @@ def _is_transient(error: BaseException) -> bool:
     return isinstance(error, OSError) and "consistency check failed" in str(error).lower()
 
 
+_ASKED = "x-diffvit-asked-pause"
+
+
 def _asked_pause(error: BaseException) -> float:
     """Seconds that the hub asks to wait."""
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     try:
-        return float(headers.get("Retry-After", 0))
+        return max(0.0, float(headers.get(_ASKED, 0)))
     except (TypeError, ValueError):
         return 0.0
+
+
+def _bound_waits() -> None:
+    """Makes the client give up on a silent hub, and leave it to us to wait as long as the hub asks: that may be an hour."""
+    from huggingface_hub import get_session
+
+    client = get_session()
+    hooks = client.event_hooks
+    if _take_over_pause not in hooks.get("response", []):
+        client.timeout = _SILENCE
+        client.event_hooks = {**hooks, "response": [*hooks.get("response", []), _take_over_pause]}
+
+
+def _take_over_pause(response: Any) -> None:
+    """Moves the pause that a response asks for to where the client does not look."""
+    asked = [response.headers.pop("retry-after", "0")]
+    asked += re.findall(r"t=(\d+)", response.headers.pop("ratelimit", ""))
+    if response.status_code in (429, 503):
+        response.headers[_ASKED] = max(asked, key=lambda text: float(text) if text.isdigit() else 0.0)
 
 
 @contextlib.contextmanager
@@ -463,6 +499,9 @@ def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progr
         raise UserError(f"{hub.repository} has no {wanted or 'files'}.", _top_of(hub, commit))
     targets = {name: local / name.removeprefix(inside).lstrip("/") for name in found}
     same = {name for name, path in targets.items() if found[name].is_like(path)}
+    in_the_way = [path for target in targets.values() for path in _in_the_way(target, local)]
+    if in_the_way:
+        raise UserError(f"{in_the_way[0]} is in the way.", "remove it, or choose another folder.")
     different = [str(path) for name, path in targets.items() if name not in same and (path.exists() or path.is_symlink())]
     if different and not force:
         raise UserError(f"{_some(different)} is different here.", "--force replaces it; or choose another folder.")
@@ -484,6 +523,12 @@ def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progr
     if on_progress and missing:
         on_progress(total, total, "")
     return Transfer(tuple(missing), tuple(sorted(same)), total)
+
+
+def _in_the_way(target: Path, local: Path) -> list[Path]:
+    """A folder where a file shall be, or a file where a folder shall be."""
+    folders = [folder for folder in target.parents if folder == local or local in folder.parents]
+    return [*([target] if target.is_dir() else []), *(folder for folder in folders if folder.exists() and not folder.is_dir())]
 
 
 def _hub_path(text: str) -> str:

@@ -13,6 +13,9 @@ from diffvit.dataset import hub_name
 from diffvit.protocol import MODEL_TITLES
 from study.document import Block, Code, Figures, Heading, Paragraph, Table, to_markdown
 
+# Says that a card is ours to write anew.
+MARK = "<!-- written by diffvit; without this line it is left alone -->"
+
 
 def card_text(repository: str, table: pd.DataFrame, results: Sequence[Mapping[str, Any]], figures: Sequence[str]) -> str:
     """README.md of a repository, with the test accuracies in its metadata.
@@ -32,7 +35,7 @@ def card_text(repository: str, table: pd.DataFrame, results: Sequence[Mapping[st
     )  # fmt: skip
     header = {**metadata.to_dict(), "model-index": _model_index(done)} if len(done) else metadata.to_dict()
     page = to_markdown(_page(repository, table, done, results, figures), Path())
-    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n\n{page}"
+    return f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---\n{MARK}\n\n{page}"
 
 
 def _model_index(done: pd.DataFrame) -> list[dict[str, Any]]:

@@ -229,11 +229,12 @@ def gpu_title() -> str:
 # ------------------------------------------------------------------------------------------------ what all nodes reach
 
 
-def unreachable(fault: Callable[[], str], seconds: float = 120.0) -> dict[str, str]:
-    """Runs a check on each living node; address -> why it failed there, for the nodes where it did.
+def unreachable(fault: Callable[[], str], seconds: float = 120.0, here_too: bool = False) -> dict[str, str]:
+    """Runs a check on each other living node; address -> why it failed there, for the nodes where it did.
 
     Args:
         fault: the check; a reason, or "" where all is well.
+        here_too: also in a worker on this node.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -245,7 +246,7 @@ def unreachable(fault: Callable[[], str], seconds: float = 120.0) -> dict[str, s
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote()
         for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] != here
+        if node["Alive"] and (here_too or node["NodeID"] != here)
     }
     failed = {}
     for name, answer in asked.items():
@@ -279,7 +280,7 @@ def check_shared_folder(checkpoints: Path, data_root: str | None) -> None:
 def check_storage_and_data(storage: str, data_root: str | None) -> None:
     """Finds out whether all nodes reach the storage and the data. Raises UserError."""
     data = str(Path(data_root).resolve()) if data_root else None
-    failed = unreachable(lambda: _cannot_reach(storage, data))
+    failed = unreachable(lambda: _cannot_reach(storage, data), here_too=True)
     if failed:
         listed = "; ".join(f"{node}: {reason}" for node, reason in failed.items())
         raise UserError(f"not every node can reach the storage and the data: {listed}.", "check the address and access on these nodes.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,21 +19,19 @@ _FIGURE = "_scaling_overlay.png"
 _LONGEST_RESULT = 4 * 1024**2
 
 
-def send_run(url: str, files: RunFiles, warn: Callable[[str], None]) -> None:
-    """See that a finished run is in its storage, and on the hub the card too. What fails is said, and fails nothing."""
+def send_run(url: str, files: RunFiles, warn: Callable[[str], None], command: str) -> None:
+    """See that a finished run is in its storage, and on the hub the card too. What fails is said, and fails nothing.
+
+    Args:
+        command: how the user would train the run again, which sends it.
+    """
     try:
         settle_run(open_storage(url), files)
     except StorageError as error:
-        later = send_later(files.checkpoints) if url.startswith("hf://") else "the same command sends it."
-        warn(f"the run {files.run_id} is finished here, and not in {url}: {error.message}\nhint: {later}")
+        warn(f"the run {files.run_id} is finished here, and not in {url}: {error.message}\nhint: send it later with {command}")
         return
     if url.startswith("hf://"):
         publish(url, files.checkpoints, warn)
-
-
-def send_later(checkpoints: Path) -> str:
-    """How to send what the hub does not have yet."""
-    return f"send it later with the same command, or with {shlex.join(['python', 'run.py', 'upload', str(checkpoints), '.'])}"
 
 
 def collect(storage: Storage, specs: Iterable[RunSpec], checkpoints: Path) -> list[str]:
@@ -112,7 +109,7 @@ def publish(url: str, checkpoints: Path, warn: Callable[[str], None]) -> None:
 
 
 def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
-    from study.card import card_text
+    from study.card import MARK, card_text
     from study.table import run_table
 
     with tempfile.TemporaryDirectory() as folder:
@@ -123,6 +120,9 @@ def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
                 results.append(files.result)
         if not results:
             return
+        readme = storage.hub.files("", head, recursive=False).get("README.md")
+        if readme and MARK not in storage.hub.bring(readme, Path(folder) / ".readme", head).read_text(encoding="utf-8", errors="replace"):
+            return  # somebody's own
         table = run_table(Path(folder))
         contents = [json.loads(path.read_text()) for path in results]
     ours = {path.name for path in checkpoints.glob("*/model_*_result.json")}

@@ -197,7 +197,7 @@ def run_study(options: StudyOptions) -> int:
         _check_folders(options.checkpoints, specs)
         every = plan_runs(specs, options.checkpoints, fingerprints)
         own = _share(every, options)
-        unsent = _exchange(options, own)
+        unsent = _exchange(options, _here_or(own, every))
         for warning in warmup_warnings(specs):
             _say(f"warning: {warning}")
         tried = [*own]
@@ -210,7 +210,7 @@ def run_study(options: StudyOptions) -> int:
                     cluster = cluster or _connect(stack, options)
                     failed, signal_code = _train(runs, pending, options, cluster, begun)
                     failures += failed
-                    unsent = _exchange(options, tried, strict=False)
+                    unsent = _exchange(options, _here_or(tried, every), strict=False)
                 else:
                     _say(f"all {len(runs)} runs are done already")
                 if signal_code is not None:
@@ -236,6 +236,11 @@ def run_study(options: StudyOptions) -> int:
     if options.shard:
         _say(f"\nshard {options.shard}: {ended} of {len(every)} runs of the grid are done here; `study --collect` brings all together")
     return 0
+
+
+def _here_or(runs: list[PlannedRun], every: list[PlannedRun]) -> list[PlannedRun]:
+    """The runs, and those of others that have ended here."""
+    return [run for run in every if run in runs or run.ended]
 
 
 def _share(runs: list[PlannedRun], options: StudyOptions) -> list[PlannedRun]:
@@ -291,12 +296,14 @@ def collect_study(options: StudyOptions) -> int:
     """
     from diffvit.storage import open_storage
     from study.hub import collect
+    from study.shard import forget_shards
     from study.table import missing_runs
 
     assert options.saving.storage
     specs = options.runs(_local_precision(options))
     _check_folders(options.checkpoints, specs)
-    brought = collect(open_storage(options.saving.storage), specs, options.checkpoints)
+    storage = open_storage(options.saving.storage)
+    brought = collect(storage, specs, options.checkpoints)
     _say(f"brought {len(brought)} runs from {options.saving.storage}")
     _report(options, specs, draw=True)
     _publish(options, [])
@@ -307,6 +314,8 @@ def collect_study(options: StudyOptions) -> int:
             _say(f"  {spec.title}")
         _say(f"hint: when their boxes are done, give the same command again: {options.command}")
         return 1
+    forget_shards(storage, specs)
+    storage.tidy()
     return 0
 
 
@@ -317,11 +326,11 @@ def _on_hub(options: StudyOptions) -> bool:
 def _publish(options: StudyOptions, unsent: list[str]) -> None:
     """On the hub: the model card, and what could not be sent, with the command that sends it later."""
     if _on_hub(options):
-        from study.hub import publish, send_later
+        from study.hub import publish
 
         publish(str(options.saving.storage), options.checkpoints, lambda text: _say(f"warning: {text}"))
         if unsent:
-            _say(f"warning: {len(unsent)} runs are not on the hub yet: {'; '.join(unsent)}\nhint: {send_later(options.checkpoints)}")
+            _say(f"warning: {len(unsent)} runs are not on the hub yet: {'; '.join(unsent)}\nhint: send them later with {options.command}")
 
 
 def rehearse_study(options: StudyOptions) -> int:
@@ -392,25 +401,26 @@ def _train(
 
     settings = _settings(options, cluster)
     at_once = _slots(cluster, settings)
-    if cluster.nodes > 1:
-        if settings.saving.storage:
-            check_storage_and_data(settings.saving.storage, settings.data_root)
-        else:
-            check_shared_folder(options.checkpoints, settings.data_root)
+    if settings.saving.storage and not cluster.own:  # its workers have an environment of their own
+        check_storage_and_data(settings.saving.storage, settings.data_root)
+    elif cluster.nodes > 1:
+        check_shared_folder(options.checkpoints, settings.data_root)
     _say(f"{len(pending)} of {len(runs)} runs to train, {at_once} at a time")
     forecast = _expected(options, runs, settings, cluster)
     if forecast:
         sources = " and ".join(sorted({each.rate.source for each in forecast.pending}))
         _say(f"forecast: {duration(forecast.makespan)} ({sources})")
     with watch(cluster, _say, options.command), StudyDisplay(runs) as display:
-        reports, signal_code = run_all(pending, settings, cluster, display)
+        reports, signal_code = run_all(pending, settings, cluster, display, wait_for_others=options.shard is None)
     took = time.monotonic() - begun
     with_storage = bool(settings.saving.storage)  # then another node may have it, and it is brought here in a moment
     failures = []
     for run in pending:
         report = reports.get(str(run.run_id), {})
         ended = _has_result(run, options) or (with_storage and "status" in report)
-        if not ended:
+        if not ended and options.shard and report.get("busy"):
+            _say(f"{run.spec.title} is trained by another box")
+        elif not ended:
             failures.append((run.spec.title, str(report.get("failed", "it ended without a result"))))
     if forecast:
         as_planned = not failures and signal_code is None

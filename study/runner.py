@@ -104,12 +104,13 @@ def slots(cluster: Cluster, settings: Settings) -> int:
 
 
 def run_all(
-    runs: list[PlannedRun], settings: Settings, cluster: Cluster, callback: Callback
+    runs: list[PlannedRun], settings: Settings, cluster: Cluster, callback: Callback, wait_for_others: bool = True
 ) -> tuple[dict[str, dict[str, Any]], int | None]:
     """Train the runs, longest first. A run that fails does not stop the others.
 
     Args:
         callback: hears of every report and every end, in this process.
+        wait_for_others: until runs that another machine trains have ended or been left.
 
     Returns:
         run_id -> the run's last report, which holds its outcome or, under "failed", why it has none; and the exit code if a signal ended
@@ -125,7 +126,7 @@ def run_all(
             while pending and not signals.seen():
                 reports |= _reports(_tuner(pending, record, settings, cluster, callbacks, stop_flag).fit())
                 busy = [run for run in pending if reports.get(str(run.run_id), {}).get("busy")]
-                pending = _when_one_is_free(busy, settings, signals)
+                pending = _when_one_is_free(busy, settings, signals) if wait_for_others else []
         return reports, signals.exit_code if signals.seen() else None
     finally:
         # The ledger is the checkpoints folder; Tune's own record of the experiment is not kept.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles
+from diffvit.ledger import RunFiles, RunSpec
 from diffvit.state import folder_id
 from diffvit.storage import Lease, Storage, lease_state, take_lease
 from study.plan import PlannedRun
@@ -49,7 +49,7 @@ def shares(runs: Sequence[PlannedRun], of: int) -> list[list[PlannedRun]]:
         raise UserError(f"the grid has {len(runs)} runs and --shard makes {of} parts of it.", f"give at most {len(runs)}.")
     parts: list[list[PlannedRun]] = [[] for _ in range(of)]
     costs = [0.0] * of
-    for run in sorted(runs, key=lambda run: (-run.train_flops, str(run.run_id))):
+    for run in sorted(runs, key=lambda run: -run.train_flops):  # of equal ones, as the grid has them
         least = costs.index(min(costs))
         parts[least].append(run)
         costs[least] += run.train_flops
@@ -111,7 +111,20 @@ def stranded(storage: Storage, runs: Sequence[PlannedRun], shard: Shard, checkpo
     return found
 
 
+def forget_shards(storage: Storage, runs: Sequence[PlannedRun] | Sequence[RunSpec]) -> None:
+    """Removes what is left of the boxes' signs of life, once all runs are done. A storage that fails keeps them."""
+    prefix = _prefix(runs)
+    with contextlib.suppress(StorageError):
+        for folder in storage.ls(".state"):
+            if folder.startswith(prefix):
+                storage.commit({}, [f".state/{folder}/lease/{name}" for name in storage.entries(f".state/{folder}/lease")])
+
+
 def _name(runs: Sequence[PlannedRun], shard: Shard) -> str:
-    """What a shard of these runs is called in the storage."""
-    digest = hashlib.sha256(" ".join(sorted(str(run.run_id) for run in runs)).encode()).hexdigest()[:10]
-    return f"shard-{digest}-{shard.number}-of-{shard.of}"
+    """What a shard of these runs is called in the storage, whatever the precision that a box trains in."""
+    return f"{_prefix(runs)}-{shard.number}-of-{shard.of}"
+
+
+def _prefix(runs: Sequence[PlannedRun] | Sequence[RunSpec]) -> str:
+    titles = sorted((run.spec if isinstance(run, PlannedRun) else run).title for run in runs)
+    return f"shard-{hashlib.sha256('; '.join(titles).encode()).hexdigest()[:10]}"

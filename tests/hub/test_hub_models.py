@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_a_hub_that_fails_never_fails_a_finished_run(account: HubServer, cli) ->
     account.faults.add("POST", "commit/main", status=503)
     outcome = cli(*TRAIN, "--upload", "true")
     assert outcome.code == 0 and "test loss" in outcome.out
-    assert "is finished here, and not in hf://user/study" in outcome.err and "run.py upload checkpoints ." in outcome.err
+    assert "is finished here, and not in hf://user/study" in outcome.err and "run.py train" in outcome.err
     assert len(ledger()) == 4 and not on_hub(account)
     account.faults.clear()
     assert cli("upload", "checkpoints", ".").code == 0
@@ -95,7 +96,7 @@ def test_the_same_command_sends_what_could_not_be_sent(account: HubServer, cli) 
 def test_a_token_that_expires_meanwhile_costs_no_work(account: HubServer, cli) -> None:
     account.faults.add("POST", "commit/main", status=401)
     outcome = cli(*TRAIN, "--upload", "true")
-    assert outcome.code == 0 and len(ledger()) == 4 and "run.py upload checkpoints ." in outcome.err
+    assert outcome.code == 0 and len(ledger()) == 4 and "run.py train" in outcome.err
 
 
 def test_a_wrong_token_is_found_out_before_training(account: HubServer, cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,3 +173,26 @@ def test_a_rehearsal_tries_the_hub_too_and_leaves_nothing(account: HubServer, cl
     assert "stored and brought back" in outcome.out
     for branch in ("main", STATE_BRANCH):
         assert set(account.repo(NAME).files(branch)) <= {".gitattributes"}
+
+
+def test_a_card_that_somebody_wrote_is_left_alone(account: HubServer, cli) -> None:
+    account.create(NAME).commit({"README.md": b"# Mine\n"})
+    assert cli(*TRAIN, "--upload", "true").code == 0
+    assert account.repo(NAME).files()["README.md"] == b"# Mine\n" and on_hub(account) == ledger()
+
+
+def test_a_finished_run_without_its_weights_is_told_of(account: HubServer, cli) -> None:
+    account.create(NAME)
+    cli(*TRAIN)
+    next(Path("checkpoints").glob("*/*.safetensors")).unlink()
+    outcome = cli(*TRAIN, "--upload", "true")
+    assert outcome.code == 0 and "is missing" in outcome.err and not on_hub(account)
+
+
+def test_a_rate_limit_at_the_end_does_not_hold_the_run_up(account: HubServer, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("diffvit.utils.time", SimpleNamespace(sleep=slept.append))
+    account.faults.add("POST", "commit/main", status=429, headers={"Retry-After": "3600"})
+    outcome = cli(*TRAIN, "--upload", "true")
+    assert outcome.code == 0 and "is finished here" in outcome.err
+    assert slept and sum(slept) < 120

@@ -151,3 +151,45 @@ def test_a_token_is_needed(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="HF_TOKEN"):
         open_storage(URL).check()
+
+
+def test_a_lease_that_is_renewed_while_it_is_read(hub: HubServer, storage: Storage) -> None:
+    lease = take_lease(storage, "run", "me", 60)
+    assert isinstance(lease, Lease)
+    over, failed = threading.Event(), []
+
+    def read() -> None:
+        while not over.is_set():
+            try:
+                assert lease_state(open_storage(URL), "run") == "live"
+            except BaseException as error:
+                failed.append(error)
+                return
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for _ in range(20):
+        assert lease.renew()
+    over.set()
+    thread.join()
+    assert not failed
+
+
+def test_the_history_of_states_is_forgotten_at_times(hub: HubServer, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffvit.hub_storage._SQUASH_EVERY", 5)
+    for number in range(13):
+        storage.commit({".state/run/1.state": str(number).encode()})
+    assert len(hub.repo(NAME).history(STATE_BRANCH)) <= 5
+    assert storage.read(".state/run/1.state") == b"12"
+
+
+def test_a_state_renews_the_lease_in_the_same_commit(hub: HubServer, storage: Storage) -> None:
+    lease = take_lease(storage, "run", "me", 60)
+    assert isinstance(lease, Lease)
+    before = storage.entries(".state/run/lease")
+    commits = len(hub.repo(NAME).history(STATE_BRANCH))
+    storage.commit({".state/run/1.state": b"state"}, (), lease.renewal())
+    assert len(hub.repo(NAME).history(STATE_BRANCH)) == commits + 1
+    assert storage.entries(".state/run/lease") != before and lease.renew()
+    storage.commit({}, [".state/run/1.state", *lease.names()])
+    assert len(hub.repo(NAME).history(STATE_BRANCH)) == commits + 3 and not storage.ls(".state")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 from hub.server import HubServer
 
 from diffvit.errors import StorageError, UserError
-from diffvit.utils import Account, Hub, HubRefusesError, download, find_account, is_safe_name, parse_repository, upload
+from diffvit.utils import Account, Hub, HubRefusesError, download, find_account, find_token, is_safe_name, parse_repository, upload
 
 NAME = "user/study"
 
@@ -291,3 +294,59 @@ class hub_fails:  # noqa: N801
 
     def __exit__(self, *_: object) -> None:
         self._hub.faults.clear()
+
+
+def test_the_hub_is_not_waited_for_longer_than_that(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may ask for an hour, before which the client's own attempts would wait too."""
+    slept: list[float] = []
+    monkeypatch.setattr("diffvit.utils.time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=slept.append))
+    hub.faults.add("*", "api", status=429, headers={"Retry-After": "3600", "RateLimit": '"api";r=0;t=1800'})
+    with pytest.raises(StorageError):
+        upload(folder, "", Hub(Account(NAME, "hf_write"), pauses=(1.0, 2.0), longest_pause=10.0))
+    assert [pause for pause in slept if pause == 10.0] == [10.0, 10.0] and max(slept) <= 10.0
+
+
+def test_a_hub_that_never_answers_is_given_up(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffvit.utils._SILENCE", 0.3)
+    huggingface_hub.close_session()
+    fault = hub.faults.add("POST", "commit", hang=30.0)
+    with pytest.raises(StorageError, match="does not answer"):
+        upload(folder, "", Hub(Account(NAME, "hf_write"), pauses=()))
+    assert fault.hits
+    hub.faults.clear()
+    upload(folder, "", Hub(Account(NAME, "hf_write"), pauses=()))
+
+
+def test_what_is_in_the_way(to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    upload(folder, "", to_hub)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/vit_classic").write_text("a file")
+    (tmp_path / "two/vit_classic/a.safetensors").mkdir(parents=True)
+    for back in (tmp_path / "one", tmp_path / "two"):
+        before = contents(back)
+        with pytest.raises(UserError, match="in the way"):
+            download("", back, to_hub, force=True)
+        assert contents(back) == before
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_hub(to_hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(folder, "", to_hub)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("diffvit.utils.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        download("", tmp_path / "back", to_hub)
+
+
+def test_settings_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(".env").write_text("HF_TOKEN=hf_file\n", encoding="utf-16")
+    with pytest.raises(UserError, match=r"\.env cannot be read"):
+        find_account()
+    monkeypatch.setenv("HF_TOKEN", "hf_first\nsecond")
+    with pytest.raises(UserError, match="not a token") as bad:
+        find_token()
+    assert "first" not in str(bad.value) and "second" not in str(bad.value)
