@@ -109,6 +109,8 @@ def ignored(path: str, patterns: list[str]) -> bool:
 
 
 def _expression(pattern: str) -> re.Pattern:
+    if re.search(r"[\[\\]", pattern):
+        raise ValueError(f"not understood: {pattern}")
     known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return re.compile("".join(known.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*\*|\*|\?)", pattern)))
 
