@@ -137,7 +137,6 @@ def test_a_run_without_git_records_the_commit_of_its_image(monkeypatch: pytest.M
     def no_git(*arguments: object, **options: object) -> None:
         raise FileNotFoundError
 
-    assert len((train._git_commit() or "").rstrip("+")) == 40  # in a checkout git decides
     monkeypatch.setattr(train.subprocess, "run", no_git)
     monkeypatch.setenv("DIFFVIT_COMMIT", "c0ffee")
     assert train._git_commit() == "c0ffee"
