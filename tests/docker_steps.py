@@ -1,4 +1,4 @@
-"""Runs the Dockerfile as far as that goes without an image engine: `python tests/docker_steps.py`, a minute; with --debian, three to four.
+"""Runs the Dockerfile as far as that goes without an image engine: `python tests/docker_steps.py`, one to two minutes; with --debian about five.
 
 Each stage gets an empty folder in place of its file system, and absolute paths such as /app are turned into paths there. COPY takes from the
 build context only what .dockerignore lets through. RUN steps see a fresh home, the stage's ENV and PATH, and a bare virtual environment as the
