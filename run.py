@@ -18,7 +18,7 @@ import click
 from diffvit import __version__
 from diffvit.errors import UserError
 from diffvit.ledger import disk_faults
-from diffvit.saving import DEFAULT_SAVING, Every, Saving
+from diffvit.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, Every, Saving
 
 # --batch-size and --batch_size are the same option.
 _SETTINGS = {
@@ -78,13 +78,16 @@ _compute_options = _options(
 _saving_options = _options(
     click.option("--save_every", default=str(DEFAULT_SAVING.every), show_default=True, metavar="INTERVAL",
                  help="How often the state of training is saved, such as 60s or 500steps: what a kill costs at most."),
+    click.option("--upload", type=bool, default=False, metavar="BOOL",
+                 help="The hub as storage: finished runs, states of unfinished ones and a model card go to HF_REPOSITORY."),
     click.option("--storage", envvar="DIFFVIT_STORAGE", metavar="URL",
                  help="Path or fsspec URL (s3://…) off this machine: runs are copied there and can be taken over from there. "
                       "[env: DIFFVIT_STORAGE]"),
     click.option("--sync_every", default=f"{DEFAULT_SAVING.sync_every:g}s", show_default=True, metavar="TIME",
                  help="How often the state is copied to the storage: what the loss of this machine costs at most."),
-    click.option("--lease", default=f"{DEFAULT_SAVING.lease_seconds:g}s", show_default=True, metavar="TIME",
-                 help="How long after this machine's last sign of life another one may take its runs over."),
+    click.option("--lease", metavar="TIME",
+                 help="How long after this machine's last sign of life another one may take its runs over. "
+                      f"[default: {DEFAULT_SAVING.lease_seconds:g}s; on the hub {HUB_LEASE_SECONDS:g}s]"),
 )  # fmt: skip
 _place_options = _options(
     click.option("--address", help="Ray cluster to use, or local. [default: RAY_ADDRESS, one that runs on this host, else local]"),
@@ -113,7 +116,6 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 @click.option("--label_noise", type=float, metavar="X", help="Share of training labels that are false. [default: 0]")
 @click.option("--input_noise", type=float, metavar="X", help="Gaussian noise on training images, pixels in 0-1. [default: 0]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides initial weights, order and dropout.")
-@click.option("--upload", type=bool, default=False, metavar="BOOL", help="Send the finished run to the Hugging Face hub.")
 @_data_option
 @_checkpoints_option
 @_compute_options
@@ -121,7 +123,7 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 @click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
 def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_root: str | None, checkpoints: Path, precision: str,
           micro_batch: int | None, compile: str, recompute: bool, deterministic: bool, save_every: str, storage: str | None,
-          sync_every: str, lease: str, device: str | None, **overrides: Any) -> None:  # fmt: skip
+          sync_every: str, lease: str | None, device: str | None, **overrides: Any) -> None:  # fmt: skip
     """Train one model and measure its test accuracy.
 
     A run that is done already is not done again; one that was interrupted goes on where its state was last saved.
@@ -129,8 +131,7 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
     from diffvit.ledger import RunSpec
 
     RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
-    saving = _saving(save_every, storage, sync_every, lease)
-    _check_upload(upload)
+    saving = _saving(save_every, storage, sync_every, lease, upload)
     from diffvit.compute import Compute
     from diffvit.signals import StopSignals
     from diffvit.train import Stopped, default_precision, resolve_device
@@ -167,6 +168,42 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
         f"test loss      {result['test_loss']:.4f}, accuracy {100 * result['test_accuracy']:.2f} % of {result['test_images']} images"
     )
     click.echo(f"weights        {_files(checkpoints, result).weights}")
+    if saving.storage:
+        from study.hub import send_run
+
+        send_run(saving.storage, _files(checkpoints, result), _warn)
+
+
+@cli.command()
+@click.argument("local", metavar="LOCAL", type=click.Path(path_type=Path))
+@click.argument("hf_dir", metavar="HF_DIR")
+@click.option("--force", is_flag=True, help="Replace what is different there.")
+def upload(local: Path, hf_dir: str, force: bool) -> None:
+    """Send a file, or a folder's content, into a folder of HF_REPOSITORY; . is its top.
+
+    What is there already with the same content is not sent again, and what is different is not replaced.
+    """
+    from diffvit.utils import upload as send
+
+    hub = _hub()
+    done = send(local, hf_dir, hub, force=force, on_progress=_say_transfer)
+    click.echo(f"sent {len(done.moved)} files, {done.bytes:,} bytes, to {hub.repository}; {len(done.skipped)} were there")
+
+
+@cli.command()
+@click.argument("hf_path", metavar="HF_PATH")
+@click.argument("local", metavar="LOCAL_DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--force", is_flag=True, help="Replace what is different here.")
+def download(hf_path: str, local: Path, force: bool) -> None:
+    """Bring a file, or a folder's content, of HF_REPOSITORY to a local folder; . is all of it.
+
+    What is here already with the same content is not brought again, and what is different is not replaced.
+    """
+    from diffvit.utils import download as bring
+
+    hub = _hub()
+    done = bring(hf_path, local, hub, force=force, on_progress=_say_transfer)
+    click.echo(f"brought {len(done.moved)} files, {done.bytes:,} bytes, from {hub.repository}; {len(done.skipped)} were here")
 
 
 @cli.command()
@@ -241,6 +278,12 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @click.option(
     "--rehearse", is_flag=True, help="Two real steps of every cell, from data to storage, to find what would fail later; leaves nothing."
 )
+@click.option(
+    "--shard", metavar="I/N", help="Train the I-th of N parts of equal cost: for boxes that share nothing but a storage or the hub."
+)
+@click.option(
+    "--collect", is_flag=True, help="Bring what all boxes have finished from the storage or the hub, tabulate and draw it; train nothing."
+)
 @_place_options
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Processes that train one run together."
@@ -248,13 +291,12 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @click.option(
     "--resource", multiple=True, metavar="NAME=X", help="A custom Ray resource that each run takes X of; limits it to nodes that have it."
 )
-@click.option("--upload", type=bool, default=False, metavar="BOOL", help="Send finished runs to the Hugging Face hub.")
 @_data_option
 @_checkpoints_option
 @_compute_options
 @_saving_options
 def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, dry_run: bool, rehearse: bool, upload: bool,
-          checkpoints: Path, save_every: str, storage: str | None, sync_every: str, lease: str,
+          checkpoints: Path, save_every: str, storage: str | None, sync_every: str, lease: str | None, shard: str | None, collect: bool,
           resource: tuple[str, ...], compile: str, **options: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
 
@@ -263,23 +305,28 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     """
     from study.grid import find_grid
 
-    if rehearse and dry_run:
-        raise UserError("--rehearse and --dry_run exclude each other.", "give one of both.")
+    alone = [name for name, wanted in (("--rehearse", rehearse), ("--dry_run", dry_run), ("--collect", collect)) if wanted]
+    if len(alone) > 1:
+        raise UserError(f"{alone[0]} and {alone[1]} exclude each other.", "give one of both.")
+    if collect and shard:
+        raise UserError("--collect and --shard exclude each other.", "--collect brings the runs of all boxes.")
     chosen = find_grid(grid, dataset)
     chosen.runs(seeds=seeds, overrides={"epochs": epochs})  # names and values first
-    saving = _saving(save_every, storage, sync_every, lease)
+    saving = _saving(save_every, storage, sync_every, lease, upload)
     resources = dict(_resource(text) for text in resource)
-    _check_upload(upload)
-    from study.main import StudyOptions, dry_run_table, rehearse_study, run_study
+    if collect and not saving.storage:
+        raise UserError("--collect has no place to collect from.", "give --upload true, or the --storage that the boxes had.")
+    from study.main import StudyOptions, collect_study, dry_run_table, rehearse_study, run_study
+    from study.shard import Shard
 
     settings = StudyOptions(
         grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources, compile=_COMPILE[compile],
-        command=_own_command(), **options,
+        shard=Shard.parse(shard) if shard else None, command=_own_command(), **options,
     )  # fmt: skip
     if dry_run:
         click.echo(dry_run_table(settings))
         return
-    sys.exit(rehearse_study(settings) if rehearse else run_study(settings))
+    sys.exit(collect_study(settings) if collect else rehearse_study(settings) if rehearse else run_study(settings))
 
 
 @cli.command()
@@ -435,10 +482,22 @@ def _files(checkpoints: Path, result: dict[str, Any]) -> Any:
     return RunFiles(checkpoints, result["model"], result["run_id"], result["size"], result["dataset"])
 
 
-def _saving(save_every: str, storage: str | None, sync_every: str, lease: str) -> Saving:
+def _saving(save_every: str, storage: str | None, sync_every: str, lease: str | None, upload: bool) -> Saving:
+    if upload:
+        if storage:
+            raise UserError("--upload and --storage exclude each other.", "with --upload true the hub is the storage.")
+        from diffvit.utils import find_account
+
+        storage = f"hf://{find_account().repository}"
+    on_hub = (storage or "").startswith("hf://")
+    if on_hub:
+        from diffvit.utils import find_token
+
+        os.environ["HF_TOKEN"] = find_token() or ""  # workers have other working directories, without .env
     if storage and "://" not in storage:
         storage = str(Path(storage).expanduser().resolve())  # workers have folders of their own
-    return Saving(Every.parse(save_every), storage or None, _seconds(sync_every), _seconds(lease))
+    usual = HUB_LEASE_SECONDS if on_hub else DEFAULT_SAVING.lease_seconds
+    return Saving(Every.parse(save_every), storage or None, _seconds(sync_every), _seconds(lease) if lease else usual)
 
 
 def _seconds(text: str) -> float:
@@ -457,13 +516,6 @@ def _resource(text: str) -> tuple[str, float]:
     if not name or not 0 < number < 1e9:
         raise UserError(f"--resource is {text!r}.", "give a name and an amount, such as big_gpu=1.")
     return name, number
-
-
-def _check_upload(upload: bool) -> None:
-    if upload:
-        from diffvit.utils import check_upload
-
-        check_upload()
 
 
 def _own_command() -> str:
@@ -510,6 +562,19 @@ class _StepProgress:
         if not self._console.is_terminal and due:
             self._last_line = last.seconds
             click.echo(f"step {last.step}/{total}  {losses}  {last.seconds:.0f} s", err=True)
+
+
+def _hub() -> Any:
+    """The user's repository; on a terminal with the client's progress bars."""
+    from diffvit.utils import Hub, find_account
+
+    return Hub(find_account(), on_retry=_warn, bars=sys.stderr.isatty())
+
+
+def _say_transfer(done: int, total: int, name: str) -> None:
+    """Away from a terminal, a line a file."""
+    if name and not sys.stderr.isatty():
+        click.echo(f"{name}  {done:,} of {total:,} bytes", err=True)
 
 
 def main() -> None:

@@ -145,6 +145,11 @@ def at_hand(name: str, data_root: str | Path | None = None) -> bool:
     return name not in _HUB_NAMES or (root is not None and (root / _HUB_NAMES[name]).is_dir())
 
 
+def hub_name(name: str) -> str | None:
+    """Where the Hugging Face hub has a data set, user/name; None where it comes from elsewhere or is unknown."""
+    return _HUB_NAMES.get(name)
+
+
 def _data_root(given: str | Path | None) -> Path | None:
     root = given or os.environ.get("DIFFVIT_DATA")
     return Path(root).expanduser().resolve() if root else None

@@ -25,7 +25,7 @@ from diffvit.ledger import RunFiles, check_writable, read_result, sweep_asides
 from diffvit.log import LogPosition, TrainingLog
 from diffvit.saving import Saving
 from diffvit.state import KEPT, StateFolder, folder_id
-from diffvit.storage import Lease, Storage, fetch_run, push_run, take_lease
+from diffvit.storage import MARKER, Lease, Storage, fetch_run, open_storage, push_run, take_lease
 
 # A finished run that the storage does not take is offered again after these pauses, and then left to the next command.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
@@ -62,7 +62,7 @@ class RunKeeper:
         self.result = read_result(files.result)
         if self.result is not None:
             return
-        storage = Storage(self._saving.storage) if self._saving.storage else None
+        storage = open_storage(self._saving.storage) if self._saving.storage else None
         check_writable(files.folder)
         if not stack.enter_context(self._states.lock()):
             raise RunIsBusyError(
@@ -139,9 +139,7 @@ class RunKeeper:
         assert self._storage
         for pause in (*_PAUSES, None):
             try:
-                push_run(self._storage, self._files, result)
-                for name in self._storage.names(_remote_folder(self._files.run_id)):
-                    self._storage.remove(name)
+                push_run(self._storage, self._files, result, _leftovers(self._storage, self._files.run_id))
                 return
             except StorageError as error:
                 if pause is None:
@@ -152,6 +150,13 @@ class RunKeeper:
 
 def _remote_folder(run_id: str) -> str:
     return f".state/{run_id}"
+
+
+def _leftovers(storage: Storage, run_id: str) -> list[str]:
+    """All that a run's states have left in the storage, also what a machine was killed over."""
+    folder = _remote_folder(run_id)
+    names = {name.removesuffix(MARKER) for name in storage.ls(folder)}
+    return sorted(f"{folder}/{name}" for name in names if name.endswith((".state", ".log")))
 
 
 @dataclass(frozen=True)
@@ -215,16 +220,15 @@ class _Courier(threading.Thread):
         if parcel is None or parcel.step == self._sent:
             return
         name = f"{self._remote}/{parcel.step:09d}"
+        there = self._storage.names(self._remote)
+        kept = sorted({*(Path(each).stem for each in there if each.endswith(".state")), f"{parcel.step:09d}"})[-KEPT:]
+        old = [each for each in there if Path(each).stem not in kept]
         try:
-            self._storage.put(f"{name}.log", parcel.log, parcel.log_bytes)
-            self._storage.put(f"{name}.state", parcel.state)
+            # The log first: a state counts only with a log that fits it.
+            self._storage.commit({f"{name}.log": (parcel.log, parcel.log_bytes), f"{name}.state": parcel.state}, old)
         except FileNotFoundError:  # a newer state has just taken its place here; it goes next time
             return
         self._sent = parcel.step
-        kept = sorted({Path(each).stem for each in self._storage.names(self._remote, ".state")})[-KEPT:]
-        for each in self._storage.names(self._remote):
-            if Path(each).stem not in kept:
-                self._storage.remove(each)
 
     def _try(self, action: Callable[[], None]) -> None:
         """Training goes on without the storage; what could not be done is done at the next time."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
 
 # Raise it when a change in the code changes what a run computes: old results then count as other work.
-SEMANTICS_VERSION = 1
+SEMANTICS_VERSION = 2
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -306,6 +306,7 @@ def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
             f"{path} does not fit the model its header names: {str(error).splitlines()[0]}.",
             "delete its _result.json and train the run again.",
         ) from error
+    model.facts = facts
     return model.eval(), facts
 
 

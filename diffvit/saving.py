@@ -52,3 +52,6 @@ class Saving:
 
 
 DEFAULT_SAVING = Saving()
+
+# On the Hugging Face hub each renewal, three in this time, is a commit, of which the hub takes only so many an hour.
+HUB_LEASE_SECONDS = 1800.0

@@ -1,4 +1,4 @@
-"""A storage off this machine: a path, NFS, or any fsspec URL such as s3://bucket/folder.
+"""A storage off this machine: a path, NFS, any fsspec URL such as s3://bucket/folder, or a repository on the Hugging Face hub.
 
 It has the same layout as the checkpoints folder. Objects have no rename, so each is followed by a marker, `{name}.ok`, with its
 length and SHA-256: an object without a marker that fits it is not there. A lease says which machine trains a run.
@@ -14,22 +14,35 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import fsspec
 
 from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles, write_atomically
+from diffvit.ledger import RunFiles, read_result, write_atomically
 
-_MARKER = ".ok"
+MARKER = ".ok"
 _CHUNK = 8 * 1024**2
 
 # What clocks of two machines may differ by: a lease is taken over only so long after it has run out, or after a tenth of its length
 # where that is less.
 _CLOCK_SKEW = 30.0
+
+
+# What an object is made of: bytes, a file, or a file's first so many bytes.
+Content = bytes | Path | tuple[Path, int]
+
+
+def open_storage(url: str) -> Storage:
+    """The storage at a path or URL; hf://user/name is a repository on the Hugging Face hub. Raises UserError."""
+    if url.startswith("hf://"):
+        from diffvit.hub_storage import HubStorage
+
+        return HubStorage(url)
+    return Storage(url)
 
 
 class Storage:
@@ -62,6 +75,19 @@ class Storage:
             raise StorageError(f"the storage {self.url} does not give back what was written.", "choose another --storage.")
         self.remove(name)
 
+    def commit(self, puts: Mapping[str, Content], removes: Iterable[str] = ()) -> None:
+        """Store objects, one after the other, and then forget others. Raises FileNotFoundError for a file that is not there."""
+        for name, content in puts.items():
+            if isinstance(content, tuple):
+                self.put(name, *content)
+            else:
+                self.put(name, content)
+        for name in removes:
+            self.remove(name)
+
+    def tidy(self) -> None:
+        """Make room, where a storage keeps what was removed."""
+
     def put(self, name: str, content: bytes | Path, length: int | None = None) -> None:
         """Store bytes, or a file or its first `length` bytes; the marker last. Raises FileNotFoundError for a file that is not there."""
         digest, size = hashlib.sha256(), 0
@@ -71,14 +97,14 @@ class Storage:
                     target.write(chunk)
                     digest.update(chunk)
                     size += len(chunk)
-            with self._open_to_write(name + _MARKER) as target:
+            with self._open_to_write(name + MARKER) as target:
                 target.write(json.dumps({"bytes": size, "sha256": digest.hexdigest()}).encode())
 
     def read(self, name: str) -> bytes | None:
         """A small object's content; None where it is not there or not whole."""
         with self._faults():
             try:
-                marker = json.loads(self._fs.cat_file(self._path(name + _MARKER)))
+                marker = json.loads(self._fs.cat_file(self._path(name + MARKER)))
                 content = self._fs.cat_file(self._path(name))
             except (FileNotFoundError, ValueError):
                 return None
@@ -88,13 +114,13 @@ class Storage:
     def has(self, name: str) -> bool:
         """Whether an object and its marker are there."""
         with self._faults():
-            return all(self._fs.exists(self._path(each)) for each in (name, name + _MARKER))
+            return all(self._fs.exists(self._path(each)) for each in (name, name + MARKER))
 
     def get(self, name: str, path: Path) -> bool:
         """Bring an object to a file, which is replaced in one step; False where it is not there or not whole."""
         with self._faults():
             try:
-                marker = json.loads(self._fs.cat_file(self._path(name + _MARKER)))
+                marker = json.loads(self._fs.cat_file(self._path(name + MARKER)))
                 source = self._fs.open(self._path(name), "rb")
             except (FileNotFoundError, ValueError):
                 return False
@@ -120,12 +146,12 @@ class Storage:
 
     def names(self, folder: str, suffix: str = "") -> list[str]:
         """Names of the objects in a folder that end in `suffix` and have a marker, sorted; each begins with the folder's."""
-        ending = suffix + _MARKER
-        return sorted(f"{folder}/{name.removesuffix(_MARKER)}" for name in self._entries(folder) if name.endswith(ending))
+        ending = suffix + MARKER
+        return sorted(f"{folder}/{name.removesuffix(MARKER)}" for name in self.ls(folder) if name.endswith(ending))
 
     def remove(self, name: str) -> None:
         """Forget an object: first its marker, so that it is never there by half."""
-        for each in (name + _MARKER, name):
+        for each in (name + MARKER, name):
             with self._faults(), contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(each))
 
@@ -170,11 +196,19 @@ class Storage:
     def entries(self, folder: str) -> dict[str, bytes]:
         """Name -> content of the objects without markers in a folder."""
         found = {}
-        for name in self._entries(folder):
-            if not name.endswith(_MARKER):
+        for name in self.ls(folder):
+            if not name.endswith(MARKER):
                 with self._faults(), contextlib.suppress(FileNotFoundError):
                     found[name] = self._fs.cat_file(self._path(f"{folder}/{name}"))
         return found
+
+    def ls(self, folder: str) -> list[str]:
+        """Names of all that is in a folder, markers and folders too."""
+        with self._faults():
+            try:
+                return [path.rsplit("/", 1)[-1] for path in self._fs.ls(self._path(folder), detail=False)]
+            except FileNotFoundError:
+                return []
 
     # How
 
@@ -183,13 +217,6 @@ class Storage:
 
     def _open_to_write(self, name: str) -> Any:
         return self._fs.open(self._path(name), "wb")
-
-    def _entries(self, folder: str) -> list[str]:
-        with self._faults():
-            try:
-                return [path.rsplit("/", 1)[-1] for path in self._fs.ls(self._path(folder), detail=False)]
-            except FileNotFoundError:
-                return []
 
     @contextlib.contextmanager
     def _faults(self, missing_too: bool = False) -> Iterator[None]:
@@ -214,11 +241,19 @@ class _DamagedError(Exception):
 # ------------------------------------------------------------------------------------------------------ ended runs
 
 
-def push_run(storage: Storage, files: RunFiles, result: dict[str, Any]) -> None:
-    """Copy an ended run to the storage, its result last."""
-    for name in result["sha256"]:
-        storage.put(f"{files.model}/{name}", files.folder / name)
-    storage.put(f"{files.model}/{files.result.name}", files.result)
+def push_run(storage: Storage, files: RunFiles, result: dict[str, Any], removes: Iterable[str] = ()) -> None:
+    """Copy an ended run to the storage, its result last, and then forget other objects."""
+    names = [*result["sha256"], files.result.name]
+    storage.commit({f"{files.model}/{name}": files.folder / name for name in names}, removes)
+
+
+def settle_run(storage: Storage, files: RunFiles) -> None:
+    """Bring an ended run that is only in the storage; send one that is only here."""
+    result = read_result(files.result)
+    if result is None:
+        fetch_run(storage, files)
+    elif not storage.has(f"{files.model}/{files.result.name}"):
+        push_run(storage, files, result)
 
 
 def fetch_run(storage: Storage, files: RunFiles) -> bool:
@@ -226,7 +261,13 @@ def fetch_run(storage: Storage, files: RunFiles) -> bool:
     content = storage.read(f"{files.model}/{files.result.name}")
     if content is None:
         return False
-    if not all(storage.get(f"{files.model}/{name}", files.folder / name) for name in json.loads(content)["sha256"]):
+    try:
+        names = set(json.loads(content)["sha256"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        names = {""}
+    if not names <= {files.weights.name, files.log.name, files.predictions.name}:  # they become paths here
+        raise StorageError(f"{files.result.name} in {storage.url} is not a result of diffvit.", "remove it there.")
+    if not all(storage.get(f"{files.model}/{name}", files.folder / name) for name in names):
         return False
     return storage.get(f"{files.model}/{files.result.name}", files.result)
 
@@ -255,6 +296,10 @@ class Lease:
         self.storage.overwrite(self._name(self.number), _lease_content(self.owner, self.seconds))
         return True
 
+    def abandon(self) -> None:
+        """Let it run out now: who sees it knows that its work is not done, and that nobody does it."""
+        self.storage.overwrite(self._name(self.number), _lease_content(self.owner, 0.0))
+
     def release(self) -> None:
         """Give it back."""
         for number, content in _numbers(self.storage, self.folder).items():
@@ -277,21 +322,39 @@ def take_lease(storage: Storage, run_id: str, owner: str, seconds: float) -> Lea
             run's local lock, so the process that had the lease is dead.
     """
     folder = f".state/{run_id}/lease"
-    found = _numbers(storage, folder)
-    newest = max(found, default=0)
-    if newest:
-        held = _parse_lease(found[newest])
-        if not held["owner"]:  # perhaps it is being written
-            time.sleep(1)
-            held = _parse_lease(_numbers(storage, folder).get(newest, b""))
-        until = held["expires"] + min(_CLOCK_SKEW, 0.1 * held["seconds"])
-        if held["owner"] != owner and time.time() < until:
-            when = time.strftime("%H:%M:%S", time.gmtime(until))
-            return f"{held['host']} has it, and unless it gives a sign of life it may be taken over at {when} UTC"
+    newest, held = _newest(storage, folder)
+    until = _runs_out(held)
+    if newest and held["owner"] != owner and time.time() < until:
+        when = time.strftime("%H:%M:%S", time.gmtime(until))
+        return f"{held['host']} has it, and unless it gives a sign of life it may be taken over at {when} UTC"
     lease = Lease(storage, folder, newest + 1, owner, seconds)
     if not storage.create(lease._name(lease.number), _lease_content(owner, seconds)):
         return "another machine has just taken it"
     return lease
+
+
+def lease_state(storage: Storage, run_id: str) -> Literal["none", "live", "expired"]:
+    """Whether there is a lease of a run, and whether it has run out."""
+    newest, held = _newest(storage, f".state/{run_id}/lease")
+    if not newest:
+        return "none"
+    return "live" if time.time() < _runs_out(held) else "expired"
+
+
+def _newest(storage: Storage, folder: str) -> tuple[int, dict[str, Any]]:
+    """Number and facts of the newest lease in a folder; 0 where there is none."""
+    found = _numbers(storage, folder)
+    newest = max(found, default=0)
+    held = _parse_lease(found.get(newest, b""))
+    if newest and not held["owner"]:  # perhaps it is being written
+        time.sleep(1)
+        held = _parse_lease(_numbers(storage, folder).get(newest, b""))
+    return newest, held
+
+
+def _runs_out(held: dict[str, Any]) -> float:
+    """When another machine may take it, in seconds since the epoch."""
+    return held["expires"] + min(_CLOCK_SKEW, 0.1 * held["seconds"])
 
 
 def _lease_content(owner: str, seconds: float) -> bytes:
@@ -302,8 +365,9 @@ def _lease_content(owner: str, seconds: float) -> bytes:
 def _parse_lease(content: bytes) -> dict[str, Any]:
     """A lease's facts; one that cannot be read, of a writer that died over it, has run out."""
     facts: dict[str, Any] = {"owner": "", "host": "an unknown machine", "seconds": 0.0, "expires": 0.0}
-    with contextlib.suppress(ValueError):
-        facts |= json.loads(content)
+    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+        found = json.loads(content)
+        facts |= {key: type(usual)(found.get(key, usual)) for key, usual in facts.items()}
     return facts
 
 

@@ -14,8 +14,8 @@ Shapes in names: B batch, N tokens (class token included), D d_model, H heads, M
 from __future__ import annotations
 
 import importlib
+from typing import Any, cast
 from typing import Protocol as Interface
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +111,7 @@ class VisionTransformer(nn.Module):
         if d_model % heads:
             raise ValueError(f"{heads} heads do not divide d_model {d_model}")
         self.attention_class = attention
+        self.facts: dict[str, Any] = {}  # what a checkpoint's header says of it
         self.recompute = False  # keep only the blocks' inputs for the backward pass
         self.tokens = (image_size // patch_size) ** 2 + 1
         self.patch_embed = nn.Conv2d(channels, d_model, kernel_size=patch_size, stride=patch_size)

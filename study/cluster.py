@@ -294,10 +294,10 @@ def _cannot_see(mark: str, data_root: str | None) -> str:
 
 
 def _cannot_reach(storage: str, data_root: str | None) -> str:
-    from diffvit.storage import Storage
+    from diffvit.storage import open_storage
 
     try:
-        Storage(storage).check()
+        open_storage(storage).check()
     except UserError as error:
         return error.message
     return _no_data(data_root)

@@ -9,13 +9,13 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles, RunSpec, check_writable, overrides_text, read_evaluations, read_result
+from diffvit.ledger import RunFiles, RunSpec, check_writable, overrides_text, read_evaluations
 from diffvit.saving import DEFAULT_SAVING, Saving
 from study.grid import GRIDS, Grid, find_grid
 from study.plan import PlannedRun, load_fingerprints, plan_runs
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from study.devices import Machine
     from study.forecast import StudyForecast
     from study.runner import Settings
+    from study.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class StudyOptions:
     compile: bool | None = None
     recompute: bool = False
     saving: Saving = DEFAULT_SAVING
+    shard: Shard | None = None
     command: str = "run.py study"
 
     def runs(self, precision: str) -> list[RunSpec]:
@@ -193,32 +195,133 @@ def run_study(options: StudyOptions) -> int:
         specs = options.runs(precision)
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
         _check_folders(options.checkpoints, specs)
-        unsent = _exchange(options, specs, fingerprints)
-        runs = plan_runs(specs, options.checkpoints, fingerprints)
+        every = plan_runs(specs, options.checkpoints, fingerprints)
+        own = _share(every, options)
+        unsent = _exchange(options, own)
         for warning in warmup_warnings(specs):
             _say(f"warning: {warning}")
-        pending = [run for run in runs if not run.ended]
+        tried = [*own]
         failures: list[tuple[str, str]] = []
-        signal_code = None
-        if pending:
-            failures, signal_code = _train(runs, pending, options, cluster or _connect(stack, options), begun)
-            unsent = _exchange(options, specs, fingerprints, strict=False)
-        else:
-            _say(f"all {len(runs)} runs are done already")
+        with _alive(options, every) as undone:
+            runs, signal_code = own, None
+            while runs and signal_code is None:
+                pending = [run for run in plan_runs([run.spec for run in runs], options.checkpoints, fingerprints) if not run.ended]
+                if pending:
+                    cluster = cluster or _connect(stack, options)
+                    failed, signal_code = _train(runs, pending, options, cluster, begun)
+                    failures += failed
+                    unsent = _exchange(options, tried, strict=False)
+                else:
+                    _say(f"all {len(runs)} runs are done already")
+                if signal_code is not None:
+                    undone()
+                else:
+                    runs = _left_by_others(options, every, tried)
+                    tried += runs
     _report(options, specs, draw=signal_code is None)
+    _publish(options, unsent)
+    ended = sum(_has_result(run, options) for run in tried)
     if signal_code is not None:
-        ended = sum(_has_result(run, options) for run in runs)
-        _say(f"\nstopped: {ended} of {len(runs)} runs are done, the states of the others are saved")
+        _say(f"\nstopped: {ended} of {len(tried)} runs are done, the states of the others are saved")
         _say(f"hint: carry on with {options.command}")
         return signal_code
-    failures += [(title, f"the storage {options.saving.storage} could not be reached") for title in unsent]
+    if not _on_hub(options):
+        failures += [(title, f"the storage {options.saving.storage} could not be reached") for title in unsent]
     if failures:
-        _say(f"\nerror: {len(failures)} of {len(runs)} runs failed:")
+        _say(f"\nerror: {len(failures)} of {len(tried)} runs failed:")
         for title, reason in failures:
             _say(f"  {title}: {reason}")
         _say(f"hint: the same command trains only what is missing: {options.command}")
         return 1
+    if options.shard:
+        _say(f"\nshard {options.shard}: {ended} of {len(every)} runs of the grid are done here; `study --collect` brings all together")
     return 0
+
+
+def _share(runs: list[PlannedRun], options: StudyOptions) -> list[PlannedRun]:
+    """This box's runs."""
+    if not options.shard:
+        return runs
+    from study.shard import shares
+
+    return shares(runs, options.shard.of)[options.shard.number - 1]
+
+
+@contextlib.contextmanager
+def _alive(options: StudyOptions, runs: list[PlannedRun]) -> Iterator[Callable[[], None]]:
+    """With a shard and a storage: while the block runs, other boxes see that this one lives. Yields what to call if work is left undone."""
+    if not (options.shard and options.saving.storage):
+        yield lambda: None
+        return
+    from diffvit.storage import open_storage
+    from study.shard import sign_of_life
+
+    storage = open_storage(options.saving.storage)
+    warn = lambda text: _say(f"warning: {text}")  # noqa: E731
+    with sign_of_life(storage, runs, options.shard, options.checkpoints, options.saving.lease_seconds, warn) as undone:
+        yield undone
+
+
+def _left_by_others(options: StudyOptions, runs: list[PlannedRun], tried: list[PlannedRun]) -> list[PlannedRun]:
+    """Runs of other boxes that this one takes over, having ended its own."""
+    if not (options.shard and options.saving.storage):
+        return []
+    from diffvit.storage import open_storage
+    from study.shard import stranded
+
+    try:
+        found = stranded(open_storage(options.saving.storage), runs, options.shard, options.checkpoints)
+    except StorageError as error:
+        _say(f"warning: {error.message} What other boxes left undone is not looked for.")
+        return []
+    ids = {run.run_id for run in tried}
+    found = [run for run in found if run.run_id not in ids]
+    if found:
+        _say(f"{len(found)} runs were left undone by other boxes; taking them over")
+    return found
+
+
+def collect_study(options: StudyOptions) -> int:
+    """Bring the grid's finished runs from the storage, whoever trained them, then table and figures. Returns 1 where some are missing.
+
+    Data sets need not be at hand.
+
+    Raises:
+        UserError: bad input, or the storage does not answer.
+    """
+    from diffvit.storage import open_storage
+    from study.hub import collect
+    from study.table import missing_runs
+
+    assert options.saving.storage
+    specs = options.runs(_local_precision(options))
+    _check_folders(options.checkpoints, specs)
+    brought = collect(open_storage(options.saving.storage), specs, options.checkpoints)
+    _say(f"brought {len(brought)} runs from {options.saving.storage}")
+    _report(options, specs, draw=True)
+    _publish(options, [])
+    missing = missing_runs(options.checkpoints, specs)
+    if missing:
+        _say(f"\n{len(missing)} of {len(specs)} runs are not there yet:")
+        for spec in missing:
+            _say(f"  {spec.title}")
+        _say(f"hint: when their boxes are done, give the same command again: {options.command}")
+        return 1
+    return 0
+
+
+def _on_hub(options: StudyOptions) -> bool:
+    return (options.saving.storage or "").startswith("hf://")
+
+
+def _publish(options: StudyOptions, unsent: list[str]) -> None:
+    """On the hub: the model card, and what could not be sent, with the command that sends it later."""
+    if _on_hub(options):
+        from study.hub import publish, send_later
+
+        publish(str(options.saving.storage), options.checkpoints, lambda text: _say(f"warning: {text}"))
+        if unsent:
+            _say(f"warning: {len(unsent)} runs are not on the hub yet: {'; '.join(unsent)}\nhint: {send_later(options.checkpoints)}")
 
 
 def rehearse_study(options: StudyOptions) -> int:
@@ -247,7 +350,7 @@ def rehearse_study(options: StudyOptions) -> int:
     return 0
 
 
-def _exchange(options: StudyOptions, specs: list[RunSpec], fingerprints: dict[str, str], strict: bool = True) -> list[str]:
+def _exchange(options: StudyOptions, runs: list[PlannedRun], strict: bool = True) -> list[str]:
     """With a storage: brings ended runs that are only there, and sends those that are only here.
 
     Args:
@@ -258,23 +361,18 @@ def _exchange(options: StudyOptions, specs: list[RunSpec], fingerprints: dict[st
     """
     if not options.saving.storage:
         return []
-    from diffvit.storage import Storage, fetch_run, push_run
+    from diffvit.storage import open_storage, settle_run
 
-    storage, unsent = Storage(options.saving.storage), []
+    storage, unsent = open_storage(options.saving.storage), []
     if strict:
         storage.check()
-    for spec in specs:
-        files = RunFiles.of(options.checkpoints, spec, spec.run_id(fingerprints[spec.dataset]))
+    for run in runs:
         try:
-            result = read_result(files.result)
-            if result is None:
-                fetch_run(storage, files)
-            elif not storage.has(f"{files.model}/{files.result.name}"):
-                push_run(storage, files, result)
+            settle_run(storage, RunFiles.of(options.checkpoints, run.spec, str(run.run_id)))
         except StorageError:
             if strict:
                 raise
-            unsent.append(spec.title)
+            unsent.append(run.spec.title)
     return unsent
 
 

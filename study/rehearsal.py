@@ -26,7 +26,7 @@ from diffvit.errors import StorageError, UserError
 from diffvit.evaluation import evaluate_checkpoint
 from diffvit.ledger import RunFiles, RunSpec, check_writable, verify_run
 from diffvit.saving import Every
-from diffvit.storage import Storage, fetch_run
+from diffvit.storage import fetch_run, open_storage
 from diffvit.train import Stopped, resolve_device, train
 from study.runner import Settings, memory_share, worker_resources
 
@@ -122,7 +122,7 @@ def _folders(settings: Settings) -> Iterator[Settings]:
     try:
         check_writable(own)
         if url:
-            Storage(url).check()
+            open_storage(url).check()
         yield dataclasses.replace(settings, checkpoints=str(own), saving=saving)
     finally:
         shutil.rmtree(own, ignore_errors=True)
@@ -130,7 +130,7 @@ def _folders(settings: Settings) -> Iterator[Settings]:
             with contextlib.suppress(OSError):  # something of the user's is in it by now
                 folder.rmdir()
         if url:
-            Storage(url).remove_all()
+            open_storage(url).remove_all()
 
 
 def _rehearse_cell(spec: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _parts(spec: RunSpec, settings: Settings, device: torch.device) -> Iterator[
     if settings.saving.storage:
         with tempfile.TemporaryDirectory(dir=checkpoints) as folder:
             brought = dataclasses.replace(files, checkpoints=Path(folder))
-            if not fetch_run(Storage(settings.saving.storage), brought):
+            if not fetch_run(open_storage(settings.saving.storage), brought):
                 raise StorageError(f"the storage {settings.saving.storage} does not have the run whole.", "check the storage.")
             _read_back(brought, result, settings.data_root, device)
         yield "stored and brought back"

@@ -53,19 +53,26 @@ def run_table(checkpoints: Path, grid: Iterable[RunSpec] | None = None) -> pd.Da
     """
     results = read_results(checkpoints)
     if grid is not None:
-        cells = {_cell_key(spec.identity("")) for spec in grid}
-        results = [result for result in results if _cell_key(result["identity"]) in cells]
+        cells = {cell_key(spec.identity("")) for spec in grid}
+        results = [result for result in results if cell_key(result["identity"]) in cells]
     table = pd.DataFrame([_row(result) for result in results], columns=list(COLUMNS))
     for name in ("train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "memorised", "recovered"):
         table[name] = table[name].astype(float)
     table["false_labels"] = table["false_labels"].astype("Int64")  # whole numbers, and gaps for runs without label noise
     table = table.sort_values(["dataset", "overrides", "parameters", "model", "seed", "run_id"], ignore_index=True)
-    cell_of = {result["run_id"]: _cell_key({**result["identity"], "model": ""}) for result in results}
+    cell_of = {result["run_id"]: cell_key({**result["identity"], "model": ""}) for result in results}
     table["flags"] = _flags(table, [cell_of[run_id] for run_id in table["run_id"]])
     return table
 
 
-def _cell_key(identity: dict[str, Any]) -> str:
+def missing_runs(checkpoints: Path, specs: Iterable[RunSpec]) -> list[RunSpec]:
+    """Those of the runs that have not ended here, at whatever precision and on whatever version of the data. Raises UserError."""
+    ended = {(cell_key(result["identity"]), result["seed"]) for result in read_results(checkpoints)}
+    return [spec for spec in specs if (cell_key(spec.identity("")), spec.seed) not in ended]
+
+
+def cell_key(identity: dict[str, Any]) -> str:
+    """What names a cell and architecture: all of a run's identity but seed, precision and the version of the data."""
     return repr([(key, _sorted(identity[key])) for key in ("semantics", "model", "size", "dataset", "protocol")])
 
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 import run as command_line
+
+if TYPE_CHECKING:
+    from hub.server import HubServer
 
 # Beside the checkout; a test that needs it is skipped, visibly, where it is missing.
 SHARED = Path(os.environ.get("DIFFVIT_SHARED") or Path(__file__).resolve().parents[2] / "shared")
@@ -69,6 +75,38 @@ def s3(s3_port: int) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
     s3fs.S3FileSystem().mkdir(bucket)
     return f"s3://{bucket}/study"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """A stand-in Hugging Face hub, to which huggingface_hub goes with the token hf_write: here, and in child processes."""
+    import huggingface_hub
+    from hub.server import HubServer
+    from huggingface_hub import constants, hf_api
+
+    home = tmp_path_factory.mktemp("hf")
+    with HubServer(tokens={"hf_write": "write", "hf_read": "read"}) as server:
+        for name, value in server.environment("hf_write", home).items():
+            monkeypatch.setenv(name, value)
+        # huggingface_hub has read its environment already.
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "AGENT_HARNESSES_PATH": str(home / "harnesses.json"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+        # Its own attempts follow each other at once.
+        for module in ("utils._http", "file_download"):
+            monkeypatch.setattr(f"huggingface_hub.{module}.time", SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.01))))
+        huggingface_hub.close_session()
+        yield server
+        huggingface_hub.close_session()
+    assert not server.errors, "\n".join(server.errors)
 
 
 class Outcome:

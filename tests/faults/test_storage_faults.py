@@ -32,7 +32,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _remote_states(storage: Storage) -> list[str]:
-    return [name for run in storage._entries(".state") for name in storage.names(f".state/{run}", ".state")]
+    return [name for run in storage.ls(".state") for name in storage.names(f".state/{run}", ".state")]
 
 
 def test_another_machine_takes_over_from_one_that_vanished_with_its_disk(tmp_path: Path, s3: str, whole: Path) -> None:
@@ -100,7 +100,7 @@ def test_who_was_silent_for_too_long_gives_way(tmp_path: Path) -> None:
     def on_steps(steps: list[Step], total: int) -> None:
         if not taken:  # another machine, for which this one has been dead for long
             storage = Storage(url)
-            lease = Lease(storage, f".state/{storage._entries('.state')[0]}/lease", 2, "another machine", 60.0)
+            lease = Lease(storage, f".state/{storage.ls('.state')[0]}/lease", 2, "another machine", 60.0)
             assert storage.create(f"{lease.folder}/000002", b'{"owner": "another machine"}') and lease.renew()
             taken.append(lease)
 

@@ -1,0 +1,133 @@
+"""What a study does with the Hugging Face hub beyond keeping runs there: collect them, and write the repository's model card."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from diffvit.errors import StorageError, UserError
+from diffvit.ledger import RunFiles, RunSpec, read_result
+from diffvit.storage import Storage, fetch_run, open_storage, settle_run
+from study.table import cell_key
+
+_CARD_TRIES = 5
+_FIGURE = "_scaling_overlay.png"
+# A result is a few kilobytes; what says it is one and is longer is not read.
+_LONGEST_RESULT = 4 * 1024**2
+
+
+def send_run(url: str, files: RunFiles, warn: Callable[[str], None]) -> None:
+    """See that a finished run is in its storage, and on the hub the card too. What fails is said, and fails nothing."""
+    try:
+        settle_run(open_storage(url), files)
+    except StorageError as error:
+        later = send_later(files.checkpoints) if url.startswith("hf://") else "the same command sends it."
+        warn(f"the run {files.run_id} is finished here, and not in {url}: {error.message}\nhint: {later}")
+        return
+    if url.startswith("hf://"):
+        publish(url, files.checkpoints, warn)
+
+
+def send_later(checkpoints: Path) -> str:
+    """How to send what the hub does not have yet."""
+    return f"send it later with the same command, or with {shlex.join(['python', 'run.py', 'upload', str(checkpoints), '.'])}"
+
+
+def collect(storage: Storage, specs: Iterable[RunSpec], checkpoints: Path) -> list[str]:
+    """Bring all ended runs of the cells of these, whoever trained them. Returns the run_ids of those that were not here.
+
+    Raises:
+        StorageError: the storage does not answer, or has something that is not a result.
+    """
+    specs = list(specs)
+    cells = {cell_key(spec.identity("")) for spec in specs}
+    brought = []
+    for model in sorted({spec.model for spec in specs}):
+        for name in storage.names(model, "_result.json"):
+            files = _files_of_result(checkpoints, name)
+            if files is None or read_result(files.result) is not None:
+                continue
+            if cell_key(_read(storage, name)["identity"]) in cells and fetch_run(storage, files):
+                brought.append(files.run_id)
+    return brought
+
+
+def _files_of_result(checkpoints: Path, name: str) -> RunFiles | None:
+    """The files of a run whose result has this name in a storage."""
+    model, _, file = name.partition("/")
+    parts = file.removesuffix("_result.json").split("_", 3)
+    wrong = len(parts) != 4 or parts[0] != "model" or "/" in file or not all(parts)
+    return None if wrong else RunFiles(checkpoints, model, *parts[1:])
+
+
+def _read(storage: Storage, name: str) -> dict[str, Any]:
+    """A result in a storage. Raises StorageError where it is none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        if storage.get(name, path) and path.stat().st_size <= _LONGEST_RESULT:
+            try:
+                result = read_result(path)
+                if result and isinstance(result["identity"], dict):
+                    cell_key(result["identity"])
+                    return result
+            except (UserError, KeyError, TypeError):
+                pass
+    raise StorageError(f"{name} in {storage.url} is not a result of diffvit.", "remove it there.")
+
+
+# ------------------------------------------------------------------------------------------------------------ card
+
+
+def publish(url: str, checkpoints: Path, warn: Callable[[str], None]) -> None:
+    """Write the model card of a hub repository from the results that it has, with the figures drawn here if they show all of these.
+
+    What fails is said, and fails nothing: the next run that ends writes it.
+    """
+    from diffvit.hub_storage import HubStorage
+    from diffvit.utils import status_of
+
+    try:
+        storage = open_storage(url)
+        assert isinstance(storage, HubStorage)
+        for _ in range(_CARD_TRIES):
+            head = storage.hub.head()
+            try:
+                _write_card(storage, head, checkpoints)
+                storage.tidy()
+                return
+            except StorageError:
+                raise
+            except Exception as error:  # somebody else wrote meanwhile: look again
+                if status_of(error) not in (409, 412):
+                    raise
+        raise StorageError("too many write at once.", "")
+    except StorageError as error:
+        warn(f"the model card was not written: {error.message}")
+    except Exception as error:
+        warn(f"the model card was not written: {type(error).__name__}")
+
+
+def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
+    from study.card import card_text
+    from study.table import run_table
+
+    with tempfile.TemporaryDirectory() as folder:
+        results = []
+        for name in sorted(storage.hub.files("", head)):
+            files = _files_of_result(Path(folder), name) if name.endswith("_result.json") else None
+            if files and storage.get(name, files.result):
+                results.append(files.result)
+        if not results:
+            return
+        table = run_table(Path(folder))
+        contents = [json.loads(path.read_text()) for path in results]
+    ours = {path.name for path in checkpoints.glob("*/model_*_result.json")}
+    figures = sorted((checkpoints / "figures").glob(f"*{_FIGURE}")) if {path.name for path in results} <= ours else []
+    puts: dict[str, Any] = {f"figures/{path.name}": path for path in figures}
+    pictures = {name for name in (*puts, *storage.hub.files("figures", head)) if name.endswith(_FIGURE)}
+    text = card_text(storage.hub.repository, table, contents, sorted(Path(name).name for name in pictures))
+    storage.hub.commit({**puts, "README.md": text.encode()}, (), "write the model card", parent=head)

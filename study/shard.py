@@ -1,0 +1,117 @@
+"""A study on boxes that do not know of each other: each trains its share, and what one leaves undone another takes over.
+
+The share follows from the grid alone. Through the storage, which may be the hub, a box shows that it is alive; one that fell silent, or
+was stopped, has its unfinished runs taken over by any that has ended its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffvit.errors import StorageError, UserError
+from diffvit.ledger import RunFiles
+from diffvit.state import folder_id
+from diffvit.storage import Lease, Storage, lease_state, take_lease
+from study.plan import PlannedRun
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The `number`-th of `of` shares, counted from 1."""
+
+    number: int
+    of: int
+
+    @staticmethod
+    def parse(text: str) -> Shard:
+        """From "2/4". Raises UserError."""
+        match = re.fullmatch(r"\s*(\d{1,4})\s*/\s*(\d{1,4})\s*", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise UserError(f"--shard is {text!r}.", "give the number of this box and how many there are, such as 2/4.")
+        return Shard(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
+def shares(runs: Sequence[PlannedRun], of: int) -> list[list[PlannedRun]]:
+    """The runs in `of` parts of about equal cost: each next dearest run goes to the part that has least.
+
+    Whether runs are done does not count: all boxes must find the same parts. Raises UserError for fewer runs than parts.
+    """
+    if of > len(runs):
+        raise UserError(f"the grid has {len(runs)} runs and --shard makes {of} parts of it.", f"give at most {len(runs)}.")
+    parts: list[list[PlannedRun]] = [[] for _ in range(of)]
+    costs = [0.0] * of
+    for run in sorted(runs, key=lambda run: (-run.train_flops, str(run.run_id))):
+        least = costs.index(min(costs))
+        parts[least].append(run)
+        costs[least] += run.train_flops
+    return parts
+
+
+@contextlib.contextmanager
+def sign_of_life(storage: Storage, runs: Sequence[PlannedRun], shard: Shard, checkpoints: Path, seconds: float,
+                 warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:  # fmt: skip
+    """While the block runs, the other boxes see that the shard has one that trains it.
+
+    Args:
+        seconds: so long after the last sign a box counts as dead.
+
+    Yields:
+        What to call where the block ends with work undone: others need not wait then.
+    """
+    undone = threading.Event()
+    lease = take_lease(storage, _name(runs, shard), folder_id(checkpoints), seconds)
+    if not isinstance(lease, Lease):
+        warn(f"another box trains shard {shard}: {lease}; each run is still trained by one of both")
+        yield undone.set
+        return
+    over = threading.Event()
+    thread = threading.Thread(target=_renew, args=(lease, over, seconds / 3), name="sign-of-life", daemon=True)
+    thread.start()
+    try:
+        yield undone.set
+    except BaseException:
+        undone.set()
+        raise
+    finally:
+        over.set()
+        thread.join()
+        with contextlib.suppress(StorageError):  # else it runs out by itself
+            lease.abandon() if undone.is_set() else lease.release()
+
+
+def _renew(lease: Lease, over: threading.Event, pause: float) -> None:
+    while not over.wait(pause):
+        with contextlib.suppress(StorageError):
+            lease.renew()
+
+
+def stranded(storage: Storage, runs: Sequence[PlannedRun], shard: Shard, checkpoints: Path) -> list[PlannedRun]:
+    """Runs of other shares that are not done and that nobody trains: their box fell silent, was stopped, or left a state behind."""
+    found = []
+    for number, part in enumerate(shares(runs, shard.of), start=1):
+        if number == shard.number:
+            continue
+        silent = lease_state(storage, _name(runs, Shard(number, shard.of))) == "expired"
+        for run in part:
+            files = RunFiles.of(checkpoints, run.spec, str(run.run_id))
+            if files.result.is_file() or storage.has(f"{files.model}/{files.result.name}"):
+                continue
+            lease = lease_state(storage, files.run_id)
+            if lease == "expired" or (lease == "none" and (silent or storage.names(f".state/{files.run_id}", ".state"))):
+                found.append(run)
+    return found
+
+
+def _name(runs: Sequence[PlannedRun], shard: Shard) -> str:
+    """What a shard of these runs is called in the storage."""
+    digest = hashlib.sha256(" ".join(sorted(str(run.run_id) for run in runs)).encode()).hexdigest()[:10]
+    return f"shard-{digest}-{shard.number}-of-{shard.of}"

@@ -1,0 +1,293 @@
+"""Upload and download against a stand-in hub, by the real client: hashes, conflicts, faults, hostile listings, and no token in any message."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hub.server import HubServer
+
+from diffvit.errors import StorageError, UserError
+from diffvit.utils import Account, Hub, HubRefusesError, download, find_account, is_safe_name, parse_repository, upload
+
+NAME = "user/study"
+
+
+@pytest.fixture
+def to_hub(hub: HubServer) -> Hub:
+    return Hub(Account(NAME, "hf_write"), pauses=(0.01, 0.01, 0.01))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as a ledger has it: a small file, a large one, and hidden ones."""
+    made = tmp_path / "made"
+    (made / "vit_classic").mkdir(parents=True)
+    (made / "vit_classic/a_training.log").write_text("step,loss\n1,2.5\n")
+    (made / "vit_classic/a.safetensors").write_bytes(os.urandom(300_000))
+    (made / ".state").mkdir()
+    (made / ".state/secret").write_text("not to be sent")
+    return made
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_goes_and_comes_back(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    sent = upload(folder, "runs", to_hub)
+    assert sent.moved == ("runs/vit_classic/a.safetensors", "runs/vit_classic/a_training.log") and sent.bytes == 300_016
+    assert hub.repo(NAME).private
+    brought = download("runs", tmp_path / "back", to_hub)
+    assert set(brought.moved) == set(sent.moved)
+    assert contents(tmp_path / "back") == {name: content for name, content in contents(folder).items() if not name.startswith(".")}
+
+
+def test_a_file_goes_and_comes_back(to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    upload(folder / "vit_classic/a_training.log", ".", to_hub)
+    download("a_training.log", tmp_path / "back", to_hub)
+    assert contents(tmp_path / "back") == {"a_training.log": b"step,loss\n1,2.5\n"}
+
+
+def test_what_is_there_is_not_moved_again(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    first = upload(folder, "", to_hub)
+    commits = len(hub.repo(NAME).history())
+    again = upload(folder, "", to_hub)
+    assert (again.moved, again.skipped, again.bytes) == ((), tuple(sorted(first.moved)), 0)
+    assert len(hub.repo(NAME).history()) == commits
+    download("vit_classic", tmp_path / "back", to_hub)
+    asked = len(hub.asked("GET", "resolve"))
+    assert len(download("vit_classic", tmp_path / "back", to_hub).skipped) == 2
+    assert len(hub.asked("GET", "resolve")) == asked
+
+
+def test_something_different_there_is_not_overwritten(hub: HubServer, to_hub: Hub, folder: Path) -> None:
+    upload(folder, "", to_hub)
+    before = hub.repo(NAME).files()
+    (folder / "vit_classic/a_training.log").write_text("other")
+    (folder / "vit_classic/new.log").write_text("new")
+    with pytest.raises(UserError, match=r"vit_classic/a_training\.log on user/study is different") as refused:
+        upload(folder, "", to_hub)
+    assert "--force" in refused.value.hint and hub.repo(NAME).files() == before
+    assert set(upload(folder, "", to_hub, force=True).moved) == {"vit_classic/a_training.log", "vit_classic/new.log"}
+    assert hub.repo(NAME).files()["vit_classic/a_training.log"] == b"other"
+
+
+def test_something_different_here_is_not_overwritten(to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    upload(folder, "", to_hub)
+    back = tmp_path / "back"
+    (back / "vit_classic").mkdir(parents=True)
+    (back / "vit_classic/a_training.log").write_text("mine")
+    with pytest.raises(UserError, match="is different here"):
+        download("vit_classic", back / "vit_classic", to_hub)
+    assert contents(back) == {"vit_classic/a_training.log": b"mine"}
+    download("vit_classic", back / "vit_classic", to_hub, force=True)
+    assert contents(back)["vit_classic/a_training.log"] == b"step,loss\n1,2.5\n"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"method": "*", "path": "api|git", "status": 503, "times": 2},
+        {"method": "POST", "path": "commit", "status": 500, "times": 2},
+        {"method": "POST", "path": "commit", "status": 429, "times": 1, "headers": {"Retry-After": "0"}},
+        {"method": "POST", "path": "commit", "lose": True, "times": 1},
+        {"method": "POST", "path": "commit", "cut_request": 10, "times": 1},
+        {"method": "PUT", "path": ".", "cut_request": 100_000, "times": 1},
+        {"method": "PUT", "path": ".", "status": 502, "times": 1},
+    ],
+    ids=lambda fault: f"{fault['method']}-{fault.get('status') or next(key for key in fault if key in ('lose', 'cut_request'))}",
+)
+def test_an_upload_gets_through_faults(hub: HubServer, to_hub: Hub, folder: Path, fault: dict) -> None:
+    added = hub.faults.add(fault.pop("method"), fault.pop("path"), **fault)
+    upload(folder, "", to_hub)
+    assert added.hits
+    files = hub.repo(NAME).files()
+    assert all(files[name] == content for name, content in contents(folder).items() if not name.startswith("."))
+
+
+@pytest.mark.parametrize("fault", [{"cut": 100_000}, {"status": 503}, {"corrupt": 1000}, {"cut": 100_000, "reset": True}])
+def test_a_download_gets_through_faults(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path, fault: dict) -> None:
+    upload(folder, "", to_hub)
+    added = hub.faults.add("GET", r"safetensors|[0-9a-f]{64}", times=1, **fault)
+    download("vit_classic", tmp_path / "back", to_hub)
+    assert added.hits == 1
+    assert contents(tmp_path / "back") == contents(folder / "vit_classic")
+
+
+def test_a_download_that_gave_up_is_carried_on(hub: HubServer, folder: Path, tmp_path: Path) -> None:
+    impatient = Hub(Account(NAME, "hf_write"), pauses=())
+    upload(folder, "", impatient)
+    with hub_fails(hub, "GET", r"[0-9a-f]{64}|a\.safetensors", cut=100_000, after=0), pytest.raises(StorageError):
+        download("vit_classic", tmp_path / "back", impatient)
+    assert "a.safetensors" not in contents(tmp_path / "back")
+    download("vit_classic", tmp_path / "back", impatient)
+    assert contents(tmp_path / "back") == contents(folder / "vit_classic")
+
+
+def test_a_hub_that_stays_silent_is_told_of(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    patient = Hub(Account(NAME, "hf_write"), pauses=(0.01, 0.02), on_retry=said.append)
+    hub.stop()
+    with pytest.raises(StorageError, match="does not answer") as silent:
+        upload(folder, "", patient)
+    assert len(said) == 2 and "trying again" in said[0] and silent.value.exit_code == 1
+    hub.start()
+    upload(folder, "", patient)
+
+
+@pytest.mark.parametrize(("token", "sentence"), [("hf_nonsense", "does not let us in"), (None, "."), ("hf_read", "may not")])
+def test_tokens_that_do_not_suffice(hub: HubServer, to_hub: Hub, folder: Path, token: str | None, sentence: str) -> None:
+    upload(folder, "", to_hub)
+    (folder / "new").write_text("new")
+    with pytest.raises(HubRefusesError, match=sentence) as refused:
+        upload(folder, "", Hub(Account(NAME, token), pauses=()))
+    assert refused.value.exit_code == 2 and "HF_TOKEN" in refused.value.hint
+    assert "new" not in hub.repo(NAME).files()
+
+
+def test_the_token_is_in_no_message(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "hf_write"
+    account = Account(NAME, secret)
+    assert secret not in repr(account)
+    said: list[str] = []
+    hub.faults.add("*", ".", status=500, headers={"X-Error-Message": f"you sent {secret}"})
+    with pytest.raises(StorageError) as failed:
+        upload(folder, "", Hub(account, pauses=(0.0,), on_retry=said.append))
+    assert said and all(secret not in text for text in [*said, str(failed.value)])
+    assert "***" in said[0]
+    assert failed.value.__cause__ is None and failed.value.__suppress_context__
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "a/../../evil", "a//b", "C:\\evil", "a\x00b", "", "a\nb", "x" * 2000])
+def test_names_that_lead_elsewhere(name: str) -> None:
+    assert not is_safe_name(name)
+
+
+LISTED = "runs/vit_classic/a_training.log"
+
+
+@pytest.mark.parametrize(
+    ("name", "lie"),
+    [
+        ("runs/../../evil", {"content": b"evil"}),
+        ("/tmp/evil", {"content": b"evil"}),
+        ("runs/vit_classic/../../../evil", {"content": b"evil"}),
+        ("runs/C:\\evil", {"content": b"evil"}),
+        (LISTED, {"size": 2**60}),
+        (LISTED, {"size": -1}),
+        (LISTED, {"oid": "nonsense"}),
+    ],
+    ids=str,
+)
+def test_a_hostile_listing_writes_nothing(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path, name: str, lie: dict) -> None:
+    upload(folder, "runs", to_hub)
+    hub.repo(NAME).lie(name, **lie)
+    before = contents(tmp_path)
+    with pytest.raises(StorageError, match="cannot be"):
+        download("", tmp_path / "back", to_hub)
+    assert contents(tmp_path) == before
+
+
+def test_a_hash_that_lies_is_found_out(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    upload(folder, "runs", to_hub)
+    hub.repo(NAME).lie(LISTED, oid="0" * 40)
+    with pytest.raises(StorageError, match="came damaged"):
+        download(LISTED, tmp_path / "back", to_hub)
+    assert "a_training.log" not in contents(tmp_path / "back")
+
+
+def test_a_file_larger_than_the_disk_is_not_begun(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    upload(folder, "runs", to_hub)
+    hub.repo(NAME).lie(LISTED, size=2**49)
+    with pytest.raises(UserError, match="left") as full:
+        download("runs", tmp_path / "back", to_hub)
+    assert "make room" in full.value.hint and not hub.asked("GET", "resolve")
+
+
+def test_what_is_missing(to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no repository user/study"):
+        download("runs", tmp_path / "back", to_hub)
+    with pytest.raises(UserError, match="no file or folder"):
+        upload(folder / "nowhere", "", to_hub)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="has no files"):
+        upload(tmp_path / "empty", "", to_hub)
+    upload(folder, "runs", to_hub)
+    with pytest.raises(UserError, match="has no other") as missing:
+        download("other", tmp_path / "back", to_hub)
+    assert "runs" in missing.value.hint and not (tmp_path / "back").exists()
+    with pytest.raises(UserError, match="not a path"):
+        download("../x", tmp_path / "back", to_hub)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "user/repo", " user/repo ", "https://huggingface.co/user/repo", "huggingface.co/user/repo/", "https://hf.co/user/repo",
+        "https://huggingface.co/user/repo/tree/main",
+    ],
+)  # fmt: skip
+def test_repositories_that_are_understood(text: str) -> None:
+    assert parse_repository(text) == "user/repo"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "repo", "a/b/c", "https://huggingface.co/datasets/user/repo", "../repo", "user/..", "user/re po", "http://elsewhere/user/repo"],
+)
+def test_repositories_that_are_not(text: str) -> None:
+    with pytest.raises(UserError, match="not a model repository"):
+        parse_repository(text)
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="HF_TOKEN and HF_REPOSITORY") as missing:
+        find_account()
+    assert ".env" in missing.value.hint
+    Path(".env").write_text("HF_TOKEN=hf_file$HOME\nHF_REPOSITORY=https://huggingface.co/user/file\n")
+    assert find_account() == Account("user/file", "hf_file$HOME")
+    monkeypatch.setenv("HF_REPOSITORY", "user/environment")
+    monkeypatch.setenv("HF_TOKEN", "")
+    assert find_account() == Account("user/environment", "hf_file$HOME")
+    monkeypatch.setenv("HF_TOKEN", "two words")
+    with pytest.raises(UserError, match="not a token") as bad:
+        find_account()
+    assert "two words" not in str(bad.value)
+
+
+def test_the_commands(hub: HubServer, cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_REPOSITORY", NAME)
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    sent = cli("upload", str(folder), "runs")
+    assert sent.code == 0 and "sent 2 files, 300,016 bytes, to user/study; 0 were there" in sent.out
+    assert "0 files" in cli("upload", str(folder), "runs").out
+    brought = cli("download", "runs", "back")
+    assert brought.code == 0 and "brought 2 files" in brought.out and "a.safetensors" in brought.err
+    (folder / "vit_classic/a_training.log").write_text("other")
+    refused = cli("upload", str(folder), "runs")
+    assert refused.code == 2 and "error: runs/vit_classic/a_training.log" in refused.err and "hint: --force" in refused.err
+    assert cli("upload", str(folder), "runs", "--force").code == 0
+    refused = cli("download", "runs", "back")
+    assert refused.code == 2 and "--force" in refused.err
+    assert cli("download", "runs", "back", "--force").code == 0
+    assert Path("back/vit_classic/a_training.log").read_text() == "other"
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong_one")
+    refused = cli("upload", str(folder), "runs")
+    assert refused.code == 2 and "hf_wrong_one" not in refused.err + refused.out
+
+
+class hub_fails:  # noqa: N801
+    """Every such request fails inside the block."""
+
+    def __init__(self, hub: HubServer, method: str, path: str, **what: object):
+        self._hub, self._fault = hub, (method, path, what)
+
+    def __enter__(self) -> None:
+        method, path, what = self._fault
+        self._hub.faults.add(method, path, **what)
+
+    def __exit__(self, *_: object) -> None:
+        self._hub.faults.clear()
