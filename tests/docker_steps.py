@@ -403,7 +403,7 @@ def main() -> int:
         print("\nWhat the image would run:")
         folder.prove()
         skipped += folder.skipped
-        print("\nGigabytes, of the last stage and of its environment, with what stands for the base image:")
+        print("\nGiB, of the last stage and of its environment, with what stands for the base image:")
         for place in (folder.root, folder.path(".venv")):
             kilobytes = int(_run(["du", "-sk", str(place)], cwd=Path("/"), env=dict(os.environ)).split()[0])
             print(f"  {kilobytes / 1024**2:6.2f}  {str(place).removeprefix(str(folder.root)) or '/'}")
