@@ -615,7 +615,7 @@ def _cpu_name() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, with + where files differ from it; None outside a checkout."""
+    """The commit of the code that runs, with + where files differ from it; outside a checkout $DIFFVIT_COMMIT, or None."""
     here = Path(__file__).resolve().parent
     try:
         described = subprocess.run(
@@ -623,7 +623,7 @@ def _git_commit() -> str | None:
             cwd=here, capture_output=True, text=True, timeout=10, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("DIFFVIT_COMMIT") or None
     return described.stdout.strip() or None
 
 
