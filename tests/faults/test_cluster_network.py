@@ -1,0 +1,155 @@
+"""A cluster of two hosts, as far as the network goes, that takes only who has its token."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from faults.nodes import Nodes
+from faults.processes import ROOT, ending, finish, states, study, trainers, wait_until, weights
+
+GRID = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 30}\n"
+NOTHING_TO_SAY = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": ""}
+
+
+@dataclass
+class Host:
+    """An address, and a command that runs others where it is."""
+
+    address: str
+    within: list[str]
+
+
+@contextlib.contextmanager
+def _two_hosts() -> Iterator[tuple[Host, Host]]:
+    """Two network namespaces with a cable between them; where they may not be made, two addresses of this machine's loopback."""
+    with contextlib.ExitStack() as stack:
+        try:
+            yield _namespaces(stack)
+        except subprocess.CalledProcessError:
+            yield Host("127.0.0.2", []), Host("127.0.0.3", [])
+
+
+def _namespaces(stack: contextlib.ExitStack) -> tuple[Host, Host]:
+    hosts, ends = [], []
+    for number in (1, 2):
+        # A namespace is there for as long as somebody is in it.
+        keeper = subprocess.Popen(["unshare", "-n", "sh", "-c", "echo; read line"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        stack.callback(keeper.wait, 10)
+        stack.callback(keeper.kill)
+        assert keeper.stdout
+        if not keeper.stdout.readline():
+            raise subprocess.CalledProcessError(1, "unshare")
+        hosts.append(Host(f"10.77.0.{number}", ["nsenter", "-t", str(keeper.pid), "-n"]))
+        ends.append([f"host{number}", "netns", str(keeper.pid)])
+    _run("ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
+    for host, (name, *_) in zip(hosts, ends, strict=True):
+        _run(*host.within, "ip", "address", "add", f"{host.address}/24", "dev", name)
+        for device in ("lo", name):
+            _run(*host.within, "ip", "link", "set", device, "up")
+    return hosts[0], hosts[1]
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@dataclass
+class Net:
+    """A cluster over two hosts, a node that trains on each."""
+
+    nodes: Nodes
+    first: Host
+    second: Host
+    members: list[subprocess.Popen]
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
+    token = tmp_path_factory.mktemp("token") / "auth_token"
+    token.write_text(secrets.token_hex(32) + "\n")
+    with _two_hosts() as (first, second):
+        nodes = Nodes(6421, first.address, first.within, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH=str(token))
+        try:
+            members = [nodes.add(host=host.address, within=host.within) for host in (first, second)]
+            yield Net(nodes, first, second, members)
+        finally:
+            nodes.end()
+
+
+def _study_on(host: Host, folder: Path, net: Net, **environment: str) -> subprocess.Popen:
+    options = ("--address", net.nodes.address, "--resource", "accelerator=1", "--save_every", "0.3s")
+    return study(folder, *options, grid=GRID, within=host.within, **{**net.nodes.environment, **environment})
+
+
+@pytest.mark.slow
+def test_a_study_trains_on_both_hosts(tmp_path: Path, net: Net) -> None:
+    process = _study_on(net.first, tmp_path, net)
+    with ending(process):
+        wait_until(lambda: len({path.parent for path in states(tmp_path)}) == 2, process)
+        assert [len(trainers(member)) for member in net.members] == [1, 1]
+        said = finish(process)
+    assert f"joined the Ray cluster at {net.nodes.address}: 3 nodes" in said and "2 at a time" in said
+    assert len(weights(tmp_path)) == 2
+
+
+def _wrong(kind: str, folder: Path) -> dict[str, str]:
+    """The environment of somebody who has not the token."""
+    wrong = folder / "wrong"
+    wrong.write_text(secrets.token_hex(32))
+    return {
+        **NOTHING_TO_SAY,
+        "HOME": str(folder),  # there may be a token in the user's
+        **{
+            "none": {},
+            "none, but says so": {"RAY_AUTH_MODE": "token"},
+            "another": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+            "another, in a file": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)},
+            "a file that is not there": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "nothing")},
+        }[kind],
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "none, but says so", "another", "another, in a file", "a file that is not there"])
+def test_a_study_without_the_token_gets_nowhere(tmp_path: Path, net: Net, kind: str) -> None:
+    process = _study_on(net.second, tmp_path, net, **_wrong(kind, tmp_path))
+    with ending(process):
+        out, errors = process.communicate(timeout=100)
+    assert process.returncode == 2, errors
+    assert not out
+    error, hint = errors.splitlines()
+    assert error.startswith("error: ") and "token" in error and hint.startswith("hint: ") and "RAY_AUTH_MODE=token" in hint
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "another"])
+def test_a_node_without_the_token_does_not_join(tmp_path: Path, net: Net, kind: str) -> None:
+    before = _living(net)
+    assert len(before) == 3
+    process = subprocess.Popen(
+        [*net.second.within, str(Path(sys.executable).with_name("ray")), "start", f"--address={net.nodes.address}", "--num-cpus=1",
+         f"--node-ip-address={net.second.address}", "--num-gpus=0", "--object-store-memory=100000000", "--block"],
+        env={**os.environ, **net.nodes.environment, **_wrong(kind, tmp_path), "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    with ending(process):
+        said, _ = process.communicate(timeout=100)
+    assert process.returncode != 0 and "Ray runtime started" not in said
+    assert _living(net) == before
+
+
+def _living(net: Net) -> set[str]:
+    """The nodes that the cluster's head counts as living."""
+    code = f"import ray; ray.init({net.nodes.address!r}, log_to_driver=False); print(*(n['NodeID'] for n in ray.nodes() if n['Alive']))"
+    environment = {**os.environ, **net.nodes.environment, "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [*net.first.within, sys.executable, "-c", code]
+    return set(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True, timeout=100).stdout.split())
