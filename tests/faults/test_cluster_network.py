@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import subprocess
@@ -12,53 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from faults.hosts import Host, two_hosts
 from faults.nodes import Nodes
 from faults.processes import ROOT, ending, finish, states, study, trainers, wait_until, weights
 
 GRID = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 30}\n"
 NOTHING_TO_SAY = {"RAY_AUTH_MODE": "", "RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": ""}
-
-
-@dataclass
-class Host:
-    """An address, and a command that runs others where it is."""
-
-    address: str
-    within: list[str]
-
-
-@contextlib.contextmanager
-def _two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two network namespaces with a cable between them; where they may not be made, two addresses of this machine's loopback."""
-    with contextlib.ExitStack() as stack:
-        try:
-            yield _namespaces(stack)
-        except subprocess.CalledProcessError:
-            yield Host("127.0.0.2", []), Host("127.0.0.3", [])
-
-
-def _namespaces(stack: contextlib.ExitStack) -> tuple[Host, Host]:
-    hosts, ends = [], []
-    for number in (1, 2):
-        # A namespace is there for as long as somebody is in it.
-        keeper = subprocess.Popen(["unshare", "-n", "sh", "-c", "echo; read line"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        stack.callback(keeper.wait, 10)
-        stack.callback(keeper.kill)
-        assert keeper.stdout
-        if not keeper.stdout.readline():
-            raise subprocess.CalledProcessError(1, "unshare")
-        hosts.append(Host(f"10.77.0.{number}", ["nsenter", "-t", str(keeper.pid), "-n"]))
-        ends.append([f"host{number}", "netns", str(keeper.pid)])
-    _run("ip", "link", "add", *ends[0], "type", "veth", "peer", "name", *ends[1])
-    for host, (name, *_) in zip(hosts, ends, strict=True):
-        _run(*host.within, "ip", "address", "add", f"{host.address}/24", "dev", name)
-        for device in ("lo", name):
-            _run(*host.within, "ip", "link", "set", device, "up")
-    return hosts[0], hosts[1]
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True)
 
 
 @dataclass
@@ -75,7 +33,7 @@ class Net:
 def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
     token = tmp_path_factory.mktemp("token") / "auth_token"
     token.write_text(secrets.token_hex(32) + "\n")
-    with _two_hosts() as (first, second):
+    with two_hosts() as (first, second):
         nodes = Nodes(6421, first.address, first.within, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="", RAY_AUTH_TOKEN_PATH=str(token))
         try:
             members = [nodes.add(host=host.address, within=host.within) for host in (first, second)]
