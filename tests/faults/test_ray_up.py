@@ -33,7 +33,7 @@ class Up:
         home, image, laptop = folder / "home", folder / "image", folder / "laptop"
         self.ledger = home / "diffvit/checkpoints"
         programs = image / "app/.venv/bin"
-        for each in (home, programs, image / "cache", laptop / ".diffvit", laptop / ".ssh"):
+        for each in (home, programs, laptop / ".diffvit", laptop / ".ssh"):
             each.mkdir(parents=True)
         for code in ("run.py", "study", "diffvit"):
             (image / "app" / code).symlink_to(ROOT / code)
