@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -134,28 +135,34 @@ def _exported(session: Path) -> str:
     return ""
 
 
+@pytest.fixture
+def sessions() -> Iterator[Path]:
+    """Where Ray keeps its sessions: short, for sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="rm") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.slow
-def test_a_running_study_exports_its_gauges(tmp_path: Path) -> None:
-    sessions = tmp_path / "r"
-    sessions.mkdir()
+def test_a_running_study_exports_its_gauges(tmp_path: Path, sessions: Path) -> None:
     process = study(
         tmp_path, "--price", "3600", grid="datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\noverrides: {epochs: 400}\n",
         RAY_TMPDIR=str(sessions), RAY_metrics_report_interval_ms="1000",
     )  # fmt: skip
+    text = ""
+
+    def all_there() -> bool:
+        nonlocal text
+        text = _exported(sessions / "ray")
+        time.sleep(0.5)
+        return all(f"ray_{name}{{" in text for name in GAUGES)
+
     with ending(process):
-        text = ""
-
-        def all_there() -> bool:
-            nonlocal text
-            text = _exported(sessions / "ray")
-            time.sleep(0.5)
-            return all(f"ray_{name}{{" in text for name in GAUGES)
-
         wait_until(all_there, process)
     for name in GAUGES:
-        (line,) = {line for line in text.splitlines() if line.startswith(f"ray_{name}{{")}
+        (line,) = (line for line in text.splitlines() if line.startswith(f"ray_{name}{{"))
         labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
-        assert labels["model"] == "vit_classic" and labels["dataset"] == "digits" and labels["size"] == "0.1M" and labels["seed"] == "0"
+        assert {tag: labels[tag] for tag in TAGS if tag != "run_id"} == {
+            "model": "vit_classic", "size": "0.1M", "dataset": "digits", "seed": "0"}  # fmt: skip
         assert re.fullmatch("[0-9a-f]{10}", labels["run_id"])
         assert 0 < float(line.rsplit(" ", 1)[1]) < 1e6
 
