@@ -33,7 +33,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     with contextlib.ExitStack() as stack:
         try:
             hosts = _namespaces(stack)
-        except subprocess.CalledProcessError:
+        except (subprocess.CalledProcessError, OSError):
             hosts = Host("127.0.0.2", []), Host("127.0.0.3", [])
         yield hosts
 
