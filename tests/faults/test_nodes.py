@@ -11,7 +11,7 @@ from faults.nodes import Nodes
 from faults.processes import assert_same_ledgers, ending, finish, states, study, trainers, wait_until, weights
 
 # Four runs: one for each node that is left, and more for one that comes.
-GRID = "datasets: [digits]\nsizes: [small]\nseeds: 2\noverrides: {epochs: 20}\n"
+GRID = "datasets: [digits]\nsizes: [small]\nseeds: 2\noverrides: {epochs: 15}\n"
 
 
 @pytest.fixture
