@@ -89,6 +89,15 @@ def test_a_study_without_the_token_gets_nowhere(tmp_path: Path, net: Net, kind: 
 
 
 @pytest.mark.slow
+def test_a_ray_of_our_own_says_where_its_token_should_be(tmp_path: Path) -> None:
+    process = study(tmp_path, grid=GRID, **_wrong("a file that is not there", tmp_path))
+    with ending(process):
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2, errors
+    assert "there is none" in errors and str(tmp_path / "nothing") in errors and "RAY_AUTH_TOKEN_PATH" in errors
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "another"])
 def test_a_node_without_the_token_does_not_join(tmp_path: Path, net: Net, kind: str) -> None:
     before = _living(net)
