@@ -291,6 +291,8 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @click.option(
     "--resource", multiple=True, metavar="NAME=X", help="A custom Ray resource that each run takes X of; limits it to nodes that have it."
 )
+@click.option("--price", type=click.FloatRange(min=0, min_open=True), metavar="P",
+              help="Dollars an hour of one GPU (on CPUs, of a machine): runs report their cost.")  # fmt: skip
 @_data_option
 @_checkpoints_option
 @_compute_options

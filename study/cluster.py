@@ -62,7 +62,7 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
         address: as find_address takes it.
 
     Raises:
-        UserError: there is no cluster at the address.
+        UserError: there is no cluster at the address, or it wants another token.
     """
     import ray  # two seconds that a study with nothing to train does not need
 
@@ -75,6 +75,7 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     own = chosen == "local"
     if not own and not _answers(chosen):
         raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
+    _check_token(chosen)
     options: dict[str, Any] = {}
     if own:
         options = {"object_store_memory": _OBJECT_STORE_BYTES, "dashboard_port": _free_port(_DASHBOARD_PORT)}
@@ -206,6 +207,36 @@ def _answers(address: str) -> bool:
         except grpc.FutureTimeoutError:
             return False
     return True
+
+
+def _check_token(address: str) -> None:
+    """Asks the cluster's head with the token that Ray will send. Ray by itself tries for 20 s, and then says that it cannot connect.
+
+    Raises:
+        UserError: there is no token where one is wanted, or it is not the cluster's.
+    """
+    import grpc
+    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+    from ray._private.authentication.grpc_authentication_client_interceptor import SyncAuthenticationMetadataClientInterceptor
+    from ray.exceptions import AuthenticationError
+
+    own = address == "local"
+    has_one = os.environ.get("RAY_AUTH_MODE") == "token"
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=own)
+        if own:
+            return
+        with grpc.insecure_channel(address) as channel:
+            asking = grpc.intercept_channel(channel, SyncAuthenticationMetadataClientInterceptor())
+            asking.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=10)
+        return
+    except AuthenticationError as error:
+        reason = f"RAY_AUTH_MODE is token, and there is none: {error.message}."
+    except grpc.RpcError as error:
+        if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+            return  # not a matter of tokens: Ray will say what is wrong
+        reason = f"the Ray cluster at {address} wants " + ("another token than this one." if has_one else "a token, and none was given.")
+    raise UserError(reason, "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that has the cluster's token.")
 
 
 def gpu_precision() -> str:

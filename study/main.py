@@ -52,6 +52,7 @@ class StudyOptions:
     recompute: bool = False
     saving: Saving = DEFAULT_SAVING
     shard: Shard | None = None
+    price: float | None = None
     command: str = "run.py study"
 
     def runs(self, precision: str) -> list[RunSpec]:
@@ -396,7 +397,7 @@ def _train(
     from study.cluster import check_shared_folder, check_storage_and_data, watch
     from study.display import StudyDisplay
     from study.forecast import duration
-    from study.runner import run_all
+    from study.runner import dollars_per_second, run_all
     from study.truth import compare, comparison_lines, seconds_taken
 
     settings = _settings(options, cluster)
@@ -426,6 +427,12 @@ def _train(
         as_planned = not failures and signal_code is None
         for line in comparison_lines(compare(forecast, seconds_taken(reports), took if as_planned else None, options.checkpoints)):
             _say(line)
+    rate = dollars_per_second(settings)
+    if options.price and rate:
+        seconds = sum(report.get("run_seconds", 0.0) for report in reports.values())
+        devices, name = (cluster.gpus, "GPUs") if settings.gpus_per_run else (cluster.nodes, "machines")
+        bill = options.price * devices * took / 3600
+        _say(f"cost: ${rate * seconds:,.2f} for the runs' {duration(seconds)}; ${bill:,.2f} for all {devices:g} {name} from start to end")
     return failures, signal_code
 
 
@@ -464,6 +471,7 @@ def _settings(options: StudyOptions, cluster: Cluster) -> Settings:
         resources=dict(options.resources),
         compute=computing(options),
         saving=options.saving,
+        price=options.price,
     )
 
 

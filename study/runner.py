@@ -48,6 +48,7 @@ from diffvit.signals import StopSignals
 from diffvit.state import StateFolder
 from diffvit.train import Stopped, train
 from study.cluster import Cluster, make_stop_flag
+from study.metrics import RunGauges
 from study.plan import PlannedRun
 
 # What a trial that only waits for its workers takes of a CPU, and what is left for each worker.
@@ -76,6 +77,7 @@ class Settings:
         workers: processes that train one run together.
         resources: custom Ray resources of each worker.
         compute: but for its memory_share, which follows from the above.
+        price: dollars an hour of one GPU, or of a machine where runs train on CPUs; None: unknown.
         study: a name for this execution of a study.
     """
 
@@ -87,6 +89,7 @@ class Settings:
     resources: dict[str, float] = field(default_factory=dict)
     compute: Compute = DEFAULT_COMPUTE
     saving: Saving = DEFAULT_SAVING
+    price: float | None = None
     study: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     @staticmethod
@@ -271,10 +274,14 @@ def _worker(config: dict[str, Any]) -> None:
     if not settings.gpus_per_run:
         torch.set_num_threads(settings.cpus_per_run)
 
+    gauges = RunGauges(spec, config["run"]["run_id"], dollars_per_second(settings))
+
     def on_steps(steps: list[Step], total: int) -> None:
+        last = steps[-1]
+        numbers = {**last._asdict(), "total_steps": total, "images_per_second": _pace(spec, last)}
+        gauges.set(numbers)
         if alone:  # a worker group reports together, and only its first process hears of steps
-            last = steps[-1]
-            report({**last._asdict(), "total_steps": total, "images_per_second": _pace(spec, last)})
+            report(numbers)
 
     try:
         load(spec.dataset, settings.data_root)  # once a process, and no part of a run's time
@@ -361,3 +368,11 @@ def memory_share(settings: Settings) -> float:
     if settings.gpus_per_run:
         return min(settings.gpus_per_run, 1.0)
     return min(1.0, settings.cpus_per_run / (os.cpu_count() or 1))
+
+
+def dollars_per_second(settings: Settings) -> float | None:
+    """What a run's devices cost; None where the price is unknown."""
+    if settings.price is None:
+        return None
+    share = settings.gpus_per_run or memory_share(settings)
+    return settings.price / 3600 * share * settings.workers

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,20 +21,22 @@ ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ["step", "epoch", "learning_rate", "train_loss", "val_loss", "val_accuracy", "grad_norm"]
 
 
-def run_py(folder: Path, *arguments: str, limit_bytes: int | None = None, **environment: str) -> subprocess.Popen:
-    """`run.py …` in a folder. `limit_bytes`: no file may become longer."""
-    wrapper = ["prlimit", f"--fsize={limit_bytes}"] if limit_bytes else []
+def run_py(
+    folder: Path, *arguments: str, limit_bytes: int | None = None, within: Sequence[str] = (), **environment: str
+) -> subprocess.Popen:
+    """`run.py …` in a folder. `limit_bytes`: no file may become longer. `within`: a command that runs it."""
+    wrapper = [*within, *(["prlimit", f"--fsize={limit_bytes}"] if limit_bytes else [])]
     return subprocess.Popen(
         [*wrapper, sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def study(folder: Path, *arguments: str, grid: str, **environment: str) -> subprocess.Popen:
+def study(folder: Path, *arguments: str, grid: str, within: Sequence[str] = (), **environment: str) -> subprocess.Popen:
     """`run.py study` of a grid file with this content, on a Ray of its own."""
     (folder / "grid.yaml").write_text(grid)
     address = [] if "--address" in arguments else ["--address", "local"]
-    return run_py(folder, "study", "--grid", "grid.yaml", *address, *arguments, **environment)
+    return run_py(folder, "study", "--grid", "grid.yaml", *address, *arguments, within=within, **environment)
 
 
 def states(folder: Path) -> list[Path]:

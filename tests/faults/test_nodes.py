@@ -1,78 +1,17 @@
-"""Clusters of several nodes on one machine: a node is taken away, folders are not shared, only a storage is.
-
-Nodes carry a custom resource in place of a GPU; nodes with a folder of their own have a mount namespace of their own.
-"""
+"""Clusters of several nodes on one machine: a node is taken away, folders are not shared, only a storage is."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from faults.processes import assert_same_ledgers, ending, finish, states, study, wait_until, weights
+from faults.nodes import Nodes
+from faults.processes import assert_same_ledgers, ending, finish, states, study, trainers, wait_until, weights
 
-GRID = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 30}\n"
-
-
-class Nodes:
-    """Real `ray start` processes: a head that trains nothing, and nodes that have one CPU and one `accelerator` each."""
-
-    def __init__(self, port: int):
-        self.address = f"127.0.0.1:{port}"
-        self._folder = tempfile.TemporaryDirectory(prefix="rn")  # short: sockets lie in it
-        self._processes: list[subprocess.Popen] = []
-        self._start(["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"])
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What a study needs so that it keeps to this cluster."""
-        return {"RAY_TMPDIR": self._folder.name}
-
-    def add(self, own_folder: Path | None = None) -> subprocess.Popen:
-        """Another node. With `own_folder`, what it sees there is a folder of its own."""
-        before = [] if own_folder is None else ["unshare", "-m", "sh", "-c", f'mount -t tmpfs tmpfs "{own_folder}" && exec "$@"', "sh"]
-        return self._start([f"--address={self.address}", "--num-cpus=1", '--resources={"accelerator": 1}'], before)
-
-    def _start(self, arguments: list[str], before: list[str] | None = None) -> subprocess.Popen:
-        ray = str(Path(sys.executable).with_name("ray"))
-        environment = {
-            **os.environ,
-            **self.environment,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-            "PYTHONUNBUFFERED": "1",
-        }
-        said = Path(self._folder.name) / f"node{len(self._processes)}.log"
-        with open(said, "w", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                [*(before or []), ray, "start", *arguments, "--num-gpus=0", "--object-store-memory=100000000", "--block"],
-                env=environment, stdout=log, stderr=log,
-            )  # fmt: skip
-        self._processes.append(process)
-        # One after the other: nodes that start at once on one machine can take each other's ports.
-        wait_until(lambda: "Ray runtime started" in said.read_text(), process)
-        return process
-
-    def remove(self, node: subprocess.Popen) -> None:
-        """A node disappears: all its processes at once."""
-        with contextlib.suppress(psutil.Error):
-            gone = [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]
-            for each in reversed(gone):
-                with contextlib.suppress(psutil.Error):
-                    each.kill()
-        node.wait(30)
-
-    def end(self) -> None:
-        """Ends all that was started, and nothing else (`ray stop` would end every Ray there is)."""
-        for process in reversed(self._processes):
-            self.remove(process)
-        self._folder.cleanup()
+# Four runs: one for each node that is left, and more for one that comes.
+GRID = "datasets: [digits]\nsizes: [small]\nseeds: 2\noverrides: {epochs: 15}\n"
 
 
 @pytest.fixture
@@ -106,7 +45,8 @@ def test_a_node_is_taken_away_and_another_comes(tmp_path: Path, nodes: Nodes, pl
     with ending(process):
         wait_until(lambda: len({path.parent for path in states(tmp_path)}) == 2, process)
         nodes.remove(first)
-        nodes.add()
+        third = nodes.add()
+        wait_until(lambda: trainers(third), process)
         said = finish(process)
     assert second.poll() is None
     assert "joined the Ray cluster" in said and "2 at a time" in said
