@@ -15,11 +15,11 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     uv sync --no-install-project --no-dev --extra s3
 
 FROM python:${PYTHON}-slim-bookworm AS runtime
-# Triton and torch.compile compile C and C++ where they run. tini passes signals on and reaps what Ray leaves behind.
+# Triton and torch.compile compile C and C++ where they run. `ray up` copies files with rsync, and a head logs in to its workers. tini passes signals on and reaps what Ray leaves behind.
 # No versions here: Debian keeps only the newest of a release.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends g++ tini \
+    && apt-get install -y --no-install-recommends g++ openssh-client rsync tini \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --home-dir /cache --no-create-home diffvit
 WORKDIR /app
