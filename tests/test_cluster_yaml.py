@@ -201,7 +201,7 @@ def test_the_file_is_right() -> None:
 
 
 def test_a_file_that_is_filled_in_is_one_that_ray_takes() -> None:
-    names = {"<HEAD_IP>": "10.0.0.1", "<WORKER_IP_1>": "10.0.0.2", "<SSH_USER>": "ubuntu", "<OWNER>": "somebody"}
+    names = {"<HEAD_IP>": "10.0.0.1", "<WORKER_IP_1>": "10.0.0.2", "<SSH_USER>": "ubuntu", "<OWNER>": "somebody", "<VERSION>": "0.1.0"}
     text = re.sub(r"<[A-Z0-9_]+>", lambda found: names[found.group()], TEXT)
     assert [fault for fault in _faults(text) if "somebody's" not in fault] == []
 
@@ -246,7 +246,8 @@ BROKEN = [
     (">> ~/.bashrc", ">> ~/.profile", "login shell"),
     ("/tmp/ray_tmp_mount/diffvit/run/diffvit/env", "~/.diffvit/env", "environment does not come"),
     ("#   <OWNER> ", "#   OWNER ", "<OWNER> is to be filled in"),
-    ("image: ghcr.io/<OWNER>/", "image: ghcr.io/me/", "somebody's"),
+    ("image: ghcr.io/<OWNER>/", "image: ghcr.io/me/", "<OWNER> is to be filled in"),
+    ("diffvit:<VERSION>", "diffvit:latest", "<VERSION> is to be filled in"),
     ("#   <OWNER> ", "#   <NOBODY> x\n#   <OWNER> ", "<NOBODY> is to be"),
 ]  # fmt: skip
 

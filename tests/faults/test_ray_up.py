@@ -64,7 +64,13 @@ class Up:
         }  # fmt: skip
 
     def _filled_in(self, text: str, hosts: tuple[Host, Host], image: str) -> str:
-        names = {"<HEAD_IP>": hosts[0].address, "<WORKER_IP_1>": hosts[1].address, "<SSH_USER>": "root", "<OWNER>": "somebody"}
+        names = {
+            "<HEAD_IP>": hosts[0].address,
+            "<WORKER_IP_1>": hosts[1].address,
+            "<SSH_USER>": "root",
+            "<OWNER>": "somebody",
+            "<VERSION>": "0.1.0",
+        }
         for name, value in names.items():
             text = text.replace(name, value)
         # A host of its own each; here they share a disk with others, and its places are not ours.
