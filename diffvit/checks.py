@@ -80,9 +80,8 @@ def whole(low: int = 0, high: int = 2**53) -> Check:
 
 def real(low: float = -_LARGEST, high: float = _LARGEST, infinite: bool = False) -> Check:
     """A number; with `infinite`, also none at all and infinity."""
-    return _leaf(
-        lambda value: (type(value) in (int, float) and low <= value <= high) or (infinite and type(value) is float and not math.isfinite(value))
-    )
+    fits = _leaf(lambda value: type(value) in (int, float) and low <= value <= high)
+    return any_of(fits, _leaf(lambda value: type(value) is float and not math.isfinite(value))) if infinite else fits
 
 
 def text(pattern: str = _TEXT, longest: int = 1000) -> Check:

@@ -150,6 +150,9 @@ class Storage:
                 source = self._fs.open(self._path(name), "rb")
             except (FileNotFoundError, ValueError):
                 return False
+        if getattr(source, "size", None) not in (None, marker["bytes"]):  # known without reading it
+            source.close()
+            return False
         digest, left = hashlib.sha256(), marker["bytes"]
 
         def write(file: IO[bytes]) -> None:

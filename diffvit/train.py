@@ -276,7 +276,9 @@ def fits_run(state: dict[str, Any], spec: RunSpec, total: int) -> bool:
         # Its options too, but for the learning rate of the step: the optimiser would take them over.
         usual = _adamw([[nn.Parameter(torch.empty(0)) for _ in group] for group in groups], spec.protocol).state_dict()["param_groups"]
         for found, own in zip(state["optimizer"]["param_groups"], usual, strict=True):
-            if any(found.get(name, value) != value for name, value in own.items() if name != "lr") or not {"params", "lr"} <= set(found):
+            if real()(found["lr"]) or any(found.get(name, value) != value for name, value in {**own, "lr": found["lr"]}.items()):
+                return False
+            if "params" not in found:
                 return False
         moments = state["optimizer"]["state"]
         parameters = [parameter for group in groups for parameter in group]

@@ -117,8 +117,8 @@ GRIDS = {
     **{name: make(name, "digits") for name, make in _OF_A_DATASET.items()},
 }
 
-# A grid file is a few lines.
-_LONGEST_FILE = 100_000
+# A grid file is a few lines, and what parses it may take a time that grows with the square of its length.
+_LONGEST_FILE = 20_000
 _DEEPEST = 5
 
 _FILE_KEYS = ("models", "sizes", "datasets", "seeds", "overrides", "conditions")
