@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from diffvit import __version__
-from diffvit.errors import UserError
+from diffvit.errors import UserError, shown
 from diffvit.ledger import disk_faults
 from diffvit.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, Every, Saving
 
@@ -497,7 +497,10 @@ def _saving(save_every: str, storage: str | None, sync_every: str, lease: str | 
 
         os.environ["HF_TOKEN"] = find_token() or ""  # workers have other working directories, without .env
     if storage and "://" not in storage:
-        storage = str(Path(storage).expanduser().resolve())  # workers have folders of their own
+        try:
+            storage = str(Path(storage).expanduser().resolve())  # workers have folders of their own
+        except (OSError, RuntimeError, ValueError) as error:
+            raise UserError(f"the storage {shown(storage)} cannot be: {error}.", "give a path or a URL.") from None
     usual = HUB_LEASE_SECONDS if on_hub else DEFAULT_SAVING.lease_seconds
     return Saving(Every.parse(save_every), storage or None, _seconds(sync_every), _seconds(lease) if lease else usual)
 
@@ -505,7 +508,7 @@ def _saving(save_every: str, storage: str | None, sync_every: str, lease: str | 
 def _seconds(text: str) -> float:
     seconds = Every.parse(text).seconds
     if seconds is None:
-        raise UserError(f"{text!r} is not a time.", "give a time such as 60s, 10m or 1h.")
+        raise UserError(f"{shown(text)} is not a time.", "give a time such as 60s, 10m or 1h.")
     return seconds
 
 
@@ -516,7 +519,7 @@ def _resource(text: str) -> tuple[str, float]:
     except ValueError:
         number = 0.0
     if not name or not 0 < number < 1e9:
-        raise UserError(f"--resource is {text!r}.", "give a name and an amount, such as big_gpu=1.")
+        raise UserError(f"--resource is {shown(text)}.", "give a name and an amount, such as big_gpu=1.")
     return name, number
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffvit.checks import list_of, maybe, real, record, text, whole
 from diffvit.corruptions import BACKGROUNDS, clutter
 from diffvit.dataset import Dataset, Prepare
 from diffvit.errors import UserError
@@ -29,6 +30,41 @@ from diffvit.vit import AttentionLayer, Block, VisionTransformer
 
 _PICTURES = 6
 _PICTURE_PIXELS = 64
+
+_TOP = record({"top1": real(), "median": real()})
+_LAYER = record(
+    {
+        "layer": whole(0, 1000), "lambda": maybe(real()), "entropy": real(), "attention_logits": _TOP, "hidden_states": _TOP,
+        "signal_share": record({background: real(0, 1.001) for background in BACKGROUNDS}),
+    }
+)  # fmt: skip
+_MAP = list_of(list_of(real(), 1, 1000), 1, 1000)
+_PICTURE = record(
+    {
+        "row": whole(), "png": text("[A-Za-z0-9+/]*={0,2}", 100_000), "box": list_of(real(0, 1), 4, 4), "true": text(),
+        "predicted": text(), "middle_map": _MAP, "last_map": _MAP,
+    }
+)  # fmt: skip
+_KEPT = record(
+    {
+        "images": whole(1, 10**8), "warnings": list_of(text()), "uniform_entropy": real(), "signal_area": real(0, 1),
+        "middle_layer": whole(0, 1000), "layers": list_of(_LAYER, 1, 1000), "pictures": list_of(_PICTURE, 0, 100),
+    }
+)  # fmt: skip
+
+
+def wrong_findings(found: Any) -> str | None:
+    """The check (see checks.py) of what evaluate_attention found, read from a file."""
+    if wrong := _KEPT(found):
+        return wrong
+    for i, picture in enumerate(found["pictures"]):
+        if any(len({len(row) for row in picture[name]}) != 1 for name in ("middle_map", "last_map")):
+            return f".pictures[{i}] has a map with rows of different lengths"
+        try:
+            picture_pixels(picture)
+        except Exception:  # whatever the decoder says of it
+            return f".pictures[{i}].png is no picture of ours"
+    return None
 
 
 @torch.inference_mode()
@@ -179,10 +215,13 @@ def summary_lines(findings: Mapping[str, Any]) -> list[str]:
 
 
 def picture_pixels(picture: Mapping[str, Any]) -> np.ndarray:
-    """The image of one of the "pictures" of evaluate_attention, uint8 [height, width] or [height, width, 3]."""
+    """The image of one of the "pictures" of evaluate_attention, uint8 [height, width] or [height, width, 3]. Raises ValueError."""
     from PIL import Image
 
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture["png"]))))
+    with Image.open(io.BytesIO(base64.b64decode(picture["png"])), formats=["PNG"]) as image:
+        if max(image.size) > _PICTURE_PIXELS or image.mode not in ("L", "RGB"):  # before it is decoded
+            raise ValueError("a picture of another kind")
+        return np.asarray(image)
 
 
 def _clean_layers(model: VisionTransformer, prepare: Prepare, data: Dataset, batches: Sequence[range]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -42,7 +43,21 @@ class RunIsBusyError(UserError):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that is not in a list, with the nearest ones first."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5) if isinstance(name, str) else []
     listed = ", ".join(known)
     hint = f"did you mean {near[0]}? Known: {listed}." if near else f"known: {listed}."
-    return UserError(f"there is no {kind} named {name!r}.", hint)
+    return UserError(f"there is no {kind} named {shown(name)}.", hint)
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 100
+_short.maxlevel = 3
+
+
+def shown(value: object) -> str:
+    """A value that somebody gave, for a message: on one line and never long, however long or deeply nested the value is."""
+    try:
+        text = _short.repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of very many digits"
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffvit.checks import fault
 from diffvit.dataset import Dataset, ImageSet, Prepare, load, make_loader
 from diffvit.errors import UserError
 from diffvit.ledger import RunFiles, add_evaluation, load_weights, read_evaluations
+from diffvit.protocol import protocol_of
 from diffvit.vit import VisionTransformer
 
 
@@ -112,12 +114,19 @@ def find_checkpoint(checkpoints: Path, model: str, size: str, dataset: str, run_
     return found[0]
 
 
+_COSTS = ("image_size", "patch_size", "channels", "classes", "d_model", "heads")
+
+
 def open_checkpoint(
     path: Path, data_root: str | Path | None, device: torch.device
 ) -> tuple[VisionTransformer, dict[str, Any], Dataset, Prepare]:
     """A checkpoint's model on the device, its header's facts, the data it was trained on, and how it wants images. Raises UserError."""
     model, facts = load_weights(path)
     data = load(facts["dataset"], data_root)
+    # What decides the cost of an image. A header's numbers may fit its tensors and still ask for anything.
+    ours, theirs = ({name: getattr(each, name) for name in _COSTS} for each in (protocol_of(facts["dataset"]), facts["protocol"]))
+    if ours != theirs:
+        raise UserError(f"{path} was made for other images than those of {facts['dataset']}.", "evaluate it with the version that made it.")
     return model.to(device), facts, data, Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)
 
 
@@ -156,6 +165,16 @@ def data_warnings(facts: Mapping[str, Any], data: Dataset) -> list[str]:
 
 # What else can be found out about a finished model: kind -> "module:function", which takes a checkpoint and how to compute.
 KINDS = {"corruptions": "diffvit.robustness:evaluate_corruptions", "attention": "diffvit.attention:evaluate_attention"}
+
+
+def check_findings(findings: Any) -> dict[str, Any]:
+    """What was kept of a run, if each kind's module takes it for its own (by its wrong_findings). Raises ValueError."""
+    if not isinstance(findings, dict) or not set(findings) <= set(KINDS):
+        raise ValueError("it has findings of no kind that is known")
+    for kind, found in findings.items():
+        if wrong := fault(importlib.import_module(KINDS[kind].partition(":")[0]).wrong_findings, found):
+            raise ValueError(f"of the {kind}, {wrong}")
+    return findings
 
 
 def find_out(

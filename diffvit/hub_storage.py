@@ -19,7 +19,7 @@ from typing import Any
 
 from diffvit.errors import StorageError, UserError
 from diffvit.ledger import write_atomically
-from diffvit.storage import Content, Storage
+from diffvit.storage import LONGEST_READ, Content, Storage
 from diffvit.utils import Account, Hub, HubFile, find_token, is_missing, is_safe_name, parse_repository, status_of
 
 SCHEME = "hf://"
@@ -94,7 +94,7 @@ class HubStorage(Storage):
     def read(self, name: str) -> bytes | None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "object"
-            return path.read_bytes() if self.get(name, path) else None
+            return path.read_bytes() if self.get(name, path) and path.stat().st_size <= LONGEST_READ else None
 
     def has(self, name: str) -> bool:
         return self._folder + name in self._listing([name], _branch(name))

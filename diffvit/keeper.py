@@ -2,7 +2,7 @@
 
     with RunKeeper(files, saving) as keeper:      the lock and the lease are ours
         keeper.result                             the run's result, if it has ended already, here or in the storage
-        keeper.load_state()                       the newest state, wherever it is
+        keeper.load_state(fits)                   the newest state that fits the run, wherever it is
         keeper.save(state, log)                   a state, at once on disk and in time in the storage
         keeper.finish(result)                     to the storage; the states go
 
@@ -12,6 +12,7 @@ Copies to the storage are made by a thread of its own: training waits for the lo
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -100,9 +101,9 @@ class RunKeeper:
         """Whether another machine has taken the run over, since the storage heard nothing of us for too long."""
         return self._courier is not None and self._courier.lost
 
-    def load_state(self) -> dict[str, Any] | None:
-        """The newest state that is whole and fits its log, here or in the storage; None where there is none."""
-        usable = lambda state: LogPosition(*state["log"]).fits(self._files.log)  # noqa: E731
+    def load_state(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+        """The newest state that is whole and fits the run and its log, here or in the storage; None where there is none."""
+        usable = lambda state: fits(state) and LogPosition(*state["log"]).fits(self._files.log)  # noqa: E731
         state = self._states.load(usable)
         if self._storage and self._fetch_states(newer_than=state["step"] if state else 0):
             state = self._states.load(usable)
@@ -113,6 +114,8 @@ class RunKeeper:
         assert self._storage
         remote = _remote_folder(self._files.run_id)
         for name in reversed(self._storage.names(remote, ".state")):
+            if not re.fullmatch(r"[0-9]{9,12}", Path(name).stem):
+                continue
             step = int(Path(name).stem)
             if step <= newer_than:
                 return False

@@ -27,8 +27,24 @@ from glob import escape as glob_escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from diffvit.errors import StorageError, UserError, unknown_name
-from diffvit.protocol import Protocol, protocol_of, resolve_dataset, resolve_model, resolve_size
+from diffvit.checks import (
+    HEX,
+    NAME,
+    any_of,
+    dict_of,
+    fault,
+    list_of,
+    maybe,
+    one_of,
+    parse_json,
+    read_json,
+    real,
+    record,
+    text,
+    whole,
+)
+from diffvit.errors import StorageError, UserError, shown, unknown_name
+from diffvit.protocol import MODELS, Protocol, protocol_of, resolve_dataset, resolve_model, resolve_size
 
 if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
@@ -62,8 +78,8 @@ class RunSpec:
         """A checked RunSpec; names may be aliases. Raises UserError."""
         if precision not in PRECISIONS:
             raise unknown_name("precision", precision, PRECISIONS)
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise UserError(f"seed is {seed!r}.", "give a whole number of at least 0.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise UserError(f"seed is {shown(seed)}.", "give a whole number of at least 0 and less than 2**63.")
         dataset = resolve_dataset(dataset)
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         protocol_of(dataset).with_overrides(given)
@@ -266,6 +282,28 @@ def save_weights(path: Path, model: VisionTransformer, facts: Mapping[str, Any])
     write_atomically(path, save(tensors, metadata={"diffvit": json.dumps(dict(facts), sort_keys=True)}))
 
 
+# What may stand in a header's protocol. The bounds keep what is computed of a model before its weights are looked at small.
+_SIDE = whole(1, 2**14)
+_PROTOCOL = record(
+    {
+        "classes": whole(1, 2**20), "channels": whole(1, 64), "image_size": _SIDE, "images": list_of(whole(1), 3, 3),
+        "patch_size": _SIDE, "d_model": _SIDE, "heads": _SIDE, "depths": dict_of(text(NAME), whole(1, 1000), 100),
+        "lr": real(0, 1e9), "warmup_steps": whole(), "batch_size": whole(1), "epochs": whole(1),
+    },
+    {
+        "mlp_ratio": whole(1, 64), "dropout": real(0, 0.99), "weight_decay": real(0, 1e9), "clip_norm": maybe(real(0, 1e9)),
+        "max_steps": maybe(whole(1)), "label_noise": real(0, 0.99), "input_noise": real(0, 1),
+    },
+)  # fmt: skip
+_FACTS = record(
+    {
+        "run_id": text(NAME), "model": one_of(*MODELS), "size": text(NAME), "dataset": text(NAME), "seed": whole(0, 2**63 - 1),
+        "precision": one_of(*PRECISIONS), "protocol": _PROTOCOL, "fingerprint": text(), "classes": list_of(text(), 1, 2**20),
+        "mean": list_of(real(-1e6, 1e6), 1, 64), "std": list_of(real(1e-12, 1e6), 1, 64),
+    }
+)  # fmt: skip
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """The facts in a checkpoint's header. Raises UserError for a file that is missing, damaged or not ours."""
     from safetensors import SafetensorError, safe_open
@@ -278,10 +316,14 @@ def read_header(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}.", "delete its _result.json and train the run again.") from error
     try:
-        facts = json.loads(metadata["diffvit"])
-        facts["protocol"]["images"] = tuple(facts["protocol"]["images"])
-        facts["protocol"] = Protocol(**facts["protocol"])
-        if facts["size"] not in facts["protocol"].depths:
+        facts = parse_json(metadata["diffvit"])
+        if wrong := fault(_FACTS, facts):
+            raise ValueError(wrong)
+        facts["protocol"] = protocol = Protocol(**{**facts["protocol"], "images": tuple(facts["protocol"]["images"])})
+        lengths = [len(facts[name]) for name in ("classes", "mean", "std")]
+        if lengths != [protocol.classes, protocol.channels, protocol.channels]:
+            raise ValueError("its classes or channels do not fit its protocol")
+        if facts["size"] not in protocol.depths:
             raise KeyError(facts["size"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -291,17 +333,31 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The model of a checkpoint, on the CPU in evaluation mode, and its header's facts. Raises UserError."""
-    from safetensors import SafetensorError
+    """The model of a checkpoint, on the CPU in evaluation mode, and its header's facts. Raises UserError.
+
+    Nothing of the model's size is allocated before the file is known to have its tensors.
+    """
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     from diffvit.vit import build_model
 
     facts = read_header(path)
     try:
+        with safe_open(path, framework="pt") as file:
+            # Each block has tensors of its own: a depth that the file cannot have is not built, not even without memory.
+            if facts["protocol"].depths[facts["size"]] > len(file.keys()):
+                raise ValueError("it has too few tensors")
+            expected = build_model(facts["model"], facts["size"], facts["protocol"], "meta").state_dict()
+            if set(file.keys()) != set(expected):
+                raise ValueError("its tensors have other names")
+            for name, tensor in expected.items():
+                part = file.get_slice(name)
+                if part.get_shape() != list(tensor.shape) or part.get_dtype() != "F32":
+                    raise ValueError(f"{name} is {part.get_dtype()} {part.get_shape()} instead of F32 {list(tensor.shape)}")
         model = build_model(facts["model"], facts["size"], facts["protocol"])
         model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         raise UserError(
             f"{path} does not fit the model its header names: {str(error).splitlines()[0]}.",
             "delete its _result.json and train the run again.",
@@ -337,26 +393,75 @@ def _checksum(result: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# What tables and messages read of every result.
-_RESULT_KEYS = {
-    "run_id", "status", "model", "size", "dataset", "seed", "identity", "overrides", "versions", "notes", "finished",
-    "test_accuracy", "sha256",
-}  # fmt: skip
+# A result is a few kilobytes, findings are below a megabyte.
+_LONGEST_RESULT = 4 * 1024**2
+_LONGEST_EVALUATIONS = 64 * 1024**2
+
+_NAMED = {"model": text(NAME), "size": text(NAME), "dataset": text(NAME)}
+_VALUE = any_of(one_of(None, True, False), real(), text())
+_IDENTITY = record({**_NAMED, "semantics": whole(), "fingerprint": text(), "protocol": dict_of(text(NAME), _VALUE, 100)})
+_LOSS = real(infinite=True)  # a model can be lost between its last step and its test
+_SHARE = real(0, 1)
+
+# What tables, figures, the report and messages read of a result, which they trust.
+_RESULT = record(
+    {
+        **_NAMED, "run_id": text(NAME), "seed": whole(0, 2**63 - 1), "status": one_of("done", "diverged"), "identity": _IDENTITY,
+        "overrides": dict_of(text(NAME), real(0, 1e9), 100), "versions": dict_of(text(NAME), text(), 100),
+        "notes": list_of(text(longest=10_000)), "finished": text(), "test_accuracy": maybe(_SHARE), "sha256": dict_of(text(), text(HEX), 3),
+        "parameters": whole(1, 2**50), "steps": whole(1, 2**50), "images": whole(1), "seconds": real(0, 1e12),
+        "images_per_second": real(0, 1e12),
+    },
+    {
+        "precision": one_of(*PRECISIONS), "depth": whole(1, 1000), "forward_flops": whole(1), "train_loss": maybe(_LOSS),
+        "val_loss_last_batch": maybe(_LOSS), "val_loss": maybe(_LOSS), "val_accuracy": maybe(_SHARE), "test_loss": maybe(_LOSS),
+        "test_images": maybe(whole(1, 10**8)), "false_labels": maybe(whole()), "memorised": maybe(_SHARE), "recovered": maybe(_SHARE),
+        "device": text(), "device_name": text(), "threads": whole(), "workers": whole(), "micro_batch": whole(), "attention": text(),
+        "compiled": one_of(True, False), "recompute": one_of(True, False), "deterministic": one_of(True, False),
+        "git_commit": maybe(text()), "started": text(),
+        "diverged": record({"step": whole(), "message": text(longest=10_000)}),
+    },
+)  # fmt: skip
+_MEASURED = ("train_loss", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_images")
 
 
 def read_result(path: Path) -> dict[str, Any] | None:
-    """A result file's content, or None where it is missing. Raises UserError where it is damaged."""
+    """A result file's content, or None where it is missing. What it has is of the types and within the bounds of _RESULT.
+
+    Its names are plain ones, and those of its files are the run's own: they can be used as paths.
+
+    Raises:
+        UserError: it is damaged.
+    """
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path, _LONGEST_RESULT)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}.", "delete it, and the same command trains the run again.") from error
     if isinstance(result, dict):
         result.setdefault("status", "done")  # results of versions that knew no other end
-    if not isinstance(result, dict) or not set(result) >= _RESULT_KEYS:
-        raise UserError(f"{path} is not a result of diffvit.", "move it out of the checkpoints folder.")
+    if wrong := fault(_RESULT, result) or _disagreement(result):
+        raise UserError(f"{path} is not a result of diffvit: {wrong}.", "move it out of the checkpoints folder.")
     return result
+
+
+def _disagreement(result: Mapping[str, Any]) -> str | None:
+    """What does not go together in a result whose values are each as they should be."""
+    files = files_of_result(Path(), result)
+    for name in ("model", "size", "dataset"):
+        if result[name] != result["identity"][name]:
+            return f"it has another {name} in its identity"
+    if not set(result["sha256"]) <= {files.weights.name, files.log.name, files.predictions.name}:
+        return "it names files that are not its own"
+    if result["status"] == "done" and any(result.get(name) is None for name in _MEASURED):
+        return "it is done and was not measured"
+    return None
+
+
+def files_of_result(checkpoints: Path, result: Mapping[str, Any]) -> RunFiles:
+    """The files of the run whose result this is."""
+    return RunFiles(checkpoints, result["model"], result["run_id"], result["size"], result["dataset"])
 
 
 def read_evaluations(files: RunFiles) -> dict[str, Any]:
@@ -366,10 +471,12 @@ def read_evaluations(files: RunFiles) -> dict[str, Any]:
         UserError: the file is damaged.
     """
     try:
-        content = json.loads(files.evaluations.read_text(encoding="utf-8"))
+        content = read_json(files.evaluations, _LONGEST_EVALUATIONS)
         if content["checksum"] != _checksum(content):
             raise ValueError("it was changed after it was written")
-        return content["findings"]
+        from diffvit.evaluation import check_findings
+
+        return check_findings(content["findings"])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -388,9 +495,14 @@ def result_paths(checkpoints: Path) -> list[Path]:
 
 
 def read_results(checkpoints: Path) -> list[dict[str, Any]]:
-    """All ended runs under a checkpoints folder, in order of path."""
-    results = (read_result(path) for path in result_paths(checkpoints))
-    return [result for result in results if result is not None]
+    """All ended runs under a checkpoints folder, in order of path. Raises UserError for a damaged one, or one under another's name."""
+    results = []
+    for path in result_paths(checkpoints):
+        if (result := read_result(path)) is not None:
+            if files_of_result(Path(checkpoints), result).result != path:
+                raise UserError(f"{path} has the result of another run.", "move it out of the checkpoints folder.")
+            results.append(result)
+    return results
 
 
 def verify_run(path: Path) -> list[str]:
@@ -408,7 +520,7 @@ def verify_run(path: Path) -> list[str]:
         return [error.message]
     if result is None:
         return [f"{path} is gone."]
-    files = RunFiles(path.parent.parent, result["model"], result["run_id"], result["size"], result["dataset"])
+    files = files_of_result(path.parent.parent, result)
     wrong = []
     if files.result != path:
         wrong.append(f"{path} has the result of another run, {files.result.name}.")
@@ -432,10 +544,12 @@ def verify_run(path: Path) -> list[str]:
 
 
 def _verify_log(files: RunFiles, result: Mapping[str, Any]) -> list[str]:
-    lines = [line for line in files.log.read_text().splitlines() if not line.startswith("#")]
-    steps = [line.partition(",")[0] for line in lines[1:]]
-    if steps != [str(step) for step in range(1, result["steps"] + 1)]:
-        return [f"{files.log} does not have each of the {result['steps']} steps once, in order."]
+    from diffvit.log import read_rows
+
+    try:
+        read_rows(files.log, result["steps"])
+    except UserError as error:
+        return [error.message]
     return []
 
 

@@ -69,6 +69,8 @@ class LogPosition(NamedTuple):
     def fits(self, path: Path) -> bool:
         """Whether the file begins with what the position was taken of."""
         try:
+            if not 0 <= self.bytes <= path.stat().st_size:  # so much would be made room for
+                return False
             with open(path, "rb") as file:
                 content = file.read(self.bytes)
         except OSError:
@@ -131,7 +133,8 @@ def note_of_work_again(what: str, steps: int, seconds: float) -> str:
     return f"{what}; {steps} steps, {seconds:.1f} s done again"
 
 
-_WORK_AGAIN = re.compile(r"# .*; (\d+) steps, ([\d.]+) s done again")
+# Anchored: else a long line of `#` would be searched from each of them. Digits: no more than make a number.
+_WORK_AGAIN = re.compile(r"^# .*; ([0-9]{1,15}) steps, ([0-9]{1,15}(?:\.[0-9]{1,15})?) s done again", re.MULTILINE)
 
 
 def was_interrupted(path: Path) -> bool:
@@ -270,8 +273,8 @@ def _damage(content: bytes, steps: int | None) -> str:
             whole = name in _WHOLE_NUMBERS
             if not (_WHOLE_NUMBER if whole else _NUMBER).fullmatch(cell):
                 return f"line {number} has {_shown(cell)} for {name}, which is no {'whole ' if whole else ''}number"
-        if int(cells[0]) != step:
-            return f"line {number} has step {int(cells[0])} in place of step {step}"
+        if cells[0].lstrip(b"0") != b"%d" % step:
+            return f"line {number} has step {cells[0][:20].decode()} in place of step {step}"
         if steps is not None and step > steps:
             return f"line {number} has step {step}, and the result says that the run has {steps}"
     if steps is not None and step < steps:

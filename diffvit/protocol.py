@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffvit.errors import UserError, unknown_name
+from diffvit.errors import UserError, shown, unknown_name
 
 # Architecture -> "module:class" of its attention. Only attention differs between architectures, and where it takes more parameters the
 # width of the MLP that pays for them.
@@ -187,7 +187,7 @@ def check_override(name: str, value: Any) -> Any:
     if not in_range or (kind is int and value != int(value)):
         bound = f"{'at least' if closed else 'above'} {low:g}" + (f" and at most {high:g}" if high is not None else "")
         noun = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name} is {value!r}.", f"give {noun} {bound}.")
+        raise UserError(f"{name} is {shown(value)}.", f"give {noun} {bound}.")
     return kind(value)
 
 
@@ -208,9 +208,9 @@ def resolve_model(name: str) -> str:
 def resolve_dataset(name: str) -> str:
     """The data set's canonical name; case does not matter."""
     by_lower = {known.lower(): known for known in PROTOCOLS}
-    if str(name).lower() not in by_lower:
+    if not isinstance(name, str) or name.lower() not in by_lower:
         raise unknown_name("data set", name, PROTOCOLS)
-    return by_lower[str(name).lower()]
+    return by_lower[name.lower()]
 
 
 def resolve_size(size: str, dataset: str) -> str:
@@ -223,7 +223,7 @@ def resolve_size(size: str, dataset: str) -> str:
     aliases |= dict(zip(("small", "medium", "large"), sizes, strict=True))
     key = re.sub(r"(?<=\d)[bm]$", "", str(size).strip().lower())
     if key not in aliases:
-        raise UserError(f"{dataset} has no size {size!r}.", f"its sizes are {', '.join(sizes)} (or small, medium, large).")
+        raise UserError(f"{dataset} has no size {shown(size)}.", f"its sizes are {', '.join(sizes)} (or small, medium, large).")
     return aliases[key]
 
 

@@ -7,6 +7,7 @@ of rows of the test set, so that neither the batch size nor a limit changes an i
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffvit.checks import list_of, real, record, text, whole
 from diffvit.corruptions import BACKGROUNDS, CORRUPTIONS, clutter, corrupt
 from diffvit.dataset import Dataset, ImageSet
 from diffvit.evaluation import data_warnings, evaluate, open_checkpoint
@@ -28,6 +30,29 @@ CONDITIONS: tuple[tuple[str, int], ...] = (
     *((corruption, severity) for corruption, levels in CORRUPTIONS.items() for severity in range(1, len(levels) + 1)),
     *((_CLUTTER + background, 0) for background in BACKGROUNDS),
 )
+
+
+_CONDITION = record(
+    {
+        "corruption": text(), "severity": whole(), "accuracy": real(0, 1), "loss": real(infinite=True),
+        "right": text("[A-Za-z0-9+/]*={0,2}", 2**24),
+    }
+)  # fmt: skip
+_KEPT = record(
+    {"images": whole(1, 10**8), "warnings": list_of(text()), "conditions": list_of(_CONDITION, len(CONDITIONS), len(CONDITIONS))}
+)
+
+
+def wrong_findings(found: Any) -> str | None:
+    """The check (see checks.py) of what evaluate_corruptions found, read from a file."""
+    if wrong := _KEPT(found):
+        return wrong
+    if [(each["corruption"], each["severity"]) for each in found["conditions"]] != list(CONDITIONS):
+        return " has other conditions"
+    packed = math.ceil(found["images"] / 8)
+    if any(len(each["right"]) != 4 * math.ceil(packed / 3) for each in found["conditions"]):
+        return " does not say of each image whether it was answered rightly"
+    return None
 
 
 def evaluate_corruptions(

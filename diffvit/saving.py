@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from diffvit.errors import UserError
+from diffvit.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,14 @@ class Every:
     @staticmethod
     def parse(text: str) -> Every:
         """From "90", "90s", "2m", "1h" or "500steps". Raises UserError."""
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(s|m|h|steps?)?\s*", str(text).lower())
+        match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})\s*(s|m|h|steps?)?\s*", str(text).lower(), re.ASCII)
         number, unit = (float(match[1]), match[2] or "s") if match else (0.0, "")
         if unit.startswith("step") and number >= 1 and number == int(number):
             return Every(steps=int(number))
-        if unit in ("s", "m", "h") and number > 0:
-            return Every(seconds=number * {"s": 1, "m": 60, "h": 3600}[unit])
-        raise UserError(f"{text!r} is not an interval.", "give a time such as 60s, 10m or 1h, or a number of steps such as 500steps.")
+        seconds = number * {"s": 1, "m": 60, "h": 3600}.get(unit, 0)
+        if 0 < seconds < 1e9:  # what a clock can wait
+            return Every(seconds=seconds)
+        raise UserError(f"{shown(text)} is not an interval.", "give a time such as 60s, 10m or 1h, or a number of steps such as 500steps.")
 
     def __str__(self) -> str:
         return f"{self.steps}steps" if self.steps is not None else f"{self.seconds:g}s"

@@ -15,14 +15,18 @@ import fcntl
 import hashlib
 import io
 import os
+import pickletools
+import re
 import shutil
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
 
+from diffvit.errors import UserError
 from diffvit.ledger import sweep_asides, write_atomically
 
 # How many states are kept, here and in a remote storage.
@@ -31,6 +35,7 @@ KEPT = 2
 # Raise it when the content of a state changes: states of other versions are passed over.
 _FORMAT = 2
 _DIGEST_BYTES = 32
+_NAME = re.compile(r"[0-9]{9,12}\.state")
 
 
 class _HashingWriter(io.RawIOBase):
@@ -115,7 +120,7 @@ class StateFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _files(self) -> list[Path]:
-        return sorted(self.path.glob("*.state"), reverse=True)
+        return sorted((path for path in self.path.glob("*.state") if _NAME.fullmatch(path.name)), reverse=True)
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[bool]:
@@ -146,8 +151,35 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
     payload, digest = memoryview(stored)[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
     if hashlib.sha256(payload).digest() != digest:
         return None, "is damaged"
-    content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    return (content, "") if content.get("format") == _FORMAT else (None, "was written by another version")
+    try:
+        _check_pickle(payload)
+        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        version = content["format"]
+    except Exception:  # the hash fits whatever somebody wrote, and torch raises errors of many kinds
+        return None, "is damaged"
+    return (content, "") if type(version) is int and version == _FORMAT else (None, "was written by another version")
+
+
+# All that `save` makes a pickle of: numbers, text, lists, dicts and tensors.
+_OPCODES = {
+    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
+    "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "SETITEM", "SETITEMS",
+    "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID",
+}  # fmt: skip
+_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", *(f"torch {kind}Storage" for kind in ("Float", "Double", "Long"))}
+
+
+def _check_pickle(payload: memoryview) -> None:
+    """Raises where loading would do more than to make tensors, numbers and text, or would make more of them than the file has bytes."""
+    with zipfile.ZipFile(io.BytesIO(payload)) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed")
+        pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
+        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
+            if opcode.name not in _OPCODES or (opcode.name == "GLOBAL" and argument not in _GLOBALS):
+                raise ValueError(f"it has {opcode.name} {argument}")
+    if len(pickles) != 1:
+        raise ValueError("it has several pickles")
 
 
 def folder_id(checkpoints: Path) -> str:
@@ -160,4 +192,7 @@ def folder_id(checkpoints: Path) -> str:
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)  # unlike a rename, it does not replace another process's
         aside.unlink()
-    return path.read_text(encoding="utf-8")
+    name = path.read_bytes()[:100].decode(errors="replace")
+    if not re.fullmatch("[0-9a-f]{32}", name):
+        raise UserError(f"{path} is damaged.", "delete it: it holds a name for this folder, and nothing else.")
+    return name

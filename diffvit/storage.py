@@ -11,7 +11,9 @@ import hashlib
 import io
 import json
 import os
+import re
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,11 +23,17 @@ from typing import IO, Any, Literal
 
 import fsspec
 
+from diffvit.checks import HEX, fault, parse_json, real, record, text, whole
 from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles, read_result, write_atomically
+from diffvit.ledger import RunFiles, files_of_result, read_result, write_atomically
 
 MARKER = ".ok"
 _CHUNK = 8 * 1024**2
+
+# What `read` brings into memory at most: results are a few kilobytes. Markers and leases are shorter still.
+LONGEST_READ = 4 * 1024**2
+_LONGEST_NOTE = 4096
+_MARKER = record({"bytes": whole(), "sha256": text(HEX)})
 
 # What clocks of two machines may differ by: a lease is taken over only so long after it has run out, or after a tenth of its length
 # where that is less.
@@ -61,9 +69,9 @@ class Storage:
         options: dict[str, Any] = {"auto_mkdir": True} if self._is_path else {"use_listings_cache": False}
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # of many kinds, by file system
             raise UserError(
-                f"the storage {url} cannot be opened: {str(error).splitlines()[0]}.",
+                f"the storage {url} cannot be opened: {_reason(error)}.",
                 "give a path or a URL that fsspec knows; s3:// needs `pip install s3fs`.",
             ) from error
 
@@ -107,15 +115,31 @@ class Storage:
                 target.write(json.dumps({"bytes": size, "sha256": digest.hexdigest()}).encode())
 
     def read(self, name: str) -> bytes | None:
-        """A small object's content; None where it is not there or not whole."""
+        """A small object's content; None where it is not there, not whole or not small."""
+        marker = self._marker(name)
+        if marker is None or marker["bytes"] > LONGEST_READ:
+            return None
         with self._faults():
             try:
-                marker = json.loads(self._fs.cat_file(self._path(name + MARKER)))
-                content = self._fs.cat_file(self._path(name))
+                content = self._beginning(name, marker["bytes"] + 1)
             except (FileNotFoundError, ValueError):
                 return None
-        whole = len(content) == marker["bytes"] and hashlib.sha256(content).hexdigest() == marker["sha256"]
-        return content if whole else None
+        is_whole = len(content) == marker["bytes"] and hashlib.sha256(content).hexdigest() == marker["sha256"]
+        return content if is_whole else None
+
+    def _marker(self, name: str) -> dict[str, Any] | None:
+        """What an object's marker says; None where it is not there or not a marker."""
+        with self._faults():
+            try:
+                marker = parse_json(self._beginning(name + MARKER, _LONGEST_NOTE))
+            except (FileNotFoundError, ValueError):
+                return None
+        return None if fault(_MARKER, marker) else marker
+
+    def _beginning(self, name: str, length: int) -> bytes:
+        """At most so many bytes of an object."""
+        with self._fs.open(self._path(name), "rb") as file:
+            return file.read(length)
 
     def has(self, name: str) -> bool:
         """Whether an object and its marker are there."""
@@ -124,23 +148,32 @@ class Storage:
 
     def get(self, name: str, path: Path) -> bool:
         """Bring an object to a file, which is replaced in one step; False where it is not there or not whole."""
+        marker = self._marker(name)
+        if marker is None:
+            return False
         with self._faults():
             try:
-                marker = json.loads(self._fs.cat_file(self._path(name + MARKER)))
                 source = self._fs.open(self._path(name), "rb")
             except (FileNotFoundError, ValueError):
                 return False
-        digest = hashlib.sha256()
+        if getattr(source, "size", None) not in (None, marker["bytes"]):  # known without reading it
+            source.close()
+            return False
+        digest, left = hashlib.sha256(), marker["bytes"]
 
         def write(file: IO[bytes]) -> None:
+            nonlocal left
             while True:
                 with self._faults():
                     chunk = source.read(_CHUNK)
+                left -= len(chunk)
+                if left < 0:  # a disk may be shorter than what somebody put there
+                    raise _DamagedError
                 if not chunk:
                     break
                 digest.update(chunk)
                 file.write(chunk)
-            if digest.hexdigest() != marker["sha256"]:
+            if left or digest.hexdigest() != marker["sha256"]:
                 raise _DamagedError
 
         try:
@@ -200,12 +233,12 @@ class Storage:
                 self._fs.pipe_file(self._path(name), content)
 
     def entries(self, folder: str) -> dict[str, bytes]:
-        """Name -> content of the objects without markers in a folder."""
+        """Name -> content, or its beginning, of the objects without markers in a folder."""
         found = {}
         for name in self.ls(folder):
             if not name.endswith(MARKER):
                 with self._faults(), contextlib.suppress(FileNotFoundError):
-                    found[name] = self._fs.cat_file(self._path(f"{folder}/{name}"))
+                    found[name] = self._beginning(f"{folder}/{name}", _LONGEST_NOTE)
         return found
 
     def ls(self, folder: str) -> list[str]:
@@ -234,14 +267,17 @@ class Storage:
         except Exception as error:
             if isinstance(error, FileNotFoundError) and not missing_too:
                 raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise StorageError(
-                f"the storage {self.url} failed: {reason}.", "check its address, your access to it, and the network."
+                f"the storage {self.url} failed: {_reason(error)}.", "check its address, your access to it, and the network."
             ) from error
 
 
 class _DamagedError(Exception):
     """An object is not what its marker says."""
+
+
+def _reason(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line), type(error).__name__)
 
 
 # ------------------------------------------------------------------------------------------------------ ended runs
@@ -270,18 +306,33 @@ def settle_run(storage: Storage, files: RunFiles) -> None:
 
 def fetch_run(storage: Storage, files: RunFiles) -> bool:
     """Bring an ended run from the storage, its result last. False where the storage does not have all of it."""
+    found = remote_result(storage, files)
+    if found is None:
+        return False
+    result, content = found
+    if not all(storage.get(f"{files.model}/{name}", files.folder / name) for name in result["sha256"]):
+        return False
+    write_atomically(files.result, content)  # the one that was looked at
+    return True
+
+
+def remote_result(storage: Storage, files: RunFiles) -> tuple[dict[str, Any], bytes] | None:
+    """The result that a storage has of a run, and its file's content; None where it has none.
+
+    Raises:
+        StorageError: it is not this run's result.
+    """
     content = storage.read(f"{files.model}/{files.result.name}")
     if content is None:
-        return False
-    try:
-        names = set(json.loads(content)["sha256"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        names = {""}
-    if not names <= {files.weights.name, files.log.name, files.predictions.name}:  # they become paths here
-        raise StorageError(f"{files.result.name} in {storage.url} is not a result of diffvit.", "remove it there.")
-    if not all(storage.get(f"{files.model}/{name}", files.folder / name) for name in names):
-        return False
-    return storage.get(f"{files.model}/{files.result.name}", files.result)
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            result = read_result(path)
+            if result and files_of_result(files.checkpoints, result) == files:
+                return result, content
+    raise StorageError(f"{files.result.name} in {storage.url} is not a result of diffvit.", "remove it there.")
 
 
 # ---------------------------------------------------------------------------------------------------------- leases
@@ -383,15 +434,20 @@ def _lease_content(owner: str, seconds: float) -> bytes:
     return json.dumps(facts).encode()
 
 
+# Times that a clock can show.
+_TIME = real(0, 1e11)
+_LEASE = record({"owner": text(), "host": text(), "seconds": _TIME, "expires": _TIME})
+
+
 def _parse_lease(content: bytes) -> dict[str, Any]:
     """A lease's facts; one that cannot be read, of a writer that died over it, has run out."""
-    facts: dict[str, Any] = {"owner": "", "host": "an unknown machine", "seconds": 0.0, "expires": 0.0}
-    with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-        found = json.loads(content)
-        facts |= {key: type(usual)(found.get(key, usual)) for key, usual in facts.items()}
-    return facts
+    with contextlib.suppress(ValueError):
+        found = parse_json(content)
+        if not fault(_LEASE, found):
+            return found
+    return {"owner": "", "host": "an unknown machine", "seconds": 0.0, "expires": 0.0}
 
 
 def _numbers(storage: Storage, folder: str) -> dict[int, bytes]:
     """Number -> content of the leases in a folder."""
-    return {int(name): content for name, content in storage.entries(folder).items() if name.isdigit()}
+    return {int(name): content for name, content in storage.entries(folder).items() if re.fullmatch("[0-9]{6,12}", name)}

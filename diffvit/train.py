@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffvit
+from diffvit.checks import HEX, fault, list_of, real, record, text, whole
 from diffvit.compute import DEFAULT_COMPUTE, Compute, choose, set_matmul_precision
 from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader, with_training_noise
 from diffvit.errors import RunIsBusyError, UserError
@@ -239,13 +240,61 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 def make_optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only: not on biases, norms, lambda vectors, positions or the class token."""
+    return _adamw(_decayed_and_others(model), protocol)
+
+
+def _decayed_and_others(model: nn.Module) -> list[list[nn.Parameter]]:
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))
         (decayed if is_matrix else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": protocol.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=protocol.lr, fused=True)
+    return [decayed, others]
+
+
+def _adamw(groups: list[list[nn.Parameter]], protocol: Protocol) -> torch.optim.AdamW:
+    decays = zip(groups, (protocol.weight_decay, 0.0), strict=True)
+    return torch.optim.AdamW([{"params": group, "weight_decay": decay} for group, decay in decays], lr=protocol.lr, fused=True)
+
+
+_STATE = record(
+    {"step": whole(1), "last": list_of(real(infinite=True), len(Step._fields), len(Step._fields)), "started": text()},
+    {"micro_batch": whole(1)},
+)
+
+
+def fits_run(state: dict[str, Any], spec: RunSpec, total: int) -> bool:
+    """Whether a state, wherever it comes from, is what `fit` could have saved of this run of so many steps; its log is not looked at."""
+    model = build_model(spec.model, spec.size, spec.protocol, "meta")
+    groups = _decayed_and_others(model)
+    try:
+        if fault(_STATE, state) or state["last"][0] != state["step"] or not state["step"] < total:
+            return False
+        length, digest = state["log"]
+        if whole()(length) or text(HEX)(digest) or not _are_like(state["model"], model.state_dict()):
+            return False
+        # Its options too, but for the learning rate of the step: the optimiser would take them over.
+        usual = _adamw([[nn.Parameter(torch.empty(0)) for _ in group] for group in groups], spec.protocol).state_dict()["param_groups"]
+        for found, own in zip(state["optimizer"]["param_groups"], usual, strict=True):
+            if real()(found["lr"]) or any(found.get(name, value) != value for name, value in {**own, "lr": found["lr"]}.items()):
+                return False
+            if "params" not in found:
+                return False
+        moments = state["optimizer"]["state"]
+        parameters = [parameter for group in groups for parameter in group]
+        return set(moments) == set(range(len(parameters))) and all(
+            _are_like(moments[i], {"step": torch.empty(()), "exp_avg": each, "exp_avg_sq": each}) for i, each in enumerate(parameters)
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        return False
+
+
+def _are_like(tensors: Mapping[str, Any], others: Mapping[str, Tensor]) -> bool:
+    """Whether names, shapes and dtypes are the same."""
+    return set(tensors) == set(others) and all(
+        isinstance(tensors[name], Tensor) and tensors[name].shape == other.shape and tensors[name].dtype == other.dtype
+        for name, other in others.items()
+    )
 
 
 class _Recorder:
@@ -387,7 +436,8 @@ def train(
 
         def begin() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
             stack.enter_context(keeper)
-            return keeper.result, None if keeper.result else keeper.load_state()
+            total = spec.protocol.total_steps(len(data.train))
+            return keeper.result, None if keeper.result else keeper.load_state(lambda state: fits_run(state, spec, total))
 
         ended, resume = _on_first_worker(begin)
         if ended is not None:

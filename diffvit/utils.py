@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import io
 import os
 import re
 import shutil
@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffvit.errors import StorageError, UserError
+from diffvit.checks import parse_json, read_bytes
+from diffvit.errors import StorageError, UserError, shown
 
 if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
@@ -44,6 +45,8 @@ _COMMIT_FILES = 50
 _COMMIT_BYTES = 2 * 1024**3
 
 _MOST_FILES = 100_000
+_LONGEST_RESULT = 4 * 1024**2
+_LONGEST_ENV = 100_000
 _HIDDEN = "."
 
 
@@ -81,9 +84,9 @@ def find_account() -> Account:
 
 
 def find_token() -> str | None:
-    """HF_TOKEN from the environment or .env; None where it is in neither. Raises UserError for one that cannot be."""
+    """HF_TOKEN from the environment or .env; None where it is in neither. Raises UserError for one that is not in its form."""
     token = _setting("HF_TOKEN")
-    if not re.fullmatch(r"[\x21-\x7e]*", token):
+    if token and not re.fullmatch(r"[\x21-\x7e]{1,1000}", token):
         raise UserError("HF_TOKEN is not a token: it has a space or a special character.", "copy it again; it is one word.")
     return token or None
 
@@ -91,12 +94,15 @@ def find_token() -> str | None:
 def _setting(name: str) -> str:
     from dotenv import dotenv_values
 
-    if value := os.environ.get(name):
-        return value.strip()
+    if found := os.environ.get(name):
+        return found.strip()
     try:
-        return (dotenv_values(".env", interpolate=False).get(name) or "").strip()
-    except (OSError, ValueError):
-        raise UserError(".env cannot be read.", "write it as plain text in UTF-8 (see .env.example).") from None
+        content = read_bytes(Path(".env"), _LONGEST_ENV).decode()
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        raise UserError(f"the file .env cannot be read: {error}.", "write it anew from .env.example.") from None
+    return (dotenv_values(stream=io.StringIO(content), interpolate=False).get(name) or "").strip()
 
 
 def parse_repository(text: str) -> str:
@@ -105,8 +111,8 @@ def parse_repository(text: str) -> str:
     parts = path.strip("/").split("/")
     if text.strip() != path and parts[2:3] in (["tree"], ["blob"], ["resolve"]):
         parts = parts[:2]
-    if len(parts) != 2 or not all(re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,94}[\w])?", part) and ".." not in part for part in parts):
-        raise UserError(f"{text!r} is not a model repository on the hub.", "give user/name, or the link of its page.")
+    if len(parts) != 2 or not all(re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,94}[\w])?", part, re.ASCII) and ".." not in part for part in parts):
+        raise UserError(f"{shown(text)} is not a model repository on the hub.", "give user/name, or the link of its page.")
     return "/".join(parts)
 
 
@@ -313,21 +319,25 @@ def _checked_file(entry: Any) -> HubFile | None:
     sha256, size = (lfs.sha256, lfs.size) if lfs else (None, entry.size)
     wrong = (
         not is_safe_name(name)
-        or not isinstance(size, int)
+        or type(size) is not int
         or not 0 <= size < 2**50
         or not re.fullmatch(r"[0-9a-f]{40,64}", str(git))
         or (sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", str(sha256)))
     )
     if wrong:
-        raise StorageError(f"the hub lists a file that cannot be: {name!r}.", "do not trust this repository.")
+        raise StorageError(f"the hub lists a file that cannot be: {shown(name)}.", "do not trust this repository.")
     return HubFile(name, size, git, sha256)
 
 
 def is_safe_name(name: Any) -> bool:
     """Whether a name is a relative path without steps upwards or special characters, on every system."""
-    if not isinstance(name, str) or not 0 < len(name) <= 1000 or re.search(r'[\x00-\x1f\x7f\\:*?"<>|]', name):
+    if not isinstance(name, str) or not 0 < len(name) <= 1000 or re.search(r'[\x00-\x1f\x7f\ud800-\udfff\\:*?"<>|]', name):
         return False
-    return not name.startswith("/") and all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in name.split("/"))
+    # Windows drops dots and spaces at a part's end, so that ".. " is ".." there, and takes some names for devices.
+    return all(part and part[-1] not in ". " and len(part.encode()) <= 255 and not _DEVICE.fullmatch(part) for part in name.split("/"))
+
+
+_DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])\s*(\..*)?", re.IGNORECASE)
 
 
 def _hash(digest: Any, path: Path) -> str:
@@ -537,7 +547,7 @@ def _hub_path(text: str) -> str:
         return ""
     path = path.removeprefix("./")
     if not is_safe_name(path):
-        raise UserError(f"{text!r} is not a path in a repository.", "give a path such as vit_classic, or . for the top.")
+        raise UserError(f"{shown(text)} is not a path in a repository.", "give a path such as vit_classic, or . for the top.")
     return path
 
 
@@ -638,9 +648,9 @@ def _choose_run(
     with tempfile.TemporaryDirectory() as folder:
         for each, file in runs.items():
             result = listed.get(file.name.removesuffix(".safetensors") + "_result.json")
-            if result:
+            if result and result.size <= _LONGEST_RESULT:
                 try:
-                    content = json.loads(hub.bring(result, Path(folder), commit).read_text())
+                    content = parse_json(hub.bring(result, Path(folder), commit).read_bytes())
                     results[each] = (content["seed"], bool(content["overrides"]))
                 except (ValueError, KeyError, TypeError):
                     continue

@@ -26,12 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffvit.errors import UserError, unknown_name
+from diffvit.checks import check_depth, read_bytes
+from diffvit.errors import UserError, shown, unknown_name
 from diffvit.ledger import RunSpec
 from diffvit.protocol import ARMS, protocol_of, resolve_dataset
 
 _ALL_SIZES = ("small", "medium", "large")
 _ONE_SEED = (0,)
+_MOST_RUNS = 10_000
 _ONE_CONDITION: tuple[Mapping[str, Any], ...] = ({},)
 
 
@@ -61,15 +63,19 @@ class Grid:
             overrides: on top of the grid's own.
 
         Raises:
-            UserError: a name or a value that does not exist.
+            UserError: a name or a value that does not exist, or more runs than a study can have.
         """
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         unique: dict[str, RunSpec] = {}
+        asked = 0
         for dataset in map(resolve_dataset, self.datasets):
             common = {name: value for name, value in self.overrides.items() if not isinstance(value, Mapping)}
             own = self.overrides.get(dataset, {})
             conditions = _for_dataset(self.conditions, dataset, _ONE_CONDITION)
             chosen = range(seeds) if seeds else _for_dataset(self.seeds, dataset, _ONE_SEED)
+            asked += len(conditions) * len(self.sizes) * len(self.models) * len(chosen)
+            if asked > _MOST_RUNS:
+                raise UserError(f"the grid {self.name} has more than {_MOST_RUNS:,} runs.", "give fewer seeds, or fewer conditions.")
             for condition, size, model, seed in itertools.product(conditions, self.sizes, self.models, chosen):
                 spec = RunSpec.of(model, size, dataset, seed, precision, {**common, **own, **condition, **given})
                 unique.setdefault(repr(spec.identity("")), spec)  # an override that says what the protocol says makes no other run
@@ -111,6 +117,10 @@ GRIDS = {
     **{name: make(name, "digits") for name, make in _OF_A_DATASET.items()},
 }
 
+# A grid file is a few lines, and what parses it may take a time that grows with the square of its length.
+_LONGEST_FILE = 20_000
+_DEEPEST = 5
+
 _FILE_KEYS = ("models", "sizes", "datasets", "seeds", "overrides", "conditions")
 
 
@@ -139,7 +149,7 @@ def find_grid(name: str, dataset: str | None = None) -> Grid:
 def read_grid(path: Path) -> Grid:
     """The grid of a file. Raises UserError for a file that cannot be read or says something else."""
     try:
-        content = _parse(path, path.read_text(encoding="utf-8"))
+        content = _parse(path, read_bytes(path, _LONGEST_FILE).decode())
     except OSError as error:
         raise UserError(f"the grid file {path} cannot be read: {error.strerror}.", f"built-in grids are {', '.join(GRIDS)}.") from error
     except ValueError as error:
@@ -165,11 +175,29 @@ def read_grid(path: Path) -> Grid:
 
 
 def _parse(path: Path, text: str) -> Any:
-    if path.suffix.lower() == ".toml":
-        return tomllib.loads(text)
+    """What the file says: no more than numbers, text, lists and tables. Raises ValueError."""
+    try:
+        content = tomllib.loads(text) if path.suffix.lower() == ".toml" else _parse_yaml(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+    check_depth(content, _DEEPEST)
+    return content
+
+
+def _parse_yaml(text: str) -> Any:
     import yaml
 
+    depth = 0
     try:
+        # Looked through before anything is made of it: aliases may multiply, and tags make objects of many kinds.
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
+                raise ValueError("a grid file takes no anchors (&), aliases (*) and tags (!)")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST + 1:
+                raise ValueError("it is nested too deeply")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
@@ -179,8 +207,8 @@ def _names(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:
     value = content[key]
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not names or not all(isinstance(name, (str, int, float)) for name in names):
-        raise UserError(f"{key} in {path} is {value!r}.", "give a list of names.")
-    return tuple(str(name) for name in names)
+        raise UserError(f"{key} in {path} is {shown(value)}.", "give a list of names.")
+    return tuple(name if isinstance(name, str) else shown(name) for name in names)
 
 
 def _per_dataset(path: Path, content: dict[str, Any], key: str, default: Any, read: Callable[[Path, Any], Any]) -> Any:
@@ -201,7 +229,7 @@ def _dataset_of(path: Path, content: dict[str, Any], key: str, name: Any) -> str
 
 def _conditions(path: Path, value: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list) or not value or not all(isinstance(entry, dict) for entry in value):
-        raise UserError(f"conditions in {path} is {value!r}.", "give a list of overrides, such as [{}, {label_noise: 0.2}].")
+        raise UserError(f"conditions in {path} is {shown(value)}.", "give a list of overrides, such as [{}, {label_noise: 0.2}].")
     return tuple(_overrides(path, entry) for entry in value)
 
 
@@ -216,15 +244,17 @@ def _all_overrides(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _seeds(path: Path, value: Any) -> tuple[int, ...]:
-    seeds = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+    seeds = list(range(value)) if type(value) is int and value <= _MOST_RUNS else value
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
-        raise UserError(f"seeds in {path} is {value!r}.", "give how many, at least 1, or a list of whole numbers.")
+        raise UserError(
+            f"seeds in {path} is {shown(value)}.", f"give how many, at least 1 and at most {_MOST_RUNS}, or a list of whole numbers."
+        )
     return tuple(seeds)
 
 
 def _overrides(path: Path, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"overrides in {path} is {value!r}.", "give names and values, such as {epochs: 5}.")
+        raise UserError(f"overrides in {path} is {shown(value)}.", "give names and values, such as {epochs: 5}.")
     return {name: _number(entry) for name, entry in value.items()}
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles, RunSpec, read_result
-from diffvit.storage import Storage, fetch_run, open_storage, settle_run
+from diffvit.checks import NAME
+from diffvit.errors import StorageError
+from diffvit.ledger import RunFiles, RunSpec, read_result, read_results
+from diffvit.storage import Storage, fetch_run, open_storage, remote_result, settle_run
 from study.table import cell_key
 
 _CARD_TRIES = 5
 _FIGURE = "_scaling_overlay.png"
-# A result is a few kilobytes; what says it is one and is longer is not read.
-_LONGEST_RESULT = 4 * 1024**2
 
 
 def send_run(url: str, files: RunFiles, warn: Callable[[str], None], command: str) -> None:
@@ -48,7 +47,10 @@ def collect(storage: Storage, specs: Iterable[RunSpec], checkpoints: Path) -> li
             files = _files_of_result(checkpoints, name)
             if files is None or read_result(files.result) is not None:
                 continue
-            if cell_key(_read(storage, name)["identity"]) in cells and fetch_run(storage, files):
+            found = remote_result(storage, files)
+            if found is None:
+                raise StorageError(f"{name} in {storage.url} is not a result of diffvit.", "remove it there.")
+            if cell_key(found[0]["identity"]) in cells and fetch_run(storage, files):
                 brought.append(files.run_id)
     return brought
 
@@ -57,23 +59,8 @@ def _files_of_result(checkpoints: Path, name: str) -> RunFiles | None:
     """The files of a run whose result has this name in a storage."""
     model, _, file = name.partition("/")
     parts = file.removesuffix("_result.json").split("_", 3)
-    wrong = len(parts) != 4 or parts[0] != "model" or "/" in file or not all(parts)
+    wrong = len(parts) != 4 or parts[0] != "model" or not all(re.fullmatch(NAME, part) for part in (model, *parts[1:]))
     return None if wrong else RunFiles(checkpoints, model, *parts[1:])
-
-
-def _read(storage: Storage, name: str) -> dict[str, Any]:
-    """A result in a storage. Raises StorageError where it is none."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "result.json"
-        if storage.get(name, path) and path.stat().st_size <= _LONGEST_RESULT:
-            try:
-                result = read_result(path)
-                if result and isinstance(result["identity"], dict):
-                    cell_key(result["identity"])
-                    return result
-            except (UserError, KeyError, TypeError):
-                pass
-    raise StorageError(f"{name} in {storage.url} is not a result of diffvit.", "remove it there.")
 
 
 # ------------------------------------------------------------------------------------------------------------ card
@@ -124,7 +111,7 @@ def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
         if readme and MARK not in storage.hub.bring(readme, Path(folder) / ".readme", head).read_text(encoding="utf-8", errors="replace"):
             return  # somebody's own
         table = run_table(Path(folder))
-        contents = [json.loads(path.read_text()) for path in results]
+        contents = read_results(Path(folder))
     ours = {path.name for path in checkpoints.glob("*/model_*_result.json")}
     figures = sorted((checkpoints / "figures").glob(f"*{_FIGURE}")) if {path.name for path in results} <= ours else []
     puts: dict[str, Any] = {f"figures/{path.name}": path for path in figures}

@@ -539,7 +539,7 @@ def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> None:
     write_step_csv(options.checkpoints, table, options.checkpoints / f"{options.grid.name}_steps.csv")
     out = options.checkpoints / "figures"
     drawn, now = _drawn_file(options.checkpoints), "\n".join(table["run_id"])
-    if draw and not (drawn.is_file() and drawn.read_text() == now):
+    if draw and not (drawn.is_file() and drawn.read_bytes() == now.encode()):
         from study.figures import draw_figures
 
         draw_figures(table, step_table(options.checkpoints, table), out)

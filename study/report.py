@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib import rc_context
 
 from diffvit.corruptions import CORRUPTIONS
+from diffvit.errors import UserError
 from diffvit.ledger import read_evaluations, write_atomically
 from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
 from diffvit.robustness import right_answers, summarise
@@ -118,7 +119,10 @@ def _findings(table: pd.DataFrame, checkpoints: Path | None) -> tuple[dict[str, 
     found: dict[str, dict[str, Any]] = {}
     left_out = []
     for run in table.itertuples() if checkpoints else []:
-        kinds = read_evaluations(files_of(Path(str(checkpoints)), run))
+        files = files_of(Path(str(checkpoints)), run)
+        kinds = read_evaluations(files)
+        if "attention" in kinds and len(kinds["attention"]["layers"]) != run.depth:
+            raise UserError(f"{files.evaluations} is of a model of another depth.", "delete it and evaluate again.")
         found[run.run_id] = {kind: findings for kind, findings in kinds.items() if not findings["warnings"]}
         left_out += [f"{kind} of the run {run.run_id}: {each['warnings'][0]}" for kind, each in kinds.items() if each["warnings"]]
     return found, left_out

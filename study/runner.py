@@ -337,7 +337,7 @@ class _Tries:
         """Notes a try and returns how many there have been from the same step, this one included."""
         step = str(next(iter(self._states.steps()), 0))
         with contextlib.suppress(OSError):
-            self._noted = max(self._noted, self._file.read_text().split(), key=len)
+            self._noted = max(self._noted, self._file.read_text(errors="replace").split(), key=len)
         self._noted.append(step)
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -353,7 +353,7 @@ class _Tries:
 def _last_lines(settings: Settings, spec: RunSpec, run_id: str) -> str:
     """The end of a run's log, for the report of its failure."""
     try:
-        lines = RunFiles.of(Path(settings.checkpoints), spec, run_id).log.read_text().splitlines()
+        lines = RunFiles.of(Path(settings.checkpoints), spec, run_id).log.read_text(errors="replace").splitlines()
     except OSError:
         return ""
     return "; its log ends: " + " | ".join(lines[-3:])

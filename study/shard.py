@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffvit.errors import StorageError, UserError
+from diffvit.errors import StorageError, UserError, shown
 from diffvit.ledger import RunFiles, RunSpec
 from diffvit.state import folder_id
 from diffvit.storage import Lease, Storage, lease_state, take_lease
@@ -33,7 +33,7 @@ class Shard:
         """From "2/4". Raises UserError."""
         match = re.fullmatch(r"\s*(\d{1,4})\s*/\s*(\d{1,4})\s*", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise UserError(f"--shard is {text!r}.", "give the number of this box and how many there are, such as 2/4.")
+            raise UserError(f"--shard is {shown(text)}.", "give the number of this box and how many there are, such as 2/4.")
         return Shard(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:

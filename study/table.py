@@ -81,7 +81,8 @@ def _sorted(value: Any) -> Any:
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
-    row = {**result, **result["versions"], "fingerprint": result["identity"]["fingerprint"]}
+    versions = {name: result["versions"].get(name) for name in ("python", "torch", "diffvit")}
+    row = {**result, **versions, "fingerprint": result["identity"]["fingerprint"]}
     row["overrides"] = overrides_text(result["overrides"])
     row["notes"] = "; ".join(result["notes"])
     return {column: row.get(column) for column in COLUMNS}
@@ -176,6 +177,8 @@ def step_table(checkpoints: Path, table: pd.DataFrame) -> pd.DataFrame:
     """
     if table.empty:
         return pd.DataFrame()
+    for run in table.itertuples():  # a result may say anything: room is made for steps that the log has bytes for
+        _check_length(files_of(checkpoints, run).log, run.steps)
     counts = table["steps"].to_numpy(np.int64)
     ends = counts.cumsum()
     # Filled run after run: a list of tables would be held beside their sum.
@@ -210,6 +213,12 @@ def _logs(checkpoints: Path, table: pd.DataFrame) -> Iterator[tuple[Any, LogRows
     """Each run of a run table with the steps of its log, checked against the result."""
     for run in table.itertuples():
         yield run, read_rows(files_of(checkpoints, run).log, run.steps)
+
+
+def _check_length(log: Path, steps: int) -> None:
+    """Raises UserError for a log that is too short to have so many steps: each has a digit and a separator for each field."""
+    if not log.is_file() or log.stat().st_size < 2 * len(Step._fields) * steps:
+        read_rows(log, steps)
 
 
 def _labels(values: pd.Series, of_row: np.ndarray) -> pd.Categorical:

@@ -181,7 +181,7 @@ def test_files_that_do_not_belong_together_are_named(ended: RunFiles, tmp_path: 
     assert result is not None
     for change, said in (
         ({"parameters": 7}, "differ in parameters"),
-        ({"steps": 4}, "each of the 4 steps once"),
+        ({"steps": 4}, "after 3 of 4 steps"),
         ({"identity": {**result["identity"], "seed": 9}}, "run_id that does not belong"),
         ({"seed": 9}, "differ in seed"),
     ):

@@ -1,0 +1,148 @@
+"""What is read from files that others may have written: parsed within bounds, and held against a schema before anything uses it.
+
+A check is a function that returns None for a value as it should be, and otherwise where and how it is not: "steps is -1".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffvit.errors import shown
+
+Check = Callable[[Any], str | None]
+
+_LARGEST = 1e300
+_DEEPEST = 50
+
+# A part of a file's name, and text that can be printed and encoded: no control characters, and no halves of surrogate pairs.
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+HEX = r"[0-9a-f]{64}"
+_TEXT = r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says. Raises ValueError, also for what is nested too deeply to be handled."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    check_depth(found, _DEEPEST)
+    return found
+
+
+def read_json(path: Path, most: int) -> Any:
+    """What a JSON file of at most so many bytes says. Raises ValueError or OSError."""
+    return parse_json(read_bytes(path, most))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file's content. Raises ValueError where it is longer than `most` bytes, without reading the rest."""
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is longer than {most:,} bytes")
+    return content
+
+
+def check_depth(value: Any, deepest: int) -> None:
+    """Raises ValueError for lists and dicts in each other more than `deepest` times: what prints or compares them would fail."""
+    level = [value]
+    for _ in range(deepest + 1):
+        inside = [each for each in level if isinstance(each, (list, dict))]
+        if not inside:
+            return
+        level = [each for container in inside for each in (container.values() if isinstance(container, dict) else container)]
+    raise ValueError("it is nested too deeply")
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def fault(check: Check, value: Any) -> str | None:
+    """What is wrong with a value as a sentence's end, such as "its steps is -1"; None where nothing is."""
+    found = check(value)
+    return found and (f"its {found[1:]}" if found.startswith(".") else f"it{found}")
+
+
+def _leaf(fits: Callable[[Any], bool]) -> Check:
+    return lambda value: None if fits(value) else f" is {shown(value)}"
+
+
+def whole(low: int = 0, high: int = 2**53) -> Check:
+    """A whole number."""
+    return _leaf(lambda value: type(value) is int and low <= value <= high)
+
+
+def real(low: float = -_LARGEST, high: float = _LARGEST, infinite: bool = False) -> Check:
+    """A number; with `infinite`, also none at all and infinity."""
+    fits = _leaf(lambda value: type(value) in (int, float) and low <= value <= high)
+    return any_of(fits, _leaf(lambda value: type(value) is float and not math.isfinite(value))) if infinite else fits
+
+
+def text(pattern: str = _TEXT, longest: int = 1000) -> Check:
+    """Text that fits the pattern."""
+    return _leaf(lambda value: isinstance(value, str) and len(value) <= longest and re.fullmatch(pattern, value) is not None)
+
+
+def one_of(*values: Any) -> Check:
+    """One of these, of the same type."""
+    return _leaf(lambda value: any(type(value) is type(each) and value == each for each in values))
+
+
+def maybe(check: Check) -> Check:
+    """As the check wants it, or None."""
+    return lambda value: None if value is None else check(value)
+
+
+def any_of(*checks: Check) -> Check:
+    """As one of the checks wants it."""
+    return _leaf(lambda value: any(check(value) is None for check in checks))
+
+
+def list_of(check: Check, fewest: int = 0, most: int = 10_000) -> Check:
+    """A list of so many, each as the check wants it."""
+
+    def wrong(value: Any) -> str | None:
+        if not isinstance(value, list) or not fewest <= len(value) <= most:
+            return f" is {shown(value)}"
+        return next((f"[{i}]{found}" for i, each in enumerate(value) if (found := check(each))), None)
+
+    return wrong
+
+
+def dict_of(key: Check, check: Check, most: int = 1000) -> Check:
+    """A dict whose keys and values are as the checks want them."""
+
+    def wrong(value: Any) -> str | None:
+        if not isinstance(value, dict) or len(value) > most:
+            return f" is {shown(value)}"
+        for name, each in value.items():
+            if key(name):
+                return f" has the name {shown(name)}"
+            if found := check(each):
+                return f".{name}{found}"
+        return None
+
+    return wrong
+
+
+def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
+    """A dict that has these keys, or may have them; others are not looked at."""
+
+    def wrong(value: Any) -> str | None:
+        if not isinstance(value, dict):
+            return f" is {shown(value)}"
+        for name, check in {**(optional or {}), **required}.items():
+            if name in value:
+                if found := check(value[name]):
+                    return f".{name}{found}"
+            elif name in required:
+                return f" has no {name}"
+        return None
+
+    return wrong
