@@ -29,6 +29,7 @@ STATE_BRANCH = "diffvit-state"
 _PAUSES = (1.0,)
 _LONGEST_PAUSE = 10.0
 _CREATE_TRIES = 20
+_READ_TRIES = 5
 
 # States are large, and stay in the history of their branch: it is forgotten every so many commits.
 _SQUASH_EVERY = 20
@@ -100,7 +101,8 @@ class HubStorage(Storage):
         return self._folder + name in self._listing([name], _branch(name))
 
     def get(self, name: str, path: Path) -> bool:
-        for attempt in range(3):
+        for attempt in range(_READ_TRIES):
+            head = None
             try:
                 # Of one commit: a lease may be renewed between listing and bringing.
                 head = self.hub.head(_branch(name))
@@ -111,11 +113,11 @@ class HubStorage(Storage):
             except StorageError:
                 raise
             except Exception as error:
-                if not is_missing(error):
-                    raise self._failure(error) from error
-                if attempt == 2:
-                    break  # no repository or branch; else the commit was forgotten meanwhile
-        return False
+                if head is None and is_missing(error):
+                    return False  # no repository or branch
+                if not is_missing(error) or attempt == _READ_TRIES - 1:
+                    raise self._failure(error) from error  # else the commit was forgotten meanwhile
+        raise AssertionError
 
     def _get(self, file: HubFile, path: Path, commit: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -238,13 +238,18 @@ class Hub:
         return sha
 
     def files(self, folder: str = "", revision: str = "main", recursive: bool = True) -> dict[str, HubFile]:
-        """Name -> file of a folder. Empty where the folder or the repository is not there. Names are safe to use as paths."""
+        """Name -> file of a folder. Empty where the folder, the branch or the repository is not there. Names are safe to use as paths.
+
+        A commit that is not there raises the client's error: its branch may have been given another history since it was looked up.
+        """
+        from huggingface_hub.errors import RevisionNotFoundError
+
         try:
             listed = self.call(
                 lambda: _first(self.api.list_repo_tree(self.repository, folder or None, recursive=recursive, revision=revision))
             )
         except Exception as error:
-            if is_missing(error):
+            if is_missing(error) and not (isinstance(error, RevisionNotFoundError) and re.fullmatch("[0-9a-f]{40}", revision)):
                 return {}
             raise
         if len(listed) > _MOST_FILES:

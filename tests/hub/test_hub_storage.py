@@ -153,7 +153,8 @@ def test_a_token_is_needed(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_
         open_storage(URL).check()
 
 
-def test_a_lease_that_is_renewed_while_it_is_read(hub: HubServer, storage: Storage) -> None:
+def test_a_lease_that_is_renewed_while_it_is_read(hub: HubServer, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffvit.hub_storage._SQUASH_EVERY", 3)  # and its commit forgotten
     lease = take_lease(storage, "run", "me", 60)
     assert isinstance(lease, Lease)
     over, failed = threading.Event(), []
