@@ -101,7 +101,7 @@ def _setting(name: str) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as error:
-        raise UserError(f"the file .env cannot be read: {error}.", "write it anew from .env.example.") from None
+        raise UserError(fX) from None
     return (dotenv_values(stream=io.StringIO(content), interpolate=False).get(name) or "").strip()
 
 

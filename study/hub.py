@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffvit.checks import NAME
 from diffvit.errors import StorageError
@@ -14,8 +14,12 @@ from diffvit.ledger import RunFiles, RunSpec, read_result, read_results
 from diffvit.storage import Storage, fetch_run, open_storage, remote_result, settle_run
 from study.table import cell_key
 
+if TYPE_CHECKING:
+    from diffvit.utils import Hub, HubFile
+
 _CARD_TRIES = 5
 _FIGURE = "_scaling_overlay.png"
+_LONGEST_CARD = 4 * 1024**2
 
 
 def send_run(url: str, files: RunFiles, warn: Callable[[str], None], command: str) -> None:
@@ -95,8 +99,15 @@ def publish(url: str, checkpoints: Path, warn: Callable[[str], None]) -> None:
         warn(f"the model card was not written: {type(error).__name__}")
 
 
+def _is_ours(hub: Hub, readme: HubFile, folder: Path, head: str) -> bool:
+    """Whether a repository's card is one that diffvit wrote."""
+    from study.card import MARK
+
+    return readme.size <= _LONGEST_CARD and MARK in hub.bring(readme, folder, head).read_text(encoding="utf-8", errors="replace")
+
+
 def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
-    from study.card import MARK, card_text
+    from study.card import card_text
     from study.table import run_table
 
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +119,7 @@ def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
         if not results:
             return
         readme = storage.hub.files("", head, recursive=False).get("README.md")
-        if readme and MARK not in storage.hub.bring(readme, Path(folder) / ".readme", head).read_text(encoding="utf-8", errors="replace"):
+        if readme and not _is_ours(storage.hub, readme, Path(folder) / ".readme", head):
             return  # somebody's own
         table = run_table(Path(folder))
         contents = read_results(Path(folder))
