@@ -101,7 +101,7 @@ def _setting(name: str) -> str:
     except FileNotFoundError:
         return ""
     except (OSError, ValueError) as error:
-        raise UserError(fX) from None
+        raise UserError(f"the file .env cannot be read: {error}.", "write it as plain text in UTF-8 (see .env.example).") from None
     return (dotenv_values(stream=io.StringIO(content), interpolate=False).get(name) or "").strip()
 
 
