@@ -265,7 +265,7 @@ def unreachable(fault: Callable[[], str], seconds: float = 120.0, here_too: bool
 
     Args:
         fault: the check; a reason, or "" where all is well.
-        here_too: also in a worker on this node.
+        here_too: also in a worker on this node, if it has CPUs for any.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -277,7 +277,7 @@ def unreachable(fault: Callable[[], str], seconds: float = 120.0, here_too: bool
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         ).remote()
         for node in ray.nodes()
-        if node["Alive"] and (here_too or node["NodeID"] != here)
+        if node["Alive"] and ((here_too and node["Resources"].get("CPU")) or node["NodeID"] != here)
     }
     failed = {}
     for name, answer in asked.items():
