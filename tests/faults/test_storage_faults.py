@@ -15,7 +15,7 @@ from diffvit.errors import RunIsBusyError
 from diffvit.ledger import RunSpec, verify_run
 from diffvit.log import Step
 from diffvit.saving import Every, Saving
-from diffvit.storage import Lease, Storage
+from diffvit.storage import Lease, Storage, _lease_content
 from diffvit.train import Stopped, train
 
 SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 20})
@@ -101,7 +101,7 @@ def test_who_was_silent_for_too_long_gives_way(tmp_path: Path) -> None:
         if not taken:  # another machine, for which this one has been dead for long
             storage = Storage(url)
             lease = Lease(storage, f".state/{storage.ls('.state')[0]}/lease", 2, "another machine", 60.0)
-            assert storage.create(f"{lease.folder}/000002", b'{"owner": "another machine"}') and lease.renew()
+            assert storage.create(f"{lease.folder}/000002", _lease_content("another machine", 60.0)) and lease.renew()
             taken.append(lease)
 
     saving = Saving(every=Every(steps=1), storage=url, lease_seconds=0.9)
