@@ -39,7 +39,7 @@ class Up:
             (image / "app" / code).symlink_to(ROOT / code)
         facts = {
             "keepers": {host.address: host.keeper for host in hosts}, "home": str(home), "folder": str(folder), "image": str(image),
-            "name": "ghcr.io/somebody/diffvit:latest",
+            "name": "ghcr.io/somebody/diffvit:0.1.0",
         }  # fmt: skip
         (folder / "facts.json").write_text(json.dumps(facts))
         stand_ins = f"{sys.executable} {Path(__file__).with_name('stand_ins.py')} {folder / 'facts.json'}"
