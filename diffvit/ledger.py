@@ -394,7 +394,7 @@ def _checksum(result: Mapping[str, Any]) -> str:
 
 
 # A result is a few kilobytes, findings are below a megabyte.
-_LONGEST_RESULT = 4 * 1024**2
+LONGEST_RESULT = 4 * 1024**2
 _LONGEST_EVALUATIONS = 64 * 1024**2
 
 _NAMED = {"model": text(NAME), "size": text(NAME), "dataset": text(NAME)}
@@ -434,7 +434,7 @@ def read_result(path: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     try:
-        result = read_json(path, _LONGEST_RESULT)
+        result = read_json(path, LONGEST_RESULT)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffvit.checks import parse_json, read_bytes
 from diffvit.errors import StorageError, UserError, shown
+from diffvit.ledger import LONGEST_RESULT
 
 if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
@@ -45,7 +46,6 @@ _COMMIT_FILES = 50
 _COMMIT_BYTES = 2 * 1024**3
 
 _MOST_FILES = 100_000
-_LONGEST_RESULT = 4 * 1024**2
 _LONGEST_ENV = 100_000
 _HIDDEN = "."
 
@@ -653,7 +653,7 @@ def _choose_run(
     with tempfile.TemporaryDirectory() as folder:
         for each, file in runs.items():
             result = listed.get(file.name.removesuffix(".safetensors") + "_result.json")
-            if result and result.size <= _LONGEST_RESULT:
+            if result and result.size <= LONGEST_RESULT:
                 try:
                     content = parse_json(hub.bring(result, Path(folder), commit).read_bytes())
                     results[each] = (content["seed"], bool(content["overrides"]))

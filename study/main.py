@@ -241,7 +241,8 @@ def run_study(options: StudyOptions) -> int:
 
 def _here_or(runs: list[PlannedRun], every: list[PlannedRun]) -> list[PlannedRun]:
     """The runs, and those of others that have ended here."""
-    return [run for run in every if run in runs or run.ended]
+    ids = {run.run_id for run in runs}
+    return [run for run in every if run.run_id in ids or run.ended]
 
 
 def _share(runs: list[PlannedRun], options: StudyOptions) -> list[PlannedRun]:
