@@ -18,7 +18,7 @@ import click
 from diffvit import __version__
 from diffvit.errors import UserError, shown
 from diffvit.ledger import disk_faults
-from diffvit.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, Every, Saving
+from diffvit.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, HUB_SCHEME, Every, Saving, is_on_hub
 
 # --batch-size and --batch_size are the same option.
 _SETTINGS = {
@@ -490,8 +490,8 @@ def _saving(save_every: str, storage: str | None, sync_every: str, lease: str | 
             raise UserError("--upload and --storage exclude each other.", "with --upload true the hub is the storage.")
         from diffvit.utils import find_account
 
-        storage = f"hf://{find_account().repository}"
-    on_hub = (storage or "").startswith("hf://")
+        storage = f"{HUB_SCHEME}{find_account().repository}"
+    on_hub = is_on_hub(storage)
     if on_hub:
         from diffvit.utils import find_token
 

@@ -19,10 +19,10 @@ from typing import Any
 
 from diffvit.errors import StorageError, UserError
 from diffvit.ledger import write_atomically
+from diffvit.saving import HUB_SCHEME
 from diffvit.storage import LONGEST_READ, Content, Storage
 from diffvit.utils import Account, Hub, HubFile, find_token, is_missing, is_safe_name, parse_repository, status_of
 
-SCHEME = "hf://"
 STATE_BRANCH = "diffvit-state"
 
 # Between attempts at a call, and the longest that the hub may ask for: who calls has a patience of its own.
@@ -40,7 +40,7 @@ class HubStorage(Storage):
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        user, _, rest = self.url.removeprefix(SCHEME).partition("/")
+        user, _, rest = self.url.removeprefix(HUB_SCHEME).partition("/")
         name, _, folder = rest.partition("/")
         if folder and not is_safe_name(folder):
             raise UserError(f"the storage {url} cannot be.", "give hf://user/name.")

@@ -1,6 +1,6 @@
 """Keeps one run: who may train it, its states here and in the storage, and what becomes of both when it ends.
 
-    with RunKeeper(files, saving) as keeper:      the lock and the lease are ours
+    with RunKeeper(files, saving) as keeper:      the lock and, if there is a storage, the lease are ours
         keeper.result                             the run's result, if it has ended already, here or in the storage
         keeper.load_state(fits)                   the newest state that fits the run, wherever it is
         keeper.save(state, log)                   a state, at once on disk and in time in the storage
@@ -15,7 +15,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +43,8 @@ class RunKeeper:
 
     Raises:
         RunIsBusyError: on entry, where another process trains the run.
-        UserError: on entry, where the folder cannot be written or the storage does not answer.
+        UserError: on entry, where the folder cannot be written.
+        StorageError: on entry, where the storage does not answer and the run is not to begin without it.
     """
 
     def __init__(self, files: RunFiles, saving: Saving, on_warning: Callable[[str], None] | None = None):
@@ -76,37 +77,51 @@ class RunKeeper:
         sweep_asides(files.folder, files.stem)
         if storage:
             self._storage = storage
-            lease = take_lease(storage, files.run_id, folder_id(files.checkpoints), self._saving.lease_seconds)
-            if not isinstance(lease, Lease):
-                raise RunIsBusyError(
-                    f"another machine trains the run {files.run_id}: {lease}.", "wait for it; the same command takes over or finds it done."
-                )
-            stack.callback(self._give_back, lease)
-            fetch_run(storage, files)
-            self._courier = _Courier(storage, lease, files.run_id, self._saving, self._warn)
-            self._courier.start()
-            stack.callback(self._courier.stop)
+            self._courier = courier = _Courier(storage, files, self._saving, self._warn)
+            stack.callback(self._give_back)
+            with self._unless_needed():
+                if refusal := courier.join_others():
+                    raise RunIsBusyError(
+                        f"another machine trains the run {files.run_id}: {refusal}.",
+                        "wait for it; the same command takes over or finds it done.",
+                    )
+                fetch_run(storage, files)
+            courier.start()
+            stack.callback(courier.stop)
         self.result = read_result(files.result)  # it may have ended while we came here
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def _give_back(self, lease: Lease) -> None:
-        if not self._lease_given_back:
+    @contextlib.contextmanager
+    def _unless_needed(self) -> Iterator[None]:
+        """A storage that fails inside is said, and does no harm where the run is to begin without it too."""
+        try:
+            yield
+        except StorageError as error:
+            if self._saving.needs_storage:
+                raise
+            self._warn(f"{error.message} The run {self._files.run_id} is trained without it until it answers.")
+
+    def _give_back(self) -> None:
+        lease = self._courier.lease if self._courier else None
+        if lease and not self._lease_given_back:
             with contextlib.suppress(StorageError):  # else it runs out by itself
                 lease.release()
 
     @property
     def lost(self) -> bool:
-        """Whether another machine has taken the run over, since the storage heard nothing of us for too long."""
+        """Whether another machine has the run, or has ended it, since the storage did not hear of us for too long."""
         return self._courier is not None and self._courier.lost
 
     def load_state(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
         """The newest state that is whole and fits the run and its log, here or in the storage; None where there is none."""
         usable = lambda state: fits(state) and LogPosition(*state["log"]).fits(self._files.log)  # noqa: E731
         state = self._states.load(usable)
-        if self._storage and self._fetch_states(newer_than=state["step"] if state else 0):
-            state = self._states.load(usable)
+        if self._courier and self._courier.lease:
+            with self._unless_needed():
+                if self._fetch_states(newer_than=state["step"] if state else 0):
+                    state = self._states.load(usable)
         return state
 
     def _fetch_states(self, newer_than: int) -> bool:
@@ -139,8 +154,7 @@ class RunKeeper:
         """
         if self._storage and self._courier:
             self._courier.rest()
-            if not self.lost:
-                self._push(result)
+            self._push(result)
             self._courier.stop(send=False)
         self._states.remove()
 
@@ -149,8 +163,9 @@ class RunKeeper:
         assert storage and courier
         for pause in (*_PAUSES, None):
             try:
-                courier.last(lambda lease: push_run(storage, files, result, [*_leftovers(storage, files.run_id), *lease.names()]))
-                self._lease_given_back = True
+                self._lease_given_back = courier.last(
+                    lambda lease: push_run(storage, files, result, [*_leftovers(storage, files.run_id), *lease.names()])
+                )
                 return
             except StorageError as error:
                 if pause is None:
@@ -181,22 +196,32 @@ class _Parcel:
 
 
 class _Courier(threading.Thread):
-    """Renews the lease, and carries the newest state to the storage every `sync_every` seconds.
+    """Takes and renews the lease, and carries the newest state to the storage every `sync_every` seconds.
 
     Attributes:
-        lost: another machine has taken the run over.
+        lease: None until the storage has answered.
+        lost: another machine has the run, or has ended it.
     """
 
-    def __init__(self, storage: Storage, lease: Lease, run_id: str, saving: Saving, warn: Callable[[str], None]):
-        super().__init__(name=f"courier-{run_id}", daemon=True)
+    def __init__(self, storage: Storage, files: RunFiles, saving: Saving, warn: Callable[[str], None]):
+        super().__init__(name=f"courier-{files.run_id}", daemon=True)
+        self.lease: Lease | None = None
         self.lost = False
-        self._storage, self._lease, self._saving, self._warn = storage, lease, saving, warn
-        self._remote = _remote_folder(run_id)
+        self._storage, self._files, self._saving, self._warn = storage, files, saving, warn
+        self._remote = _remote_folder(files.run_id)
         self._parcel: _Parcel | None = None
         self._sent = 0
         self._ending = threading.Event()
         self._lock = threading.Lock()
         self._silent = self._resting = self._renewed = False
+
+    def join_others(self) -> str | None:
+        """Take the lease. Returns who has it, where that is another machine."""
+        found = take_lease(self._storage, self._files.run_id, folder_id(self._files.checkpoints), self._saving.lease_seconds)
+        if not isinstance(found, Lease):
+            return found
+        self.lease = found
+        return None
 
     def offer(self, parcel: _Parcel) -> None:
         """A newer state than the last one."""
@@ -207,11 +232,14 @@ class _Courier(threading.Thread):
         with self._lock:
             self._resting = True
 
-    def last(self, action: Callable[[Lease], None]) -> None:
-        """What gives the lease back too: it is not renewed while this runs, nor afterwards if it succeeds."""
+    def last(self, action: Callable[[Lease], None]) -> bool:
+        """What gives the lease back too: it is not renewed while this runs, nor afterwards if it succeeds. False where the run is lost."""
         with self._lock:
-            action(self._lease)
+            lease = self._held()
+            if lease:
+                action(lease)
             self._ending.set()
+            return lease is not None
 
     def stop(self, send: bool = True) -> None:
         """End; a state that has not been sent yet is sent, so that another machine can go on from it."""
@@ -224,7 +252,8 @@ class _Courier(threading.Thread):
 
     def run(self) -> None:
         renewal = self._saving.lease_seconds / 3
-        renew_at, send_at = time.monotonic() + renewal, time.monotonic() + self._saving.sync_every
+        renew_at = time.monotonic() + (renewal if self.lease else min(renewal, _RENEW_AGAIN))
+        send_at = time.monotonic() + self._saving.sync_every
         while not self._ending.wait(max(0.0, min(renew_at, send_at) - time.monotonic())):
             if time.monotonic() >= send_at:
                 sent = self._try(self._send)
@@ -237,14 +266,24 @@ class _Courier(threading.Thread):
             if self.lost:
                 return
 
+    def _held(self) -> Lease | None:
+        """The lease, taken now if the storage had not answered before; None where the run is lost."""
+        if self.lease is None and not self.lost:
+            self.lost = self._storage.has(f"{self._files.model}/{self._files.result.name}") or self.join_others() is not None
+        return None if self.lost else self.lease
+
     def _renew(self) -> None:
-        self.lost = not self._lease.renew()
+        fresh = self.lease is None
+        lease = self._held()
+        if lease and not fresh:
+            self.lost = not lease.renew()
 
     def _send(self) -> None:
         parcel, self._renewed = self._parcel, False
         if parcel is None or parcel.step == self._sent or self._resting:
             return
-        renewal = self._lease.renewal()
+        lease = self._held()
+        renewal = lease.renewal() if lease else None
         if renewal is None:
             self.lost = True
             return

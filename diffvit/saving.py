@@ -44,15 +44,24 @@ class Saving:
         storage: a path or fsspec URL off this machine, where states and finished runs are copied to; None: nowhere.
         sync_every: seconds between two copies of the state; what the loss of the machine costs at most.
         lease_seconds: how long after its last sign of life another machine may take a run over.
+        needs_storage: a run does not begin while the storage does not answer. False: it begins without, and joins once it does.
     """
 
     every: Every = Every(seconds=60.0)
     storage: str | None = None
     sync_every: float = 600.0
     lease_seconds: float = 300.0
+    needs_storage: bool = True
 
 
 DEFAULT_SAVING = Saving()
 
+HUB_SCHEME = "hf://"
+
 # On the Hugging Face hub each renewal, three in this time, is a commit, of which the hub takes only so many an hour.
 HUB_LEASE_SECONDS = 1800.0
+
+
+def is_on_hub(storage: str | None) -> bool:
+    """Whether a storage is a repository on the Hugging Face hub."""
+    return (storage or "").startswith(HUB_SCHEME)

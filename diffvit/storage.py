@@ -26,6 +26,7 @@ import fsspec
 from diffvit.checks import HEX, fault, parse_json, real, record, text, whole
 from diffvit.errors import StorageError, UserError
 from diffvit.ledger import RunFiles, files_of_result, read_result, write_atomically
+from diffvit.saving import is_on_hub
 
 MARKER = ".ok"
 _CHUNK = 8 * 1024**2
@@ -46,7 +47,7 @@ Content = bytes | Path | tuple[Path, int]
 
 def open_storage(url: str) -> Storage:
     """The storage at a path or URL; hf://user/name is a repository on the Hugging Face hub. Raises UserError."""
-    if url.startswith("hf://"):
+    if is_on_hub(url):
         from diffvit.hub_storage import HubStorage
 
         return HubStorage(url)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffvit.checks import NAME
 from diffvit.errors import StorageError
 from diffvit.ledger import RunFiles, RunSpec, read_result, read_results
+from diffvit.saving import is_on_hub
 from diffvit.storage import Storage, fetch_run, open_storage, remote_result, settle_run
 from study.table import cell_key
 
@@ -33,7 +34,7 @@ def send_run(url: str, files: RunFiles, warn: Callable[[str], None], command: st
     except StorageError as error:
         warn(f"the run {files.run_id} is finished here, and not in {url}: {error.message}\nhint: send it later with {command}")
         return
-    if url.startswith("hf://"):
+    if is_on_hub(url):
         publish(url, files.checkpoints, warn)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffvit.errors import StorageError, UserError
 from diffvit.ledger import RunFiles, RunSpec, check_writable, overrides_text, read_evaluations
-from diffvit.saving import DEFAULT_SAVING, Saving
+from diffvit.saving import DEFAULT_SAVING, Saving, is_on_hub
 from study.grid import GRIDS, Grid, find_grid
 from study.plan import PlannedRun, load_fingerprints, plan_runs
 
@@ -226,7 +226,7 @@ def run_study(options: StudyOptions) -> int:
         _say(f"\nstopped: {ended} of {len(tried)} runs are done, the states of the others are saved")
         _say(f"hint: carry on with {options.command}")
         return signal_code
-    if not _on_hub(options):
+    if not is_on_hub(options.saving.storage):
         failures += [(title, f"the storage {options.saving.storage} could not be reached") for title in unsent]
     if failures:
         _say(f"\nerror: {len(failures)} of {len(tried)} runs failed:")
@@ -321,13 +321,9 @@ def collect_study(options: StudyOptions) -> int:
     return 0
 
 
-def _on_hub(options: StudyOptions) -> bool:
-    return (options.saving.storage or "").startswith("hf://")
-
-
 def _publish(options: StudyOptions, unsent: list[str]) -> None:
     """On the hub: the model card, and what could not be sent, with the command that sends it later."""
-    if _on_hub(options):
+    if is_on_hub(options.saving.storage):
         from study.hub import publish
 
         publish(str(options.saving.storage), options.checkpoints, lambda text: _say(f"warning: {text}"))

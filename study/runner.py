@@ -57,8 +57,9 @@ _WAITING_CPU = 0.01
 # What Tune logs of a failed try is a traceback of its own; the study reports the run's reason.
 logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
 
-# A run that dies this often at the same step has failed; a storage that fails is given a minute more. The pause before a try
-# doubles from a second to a minute. Tune starts a trial again whose process died, at most so often.
+# A run that dies this often at the same step has failed; a disk that fails is given a minute more, and a storage that does not answer
+# is from then on not waited for. The pause before a try doubles from a second to a minute. Tune starts a trial again whose process
+# died, at most so often.
 _TRIES = 3
 _STORAGE_TRIES = 7
 _LONGEST_PAUSE = 60.0
@@ -239,7 +240,7 @@ def _trial(config: dict[str, Any]) -> None:
         if number > 1:
             time.sleep(min(2.0 ** (number - 2), _LONGEST_PAUSE))
         try:
-            _trainer(config, settings).fit()
+            _trainer(_of_try(config, number), settings).fit()
             tries.forget()  # done, stopped, or somebody else has the run
             return
         except StorageError as error:
@@ -249,6 +250,12 @@ def _trial(config: dict[str, Any]) -> None:
             return
         except Exception as error:
             reason, limit = f"{type(error).__name__}: {error}".splitlines()[0], _TRIES
+
+
+def _of_try(config: dict[str, Any], number: int) -> dict[str, Any]:
+    """A run's config for its first, second, … try."""
+    saving = {**config["settings"]["saving"], "needs_storage": number <= _TRIES}
+    return {**config, "settings": {**config["settings"], "saving": saving}}
 
 
 def _trainer(config: dict[str, Any], settings: Settings) -> TorchTrainer:

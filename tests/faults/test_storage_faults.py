@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from faults.processes import assert_same_ledgers, ending, finish, kill_all, run_py, states, study, wait_until, weights
 from s3 import Gate
 
-from diffvit.errors import RunIsBusyError
-from diffvit.ledger import RunSpec, verify_run
+from diffvit.errors import RunIsBusyError, StorageError
+from diffvit.ledger import RunFiles, RunSpec, verify_run
 from diffvit.log import Step
 from diffvit.saving import Every, Saving
-from diffvit.storage import Lease, Storage, _lease_content
+from diffvit.storage import Lease, Storage, _lease_content, settle_run, take_lease
 from diffvit.train import Stopped, train
 
 SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 20})
@@ -139,6 +143,62 @@ def test_a_storage_that_falls_silent_costs_no_work(tmp_path: Path, gated: tuple[
     other = tmp_path / "other"
     other.mkdir()
     assert "done already" in finish(run_py(other, *TRAIN, *options))
+
+
+def test_a_run_that_need_not_wait_for_its_storage_joins_it_later(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    url = str(tmp_path / "storage")
+    silent = _fall_silent(monkeypatch)
+    with pytest.raises(StorageError, match="not now"):
+        train(SPEC, tmp_path / "waits/checkpoints", device="cpu", saving=Saving(storage=url))
+    warnings: list[str] = []
+
+    def on_steps(steps: list[Step], total: int) -> None:
+        silent.clear()
+        if steps[-1].step < total:
+            wait_until(lambda: list(Path(url).glob(".state/*/lease/*")))
+
+    saving = Saving(every=Every(steps=1), storage=url, sync_every=0.2, lease_seconds=0.9, needs_storage=False)
+    train(SPEC, tmp_path / "goes/checkpoints", device="cpu", saving=saving, on_warning=warnings.append, on_steps=on_steps)
+    assert any("is trained without it until it answers" in warning for warning in warnings)
+    assert_same_ledgers(tmp_path / "goes", whole)
+    assert not _remote_states(Storage(url)) and not [path for path in Path(url).glob(".state/**/*") if path.is_file()]
+    train(SPEC, tmp_path / "third/checkpoints", device="cpu", saving=Saving(storage=url), on_steps=lambda *_: pytest.fail("it was there"))
+    assert_same_ledgers(tmp_path / "third", whole)
+
+
+@pytest.mark.parametrize("how", ["trains it", "has ended it"])
+def test_who_began_without_the_storage_gives_way(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    torch.set_num_threads(1)
+    url = str(tmp_path / "storage")
+    ended = next((whole / "checkpoints").glob("*/*_result.json"))
+    run_id = json.loads(ended.read_text())["run_id"]
+    if how == "trains it":
+        assert isinstance(take_lease(Storage(url), run_id, "another machine", 600.0), Lease)
+    else:
+        shutil.copytree(whole / "checkpoints", tmp_path / "other")
+        settle_run(Storage(url), RunFiles.of(tmp_path / "other", SPEC, run_id))
+    silent = _fall_silent(monkeypatch)
+    before = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
+    saving = Saving(every=Every(steps=1), storage=url, lease_seconds=0.9, needs_storage=False)
+    with pytest.raises(RunIsBusyError):
+        train(SPEC, tmp_path / "checkpoints", device="cpu", saving=saving, on_steps=lambda *_: (silent.clear(), time.sleep(0.1)))
+    assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == before
+
+
+def _fall_silent(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """While the event is set, no storage lists a folder or reads an object's marker."""
+    silent = threading.Event()
+    silent.set()
+    for name in ("ls", "_marker"):
+
+        def method(self: Storage, *arguments: str, real: Callable = getattr(Storage, name)) -> Any:
+            if silent.is_set():
+                raise StorageError("not now.", "later.")
+            return real(self, *arguments)
+
+        monkeypatch.setattr(Storage, name, method)
+    return silent
 
 
 @pytest.mark.slow
