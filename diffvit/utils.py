@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+# Hubs, by address, whose last call failed.
+_failing: set[str] = set()
+
 # Pauses in seconds between attempts at a call that fails for a while; a hub that asks for a longer one gets it, up to five minutes.
 PATIENT = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _LONGEST_PAUSE = 300.0
@@ -183,7 +186,11 @@ class Hub:
         for pause in (*self.pauses, None):
             try:
                 _bound_waits()
-                return action()
+                if self.api.endpoint in _failing:
+                    self._ask_once()
+                found = action()
+                _failing.discard(self.api.endpoint)
+                return found
             except Exception as error:
                 status = status_of(error)
                 ours = isinstance(error, UserError) or (type(error).__module__ == "builtins" and isinstance(error, OSError))
@@ -194,6 +201,7 @@ class Hub:
                 reason = self.reason(error)
                 if not _is_transient(error):
                     raise self._refusal(status, reason) from None
+                _failing.add(self.api.endpoint)
                 if pause is None:
                     raise StorageError(
                         f"the hub does not answer for {self.repository}: {reason}.",
@@ -204,6 +212,16 @@ class Hub:
                     self._on_retry(f"the hub failed: {reason}; trying again in {pause:.0f} s")
                 time.sleep(pause)
         raise AssertionError
+
+    def _ask_once(self) -> None:
+        """Finds out in one request whether the hub works again; most of the client's calls try it by themselves for half a minute."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        try:
+            self.api.repo_info(self.repository)
+        except HfHubHTTPError as error:
+            if _is_transient(error):
+                raise  # whatever else it says, it answers
 
     def _refusal(self, status: int | None, reason: str) -> HubRefusesError:
         if status == 401:
@@ -403,8 +421,10 @@ def _asked_pause(error: BaseException) -> float:
 
 def _bound_waits() -> None:
     """Makes the client give up on a silent hub, and leave it to us to wait as long as the hub asks: that may be an hour."""
-    from huggingface_hub import get_session
+    from huggingface_hub import constants, get_session
 
+    if "HF_HUB_DISABLE_XET" not in os.environ:
+        constants.HF_HUB_DISABLE_XET = True  # Xet's transfers cannot be bounded; the hub takes and gives the same files over HTTP
     client = get_session()
     hooks = client.event_hooks
     if _take_over_pause not in hooks.get("response", []):

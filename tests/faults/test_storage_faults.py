@@ -190,14 +190,17 @@ def _fall_silent(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """While the event is set, no storage lists a folder or reads an object's marker."""
     silent = threading.Event()
     silent.set()
-    for name in ("ls", "_marker"):
 
-        def method(self: Storage, *arguments: str, real: Callable = getattr(Storage, name)) -> Any:
+    def unless_silent(real: Callable) -> Callable:
+        def method(self: Storage, *arguments: str) -> Any:
             if silent.is_set():
                 raise StorageError("not now.", "later.")
             return real(self, *arguments)
 
-        monkeypatch.setattr(Storage, name, method)
+        return method
+
+    for name in ("ls", "_marker"):
+        monkeypatch.setattr(Storage, name, unless_silent(getattr(Storage, name)))
     return silent
 
 

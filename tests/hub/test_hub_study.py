@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -105,6 +106,26 @@ def test_a_box_that_dies_strands_nothing(tmp_path: Path, account: HubServer) -> 
     logs = "".join(path.read_text() for path in second.glob("checkpoints/*/*.log"))
     assert logs.count("# resumed after step") >= 1
     assert not [name for name in under_way(account) if "/shard-" not in name]
+
+
+@pytest.mark.slow
+def test_a_hub_that_goes_down_costs_no_run(tmp_path: Path, account: HubServer) -> None:
+    grid = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 4}\n"
+    only, other = box(tmp_path, "only"), box(tmp_path, "other")
+    one_at_a_time = ("--cpus_per_run", str(os.cpu_count() or 1), "--save_every", "0.2s", "--lease", "6s", *ON_HUB)
+    process = study(only, *one_at_a_time, grid=grid)
+    with ending(process):
+        wait_until(lambda: states(only), process)
+        account.stop()
+        said = finish(process, seconds=400)
+    assert "2 runs are not on the hub yet" in said and "hint: send them later with" in said and "hf_write" not in said
+    assert len(list(only.glob("checkpoints/*/*_result.json"))) == 2
+    account.start()
+    assert "all 2 runs are done already" in finish(study(only, *one_at_a_time, grid=grid))
+    (other / "grid.yaml").write_text(grid)
+    assert "brought 2 runs" in finish(run_py(other, "study", "--grid", "grid.yaml", "--collect", *ON_HUB))
+    assert_same_ledgers(other, only)
+    assert not [name for name in under_way(account) if "/lease/" not in name]
 
 
 @pytest.mark.slow

@@ -47,6 +47,15 @@ def test_a_folder_goes_and_comes_back(hub: HubServer, to_hub: Hub, folder: Path,
     assert contents(tmp_path / "back") == {name: content for name, content in contents(folder).items() if not name.startswith(".")}
 
 
+def test_files_travel_over_http(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Xet, which the stand-in does not have, would be taken first.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    upload(folder, "", to_hub)
+    assert hub.asked("POST", "lfs/objects/batch") and not hub.asked("*", "xet")
+    download(".", tmp_path / "back", to_hub)
+    assert contents(tmp_path / "back")["vit_classic/a.safetensors"] == contents(folder)["vit_classic/a.safetensors"]
+
+
 def test_a_file_goes_and_comes_back(to_hub: Hub, folder: Path, tmp_path: Path) -> None:
     upload(folder / "vit_classic/a_training.log", ".", to_hub)
     download("a_training.log", tmp_path / "back", to_hub)
