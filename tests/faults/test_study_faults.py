@@ -72,10 +72,10 @@ def test_workers_then_everything_then_ctrl_c_and_the_same_command_finishes(tmp_p
         kill_all(process)  # everything at once
 
     # Ctrl-C: states are saved, nothing is left running.
+    before = set(states(tmp_path))
     process = study(tmp_path, *SAVE, grid=GRID)
     with ending(process):
-        before = len(_resumptions(tmp_path))
-        wait_until(lambda: len(_resumptions(tmp_path)) > before, process)
+        wait_until(lambda: set(states(tmp_path)) - before, process)  # it trains again
         started = family(process)[1:]
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
