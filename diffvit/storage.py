@@ -305,9 +305,13 @@ def settle_run(storage: Storage, files: RunFiles) -> None:
         push_run(storage, files, result)
 
 
-def fetch_run(storage: Storage, files: RunFiles) -> bool:
-    """Bring an ended run from the storage, its result last. False where the storage does not have all of it."""
-    found = remote_result(storage, files)
+def fetch_run(storage: Storage, files: RunFiles, found: tuple[dict[str, Any], bytes] | None = None) -> bool:
+    """Bring an ended run from the storage, its result last. False where the storage does not have all of it.
+
+    Args:
+        found: its remote_result, where that is known already.
+    """
+    found = found or remote_result(storage, files)
     if found is None:
         return False
     result, content = found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from study.table import cell_key
 if TYPE_CHECKING:
     from diffvit.utils import Hub, HubFile
 
-_CARD_TRIES = 5
+# In seconds, between attempts to write the card.
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 _FIGURE = "_scaling_overlay.png"
 _LONGEST_CARD = 4 * 1024**2
 
@@ -55,7 +57,7 @@ def collect(storage: Storage, specs: Iterable[RunSpec], checkpoints: Path) -> li
             found = remote_result(storage, files)
             if found is None:
                 raise StorageError(f"{name} in {storage.url} is not a result of diffvit.", "remove it there.")
-            if cell_key(found[0]["identity"]) in cells and fetch_run(storage, files):
+            if cell_key(found[0]["identity"]) in cells and fetch_run(storage, files, found):
                 brought.append(files.run_id)
     return brought
 
@@ -77,27 +79,23 @@ def publish(url: str, checkpoints: Path, warn: Callable[[str], None]) -> None:
     What fails is said, and fails nothing: the next run that ends writes it.
     """
     from diffvit.hub_storage import HubStorage
-    from diffvit.utils import status_of
+    from diffvit.utils import HubRefusesError, status_of
 
-    try:
-        storage = open_storage(url)
-        assert isinstance(storage, HubStorage)
-        for _ in range(_CARD_TRIES):
-            head = storage.hub.head()
-            try:
-                _write_card(storage, head, checkpoints)
-                storage.tidy()
+    storage = open_storage(url)
+    assert isinstance(storage, HubStorage)
+    for pause in (*_PAUSES, None):
+        try:
+            _write_card(storage, storage.hub.head(), checkpoints)
+            storage.tidy()
+            return
+        except Exception as error:
+            # The hub fails for a while, or somebody else wrote meanwhile: look again.
+            passes = status_of(error) in (409, 412) or (isinstance(error, StorageError) and not isinstance(error, HubRefusesError))
+            if pause is None or not passes:
+                reason = error.message if isinstance(error, StorageError) else f"{type(error).__name__}."
+                warn(f"the model card was not written: {reason} The next command with this storage writes it.")
                 return
-            except StorageError:
-                raise
-            except Exception as error:  # somebody else wrote meanwhile: look again
-                if status_of(error) not in (409, 412):
-                    raise
-        raise StorageError("too many write at once.", "")
-    except StorageError as error:
-        warn(f"the model card was not written: {error.message}")
-    except Exception as error:
-        warn(f"the model card was not written: {type(error).__name__}")
+            time.sleep(pause)
 
 
 def _is_ours(hub: Hub, readme: HubFile, folder: Path, head: str) -> bool:

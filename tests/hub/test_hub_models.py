@@ -73,6 +73,18 @@ def test_a_fault_at_the_end_of_a_run_is_tried_again(account: HubServer, cli, fau
     assert on_hub(account) == ledger()
 
 
+@pytest.mark.parametrize("times", [3, None])
+def test_a_card_that_the_hub_does_not_take_is_tried_again(
+    account: HubServer, cli, monkeypatch: pytest.MonkeyPatch, times: int | None
+) -> None:
+    monkeypatch.setattr("study.hub._PAUSES", (0.01, 0.01))
+    account.faults.add("POST", "commit/main", after=1, times=times, status=500)  # after the run itself
+    outcome = cli(*TRAIN, "--upload", "true")
+    assert outcome.code == 0 and on_hub(account) == ledger()
+    assert ("README.md" in account.repo(NAME).files()) == (times is not None)
+    assert ("the model card was not written" in outcome.err) == (times is None)
+
+
 def test_a_hub_that_fails_never_fails_a_finished_run(account: HubServer, cli) -> None:
     account.faults.add("POST", "commit/main", status=503)
     outcome = cli(*TRAIN, "--upload", "true")
