@@ -26,7 +26,7 @@ from diffvit.ledger import RunFiles, check_writable, read_result, sweep_asides
 from diffvit.log import LogPosition, TrainingLog
 from diffvit.saving import Saving
 from diffvit.state import KEPT, StateFolder, folder_id
-from diffvit.storage import MARKER, Lease, Storage, fetch_run, open_storage, push_run, take_lease
+from diffvit.storage import Lease, Storage, fetch_run, leftovers, open_storage, push_run, state_folder, take_lease
 
 # Seconds after which a renewal that failed is tried again.
 _RENEW_AGAIN = 60.0
@@ -127,7 +127,7 @@ class RunKeeper:
     def _fetch_states(self, newer_than: int) -> bool:
         """Brings the newest whole state of the storage, and its log, if it is newer than ours."""
         assert self._storage
-        remote = _remote_folder(self._files.run_id)
+        remote = state_folder(self._files.run_id)
         for name in reversed(self._storage.names(remote, ".state")):
             if not re.fullmatch(r"[0-9]{9,12}", Path(name).stem):
                 continue
@@ -164,7 +164,7 @@ class RunKeeper:
         for pause in (*_PAUSES, None):
             try:
                 self._lease_given_back = courier.last(
-                    lambda lease: push_run(storage, files, result, [*_leftovers(storage, files.run_id), *lease.names()])
+                    lambda lease: push_run(storage, files, result, [*leftovers(storage, files.run_id), *lease.names()])
                 )
                 return
             except StorageError as error:
@@ -172,17 +172,6 @@ class RunKeeper:
                     self._warn(f"the run {files.run_id} is finished here, and not in the storage: {error.message}")
                 else:
                     time.sleep(pause)
-
-
-def _remote_folder(run_id: str) -> str:
-    return f".state/{run_id}"
-
-
-def _leftovers(storage: Storage, run_id: str) -> list[str]:
-    """All that a run's states have left in the storage, also what a machine was killed over."""
-    folder = _remote_folder(run_id)
-    names = {name.removesuffix(MARKER) for name in storage.ls(folder)}
-    return sorted(f"{folder}/{name}" for name in names if name.endswith((".state", ".log")))
 
 
 @dataclass(frozen=True)
@@ -208,7 +197,7 @@ class _Courier(threading.Thread):
         self.lease: Lease | None = None
         self.lost = False
         self._storage, self._files, self._saving, self._warn = storage, files, saving, warn
-        self._remote = _remote_folder(files.run_id)
+        self._remote = state_folder(files.run_id)
         self._parcel: _Parcel | None = None
         self._sent = 0
         self._ending = threading.Event()

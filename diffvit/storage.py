@@ -297,12 +297,25 @@ def push_run(storage: Storage, files: RunFiles, result: dict[str, Any], removes:
 
 
 def settle_run(storage: Storage, files: RunFiles) -> None:
-    """Bring an ended run that is only in the storage; send one that is only here."""
+    """Bring an ended run that is only in the storage; send one that is only here, and forget what it has left there under way."""
     result = read_result(files.result)
     if result is None:
         fetch_run(storage, files)
     elif not storage.has(f"{files.model}/{files.result.name}"):
-        push_run(storage, files, result)
+        leases = f"{state_folder(files.run_id)}/lease"
+        push_run(storage, files, result, [*leftovers(storage, files.run_id), *(f"{leases}/{name}" for name in storage.entries(leases))])
+
+
+def state_folder(run_id: str) -> str:
+    """Where a storage keeps what an unfinished run needs."""
+    return f".state/{run_id}"
+
+
+def leftovers(storage: Storage, run_id: str) -> list[str]:
+    """All that a run's states have left in the storage, also what a machine was killed over."""
+    folder = state_folder(run_id)
+    names = {name.removesuffix(MARKER) for name in storage.ls(folder)}
+    return sorted(f"{folder}/{name}" for name in names if name.endswith((".state", ".log")))
 
 
 def fetch_run(storage: Storage, files: RunFiles, found: tuple[dict[str, Any], bytes] | None = None) -> bool:
@@ -398,7 +411,7 @@ def take_lease(storage: Storage, run_id: str, owner: str, seconds: float) -> Lea
         owner: a name that no other copy of the ledger has. A lease of the same owner is taken over at once: whoever calls this holds the
             run's local lock, so the process that had the lease is dead.
     """
-    folder = f".state/{run_id}/lease"
+    folder = f"{state_folder(run_id)}/lease"
     newest, held = _newest(storage, folder)
     until = _runs_out(held)
     if newest and held["owner"] != owner and time.time() < until:
@@ -412,7 +425,7 @@ def take_lease(storage: Storage, run_id: str, owner: str, seconds: float) -> Lea
 
 def lease_state(storage: Storage, run_id: str) -> Literal["none", "live", "expired"]:
     """Whether there is a lease of a run, and whether it has run out."""
-    newest, held = _newest(storage, f".state/{run_id}/lease")
+    newest, held = _newest(storage, f"{state_folder(run_id)}/lease")
     if not newest:
         return "none"
     return "live" if time.time() < _runs_out(held) else "expired"

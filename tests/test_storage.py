@@ -11,7 +11,7 @@ import pytest
 from diffvit.errors import StorageError, UserError
 from diffvit.ledger import RunFiles, RunSpec, verify_run
 from diffvit.saving import Every, Saving
-from diffvit.storage import Lease, Storage, fetch_run, push_run, take_lease
+from diffvit.storage import Lease, Storage, fetch_run, push_run, settle_run, take_lease
 from diffvit.train import train
 
 
@@ -114,6 +114,18 @@ def test_an_ended_run_travels_whole(storage: Storage, tmp_path: Path) -> None:
     push_run(storage, here, result)
     assert fetch_run(storage, there)
     assert verify_run(there.result) == []
+
+
+def test_a_run_that_is_sent_late_leaves_nothing_under_way(storage: Storage, tmp_path: Path) -> None:
+    spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 2})
+    run_id = train(spec, tmp_path / "a", device="cpu")["run_id"]
+    here, there = (RunFiles.of(tmp_path / name, spec, run_id) for name in "ab")
+    assert isinstance(take_lease(storage, run_id, "a", 600.0), Lease)
+    storage.put(f".state/{run_id}/000000001.state", b"half of it")
+    settle_run(storage, here)
+    settle_run(storage, there)
+    assert verify_run(there.result) == []
+    assert not storage.ls(f".state/{run_id}/lease") and not storage.names(f".state/{run_id}")
 
 
 @pytest.mark.parametrize("url", ["gibberish://bucket/x", "gs://bucket/x"])
