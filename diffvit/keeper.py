@@ -134,9 +134,11 @@ class RunKeeper:
             step = int(Path(name).stem)
             if step <= newer_than:
                 return False
-            # The log first: a state counts only with a log that fits it.
-            if self._storage.get(f"{remote}/{step:09d}.log", self._files.log) and self._storage.get(name, self._states.file(step)):
-                return True
+            # The log last: it replaces the one that our own states fit.
+            if self._storage.get(name, self._states.file(step)):
+                if self._storage.get(f"{remote}/{step:09d}.log", self._files.log):
+                    return True
+                self._states.file(step).unlink()
             self._warn(f"the resume state {name} in {self._storage.url} is damaged; the one before is used")
         return False
 

@@ -90,8 +90,12 @@ class StateFolder:
 
         path = self.file(step)
         write_atomically(path, write)
-        for old in self._files()[KEPT:]:
-            old.unlink(missing_ok=True)
+        files = self._files()
+        # A later one could not be used: else the run would have gone on from it.
+        kept = [each for each in files if each <= path][:KEPT]
+        for other in files:
+            if other not in kept:
+                other.unlink(missing_ok=True)
         return path
 
     def load(self, usable: Callable[[dict[str, Any]], bool] = lambda content: True) -> dict[str, Any] | None:

@@ -96,6 +96,26 @@ def test_a_damaged_state_in_the_storage_is_passed_over(tmp_path: Path, whole: Pa
     assert_same_ledgers(tmp_path / "two", whole)
 
 
+@pytest.mark.parametrize("damaged", [".state", ".log"])
+def test_a_damaged_state_in_the_storage_does_no_harm_to_ours(tmp_path: Path, whole: Path, damaged: str) -> None:
+    torch.set_num_threads(1)
+    url = str(tmp_path / "storage")
+
+    def stop_after(box: str, steps: int, saving: Saving) -> None:
+        asked = iter(range(1, 1000))
+        with pytest.raises(Stopped):
+            train(SPEC, tmp_path / box / "checkpoints", device="cpu", saving=saving, should_stop=lambda: next(asked) >= steps)
+
+    stop_after("ours", 20, Saving())
+    stop_after("other", 30, Saving(storage=url))  # another box's, with a log of its own
+    next((tmp_path / "storage").glob(f".state/*/*{damaged}")).write_bytes(b"damaged")
+    log = next((tmp_path / "ours").glob("checkpoints/*/*.log"))
+    before = log.read_text()
+    train(SPEC, tmp_path / "ours/checkpoints", device="cpu", saving=Saving(storage=url))
+    assert log.read_text().startswith(f"{before}# resumed after step 20;")
+    assert_same_ledgers(tmp_path / "ours", whole)
+
+
 def test_who_was_silent_for_too_long_gives_way(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     url = str(tmp_path / "storage")
