@@ -86,6 +86,7 @@ class RunKeeper:
                         "wait for it; the same command takes over or finds it done.",
                     )
                 fetch_run(storage, files)
+                courier.looked = True
             courier.start()
             stack.callback(courier.stop)
         self.result = read_result(files.result)  # it may have ended while we came here
@@ -191,13 +192,14 @@ class _Courier(threading.Thread):
 
     Attributes:
         lease: None until the storage has answered.
+        looked: with the lease in hand, whether the run has ended elsewhere.
         lost: another machine has the run, or has ended it.
     """
 
     def __init__(self, storage: Storage, files: RunFiles, saving: Saving, warn: Callable[[str], None]):
         super().__init__(name=f"courier-{files.run_id}", daemon=True)
         self.lease: Lease | None = None
-        self.lost = False
+        self.looked = self.lost = False
         self._storage, self._files, self._saving, self._warn = storage, files, saving, warn
         self._remote = state_folder(files.run_id)
         self._parcel: _Parcel | None = None
@@ -260,7 +262,10 @@ class _Courier(threading.Thread):
     def _held(self) -> Lease | None:
         """The lease, taken now if the storage had not answered before; None where the run is lost."""
         if self.lease is None and not self.lost:
-            self.lost = self._storage.has(f"{self._files.model}/{self._files.result.name}") or self.join_others() is not None
+            self.lost = self.join_others() is not None
+        if not self.looked and not self.lost:
+            self.lost = self._storage.has(f"{self._files.model}/{self._files.result.name}")
+            self.looked = True
         return None if self.lost else self.lease
 
     def _renew(self) -> None:

@@ -297,13 +297,17 @@ def push_run(storage: Storage, files: RunFiles, result: dict[str, Any], removes:
 
 
 def settle_run(storage: Storage, files: RunFiles) -> None:
-    """Bring an ended run that is only in the storage; send one that is only here, and forget what it has left there under way."""
+    """Bring an ended run that is only in the storage; send one that is only here. What an ended run left there under way is forgotten."""
     result = read_result(files.result)
     if result is None:
         fetch_run(storage, files)
-    elif not storage.has(f"{files.model}/{files.result.name}"):
-        leases = f"{state_folder(files.run_id)}/lease"
-        push_run(storage, files, result, [*leftovers(storage, files.run_id), *(f"{leases}/{name}" for name in storage.entries(leases))])
+        return
+    leases = f"{state_folder(files.run_id)}/lease"
+    under_way = [*leftovers(storage, files.run_id), *(f"{leases}/{name}" for name in storage.ls(leases))]
+    if not storage.has(f"{files.model}/{files.result.name}"):
+        push_run(storage, files, result, under_way)
+    elif under_way:
+        storage.commit({}, under_way)
 
 
 def state_folder(run_id: str) -> str:
@@ -388,9 +392,11 @@ class Lease:
         self.storage.overwrite(self._name(self.number), _lease_content(self.owner, 0.0))
 
     def names(self) -> list[str]:
-        """All that there is of it, and of those before it."""
+        """All that there is of it, and of those before it; nothing once it is gone, since numbers begin anew then."""
         found = _numbers(self.storage, self.folder)
-        return [self._name(number) for number, content in found.items() if number < self.number or self._is_ours(content)]
+        if not self._is_ours(found.get(self.number, b"")):
+            return []
+        return [self._name(number) for number in found if number <= self.number]
 
     def release(self) -> None:
         """Give it back."""

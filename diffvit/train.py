@@ -448,7 +448,7 @@ def train(
                 on_steps=on_steps, on_warning=on_warning, save_every=saving.every, should_stop=lambda: should_stop() or keeper.lost,
             )  # fmt: skip
         except Stopped:
-            if keeper.lost and not should_stop():
+            if _on_first_worker(lambda: keeper.lost and not should_stop()):  # a group's workers must agree on why they end
                 raise RunIsBusyError(
                     f"another machine has taken over the run {files.run_id}.", "the same command finds it done when that one is."
                 ) from None

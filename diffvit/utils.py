@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,8 +42,9 @@ _failing: set[str] = set()
 PATIENT = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _LONGEST_PAUSE = 300.0
 
-# Seconds without a byte after which a connection counts as dead; the client itself would wait forever.
-_SILENCE = 120.0
+# Seconds without a byte after which a connection counts as dead: of one that only asks, and of one that sends, whose commit may take
+# long. The client itself would wait forever.
+_SILENCE_ASKING, _SILENCE_SENDING = 30.0, 120.0
 
 # A commit takes so many files or bytes at most, so that an interrupted upload does not begin anew.
 _COMMIT_FILES = 50
@@ -421,15 +423,43 @@ def _asked_pause(error: BaseException) -> float:
 
 def _bound_waits() -> None:
     """Makes the client give up on a silent hub, and leave it to us to wait as long as the hub asks: that may be an hour."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants, set_client_factory
+    from huggingface_hub.utils import _http
 
     if "HF_HUB_DISABLE_XET" not in os.environ:
         constants.HF_HUB_DISABLE_XET = True  # Xet's transfers cannot be bounded; the hub takes and gives the same files over HTTP
-    client = get_session()
-    hooks = client.event_hooks
-    if _take_over_pause not in hooks.get("response", []):
-        client.timeout = _SILENCE
-        client.event_hooks = {**hooks, "response": [*hooks.get("response", []), _take_over_pause]}
+    with _hooking:
+        make = _http._GLOBAL_CLIENT_FACTORY
+        if not isinstance(make, _BoundedClients):  # the client makes itself anew after a fault, so hooks on the one there is are not enough
+            set_client_factory(_BoundedClients(make))
+
+
+_hooking = threading.Lock()
+
+
+class _BoundedClients:
+    """Makes the client's connections to the hub, with our hooks."""
+
+    def __init__(self, make: Callable[[], Any]):
+        self._make = make
+
+    def __call__(self) -> Any:
+        client = self._make()
+        hooks = client.event_hooks
+        client.event_hooks = {
+            "request": [*hooks.get("request", []), _bound_silence],
+            "response": [*hooks.get("response", []), _take_over_pause],
+        }
+        return client
+
+
+def _bound_silence(request: Any) -> None:
+    """A bound for every wait that has none; many calls of the client ask for none."""
+    asked = request.extensions.get("timeout") or {}
+    bound = _SILENCE_ASKING if request.method in ("GET", "HEAD") else _SILENCE_SENDING
+    bounds = {"connect": _SILENCE_ASKING, "read": bound, "write": bound, "pool": bound}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    request.extensions = {**request.extensions, "timeout": {**bounds, **asked}}
 
 
 def _take_over_pause(response: Any) -> None:

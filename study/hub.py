@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffvit.checks import NAME
-from diffvit.errors import StorageError
+from diffvit.errors import StorageError, UserError
 from diffvit.ledger import RunFiles, RunSpec, read_result, read_results
 from diffvit.saving import is_on_hub
 from diffvit.storage import Storage, fetch_run, open_storage, remote_result, settle_run
@@ -81,10 +81,10 @@ def publish(url: str, checkpoints: Path, warn: Callable[[str], None]) -> None:
     from diffvit.hub_storage import HubStorage
     from diffvit.utils import HubRefusesError, status_of
 
-    storage = open_storage(url)
-    assert isinstance(storage, HubStorage)
     for pause in (*_PAUSES, None):
         try:
+            storage = open_storage(url)
+            assert isinstance(storage, HubStorage)
             _write_card(storage, storage.hub.head(), checkpoints)
             storage.tidy()
             return
@@ -92,7 +92,7 @@ def publish(url: str, checkpoints: Path, warn: Callable[[str], None]) -> None:
             # The hub fails for a while, or somebody else wrote meanwhile: look again.
             passes = status_of(error) in (409, 412) or (isinstance(error, StorageError) and not isinstance(error, HubRefusesError))
             if pause is None or not passes:
-                reason = error.message if isinstance(error, StorageError) else f"{type(error).__name__}."
+                reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}."
                 warn(f"the model card was not written: {reason} The next command with this storage writes it.")
                 return
             time.sleep(pause)

@@ -220,7 +220,8 @@ def run_study(options: StudyOptions) -> int:
                     runs = _left_by_others(options, every, tried)
                     tried += runs
     _report(options, specs, draw=signal_code is None)
-    _publish(options, unsent)
+    if signal_code is None:
+        _publish(options, unsent)
     ended = sum(_has_result(run, options) for run in tried)
     if signal_code is not None:
         _say(f"\nstopped: {ended} of {len(tried)} runs are done, the states of the others are saved")

@@ -243,13 +243,21 @@ def _trial(config: dict[str, Any]) -> None:
             _trainer(_of_try(config, number), settings).fit()
             tries.forget()  # done, stopped, or somebody else has the run
             return
-        except StorageError as error:
-            reason, limit = str(error), _STORAGE_TRIES
-        except UserError as error:  # no try will change it
-            tune.report({"run_id": run_id, "failed": str(error)})
-            return
         except Exception as error:
-            reason, limit = f"{type(error).__name__}: {error}".splitlines()[0], _TRIES
+            cause = _cause(error)
+            if isinstance(cause, StorageError):
+                reason, limit = str(cause), _STORAGE_TRIES
+            elif isinstance(cause, UserError):  # no try will change it
+                tune.report({"run_id": run_id, "failed": str(cause)})
+                return
+            else:
+                reason, limit = f"{type(cause).__name__}: {cause}".splitlines()[0], _TRIES
+
+
+def _cause(error: Exception) -> BaseException:
+    """What a run failed of: of a group, what one of its workers raised, ours before what the others make of it."""
+    failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values())
+    return next((failure for failure in failures if isinstance(failure, UserError)), error)
 
 
 def _of_try(config: dict[str, Any], number: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from faults.processes import assert_same_ledgers, ending, finish, kill_all, run_py, states, study, wait_until, weights
 from s3 import Gate
 
+from diffvit.dataset import load
 from diffvit.errors import RunIsBusyError, StorageError
 from diffvit.ledger import RunFiles, RunSpec, verify_run
 from diffvit.log import Step
@@ -206,8 +207,26 @@ def test_who_began_without_the_storage_gives_way(tmp_path: Path, whole: Path, mo
     assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == before
 
 
+def test_a_result_that_could_not_be_looked_at_is_not_replaced(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    url = str(tmp_path / "storage")
+    run_id = json.loads(next((whole / "checkpoints").glob("*/*_result.json")).read_text())["run_id"]
+    shutil.copytree(whole / "checkpoints", tmp_path / "other")
+    settle_run(Storage(url), RunFiles.of(tmp_path / "other", SPEC, run_id))
+    before = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
+
+    def fail(*_: object) -> None:
+        raise StorageError("not now.", "later.")
+
+    monkeypatch.setattr("diffvit.keeper.fetch_run", fail)  # with the lease in hand
+    saving = Saving(every=Every(steps=1), storage=url, lease_seconds=0.9, needs_storage=False)
+    with pytest.raises(RunIsBusyError):
+        train(SPEC, tmp_path / "checkpoints", device="cpu", saving=saving, on_steps=lambda *_: time.sleep(0.1))
+    assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == before
+
+
 def _fall_silent(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """While the event is set, no storage lists a folder or reads an object's marker."""
+    """While the event is set, no storage lists a folder, finds an object or reads its marker."""
     silent = threading.Event()
     silent.set()
 
@@ -219,7 +238,7 @@ def _fall_silent(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
         return method
 
-    for name in ("ls", "_marker"):
+    for name in ("ls", "has", "_marker"):
         monkeypatch.setattr(Storage, name, unless_silent(getattr(Storage, name)))
     return silent
 
@@ -249,6 +268,20 @@ def test_a_run_that_could_not_be_sent_is_sent_by_the_same_study(tmp_path: Path, 
     assert "all 1 runs are done already" in finish(study(first, *options, grid=grid))
     assert "all 1 runs are done already" in finish(study(second, *options, grid=grid))
     assert weights(first) == weights(second)
+
+
+@pytest.mark.slow
+def test_a_group_of_workers_need_not_wait_for_its_storage_either(tmp_path: Path) -> None:
+    grid = "datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\noverrides: {epochs: 2}\n"
+    run_id = RunSpec.of("vit_classic", "small", "digits", overrides={"epochs": 2}).run_id(load("digits").fingerprint)
+    storage = tmp_path / "storage"
+    (storage / ".state").mkdir(parents=True)
+    (storage / ".state" / run_id).write_text("in the way of a lease")
+    process = study(tmp_path, "--workers", "2", "--storage", str(storage), grid=grid)
+    with ending(process):
+        _, errors = process.communicate(timeout=400)
+    assert process.returncode == 1 and "could not be reached" in errors and "Traceback" not in errors, errors
+    assert len(list(tmp_path.glob(f"checkpoints/*/*{run_id}*_result.json"))) == 1
 
 
 @pytest.mark.slow

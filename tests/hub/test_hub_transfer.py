@@ -49,6 +49,7 @@ def test_a_folder_goes_and_comes_back(hub: HubServer, to_hub: Hub, folder: Path,
 
 def test_files_travel_over_http(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Xet, which the stand-in does not have, would be taken first.
+    monkeypatch.delenv("HF_HUB_DISABLE_XET", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     upload(folder, "", to_hub)
     assert hub.asked("POST", "lfs/objects/batch") and not hub.asked("*", "xet")
@@ -316,15 +317,30 @@ def test_the_hub_is_not_waited_for_longer_than_that(hub: HubServer, folder: Path
     assert [pause for pause in slept if pause == 10.0] == [10.0, 10.0] and max(slept) <= 10.0
 
 
-def test_a_hub_that_never_answers_is_given_up(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffvit.utils._SILENCE", 0.3)
-    huggingface_hub.close_session()
-    fault = hub.faults.add("POST", "commit", hang=30.0)
-    with pytest.raises(StorageError, match="does not answer"):
-        upload(folder, "", Hub(Account(NAME, "hf_write"), pauses=()))
+@pytest.mark.parametrize("silent", [("POST", "commit"), ("GET", "api/models/user/study$"), ("GET", "tree"), ("*", ".")], ids=str)
+def test_a_hub_that_never_answers_is_given_up(
+    hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, silent: tuple[str, str]
+) -> None:
+    monkeypatch.setattr("diffvit.utils._SILENCE_ASKING", 0.3)
+    monkeypatch.setattr("diffvit.utils._SILENCE_SENDING", 0.3)
+    hub.create(NAME)
+    fault = hub.faults.add(*silent, hang=30.0)
+    for _ in range(2):  # a hub that has failed is asked in another way
+        with pytest.raises(StorageError, match="does not answer"):
+            upload(folder, "", Hub(Account(NAME, "hf_write"), pauses=()))
     assert fault.hits
     hub.faults.clear()
     upload(folder, "", Hub(Account(NAME, "hf_write"), pauses=()))
+
+
+def test_waits_stay_bounded_when_the_client_makes_itself_anew(hub: HubServer, to_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.create(NAME)
+    to_hub.head()
+    huggingface_hub.close_session()  # as the client does after a connection that failed
+    monkeypatch.setattr("diffvit.utils._SILENCE_ASKING", 0.3)
+    hub.faults.add("GET", "api", hang=30.0)
+    with pytest.raises(Exception, match="timed out"):
+        to_hub.api.repo_info(NAME)
 
 
 def test_what_is_in_the_way(to_hub: Hub, folder: Path, tmp_path: Path) -> None:
