@@ -19,18 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# (q [B, N, P, 2, E], k the same, v [B, P, N, V], lambda, scalar) -> [B, P, N, V]
-Form = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+from diffvit.vit import triton_supported
+
+# (q [B, N, P, 2, E], k the same, v [B, P, N, V], lambda, scalar) -> [B, P, N, V]; a classic layer's queries may be fewer than its keys
+Equation = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# (queries, keys and values in one matrix [B, N, 3, D], number of heads, lambda, scalar) -> the pairs' outputs side by side [B, N, D]
+Form = Callable[[Tensor, int, Tensor], Tensor]
 
 
-def differential_attention(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor, form: str | None = None) -> Tensor:
-    """Equation 1. [B, P, N, V], in v's dtype
+def differential_attention(qkv_BN3D: Tensor, heads: int, lambda_full: Tensor, form: str | None = None) -> Tensor:
+    """Equation 1, the pairs' outputs side by side. [B, N, D], in qkv's dtype
 
     Args:
-        form: a key of FORMS; default: what default_form says for v's device.
+        qkv_BN3D: queries, keys and values as a linear layer makes them.
+        heads: of queries, D / E; neighbours (2i, 2i+1) form pair i.
+        lambda_full: scalar, fp32 or better.
+        form: a key of FORMS; default: what default_form says for the device.
     """
-    name = form or default_form(v_BPNV.device.type, v_BPNV.dtype, v_BPNV.shape[2])
-    return FORMS[name](q_BNPsE, k_BNPsE, v_BPNV, lambda_full.to(v_BPNV.dtype))
+    name = form or default_form(qkv_BN3D.device.type, qkv_BN3D.dtype, qkv_BN3D.shape[1])
+    return FORMS[name](qkv_BN3D, heads, lambda_full)
 
 
 # Up to so many tokens whole maps are small, and on a CPU the fastest.
@@ -54,7 +61,14 @@ def maps(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) 
     """The equation as it stands, with both maps in memory."""
     q_sBPNE, k_sBPNE = _pairs_apart(q_BNPsE), _pairs_apart(k_BNPsE)
     first_BPNN, second_BPNN = torch.softmax(q_sBPNE @ k_sBPNE.mT * q_sBPNE.shape[-1] ** -0.5, dim=-1)
-    return (first_BPNN - lambda_full * second_BPNN) @ v_BPNV
+    return _difference(first_BPNN, second_BPNN, lambda_full) @ v_BPNV
+
+
+def _difference(first: Tensor, second: Tensor, lambda_full: Tensor) -> Tensor:
+    """first - lambda second, in their dtype. Lambda is not rounded to that: half precision has 8 bits of it."""
+    if first.dtype in (torch.float32, torch.float64):
+        return first - lambda_full.to(first.dtype) * second
+    return (first - lambda_full.float() * second.float()).to(first.dtype)
 
 
 def two_calls(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) -> Tensor:
@@ -64,7 +78,7 @@ def two_calls(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Ten
         F.scaled_dot_product_attention(q_BPNE, k_BPNE, v_BPNV, scale=scale)
         for q_BPNE, k_BPNE in zip(_pairs_apart(q_BNPsE), _pairs_apart(k_BNPsE), strict=True)
     )
-    return first_BPNV - lambda_full * second_BPNV
+    return _difference(first_BPNV, second_BPNV, lambda_full)
 
 
 def padded(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) -> Tensor:
@@ -75,7 +89,7 @@ def padded(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor
         F.scaled_dot_product_attention(q_BPNV, k_BPNV, v_BPNV, scale=scale)
         for q_BPNV, k_BPNV in zip(_pairs_apart(F.pad(q_BNPsE, padding)), _pairs_apart(F.pad(k_BNPsE, padding)), strict=True)
     )
-    return first_BPNV - lambda_full * second_BPNV
+    return _difference(first_BPNV, second_BPNV, lambda_full)
 
 
 def four_calls(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) -> Tensor:
@@ -84,7 +98,7 @@ def four_calls(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Te
         torch.cat([F.scaled_dot_product_attention(q_BPNE, k_BPNE, half_BPNE) for half_BPNE in v_BPNV.chunk(2, dim=-1)], dim=-1)
         for q_BPNE, k_BPNE in zip(_pairs_apart(q_BNPsE), _pairs_apart(k_BNPsE), strict=True)
     )
-    return first_BPNV - lambda_full * second_BPNV
+    return _difference(first_BPNV, second_BPNV, lambda_full)
 
 
 def _pairs_apart(x_BNPsE: Tensor) -> Tensor:
@@ -102,7 +116,7 @@ def blocks(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor
 
     Forward and backward so need the arithmetic of classic attention, and not one and a half times as much.
     """
-    return _blocks(_pairs_apart(q_BNPsE), _pairs_apart(k_BNPsE), v_BPNV, lambda_full)
+    return _blocks(_pairs_apart(q_BNPsE), _pairs_apart(k_BNPsE), v_BPNV, lambda_full.to(v_BPNV.dtype))
 
 
 # Operators of their own, of q and k [s, B, P, N, E], v [B, P, N, V] and lambda, scalar: torch.compile leaves their loops alone.
@@ -189,27 +203,39 @@ def _maps_of(q_CRE: Tensor, k_CNE: Tensor) -> Tensor:
     return torch.softmax(scores_CRN, dim=-1, out=scores_CRN)
 
 
-# ---------------------------------------------------------------------------------------------------------- triton
+# ----------------------------------------------------------------------------------------------------------- the table
 
 
-def triton(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor) -> Tensor:
-    """One kernel forward and two backward, for GPUs: differential_triton.py, imported where it is used, for not every system has Triton.
+def of_matrix(equation: Equation) -> Form:
+    """The form that takes queries, keys and values out of their matrix for an equation."""
+
+    def form(qkv_BN3D: Tensor, heads: int, lambda_full: Tensor) -> Tensor:
+        q_BND, k_BND, v_BND = qkv_BN3D.unbind(2)
+        q_BNPsE, k_BNPsE = (x.unflatten(-1, (heads // 2, 2, -1)) for x in (q_BND, k_BND))
+        o_BPNV = equation(q_BNPsE, k_BNPsE, v_BND.unflatten(-1, (heads // 2, -1)).transpose(1, 2), lambda_full)
+        return o_BPNV.transpose(1, 2).flatten(2)
+
+    return form
+
+
+def triton(qkv_BN3D: Tensor, heads: int, lambda_full: Tensor) -> Tensor:
+    """One kernel forward and two backward, for GPUs: attention_triton.py, imported where it is used, for not every system has Triton.
 
     Raises:
         ImportError: there is no Triton.
         ValueError: there are no kernels for this.
     """
-    from diffvit.differential_triton import differential_attention as fused
+    from diffvit.attention_triton import attend
 
-    return fused(q_BNPsE, k_BNPsE, v_BPNV, lambda_full)
+    return attend(qkv_BN3D, heads, lambda_full)
 
 
 FORMS: dict[str, Form] = {
-    "maps": maps,
-    "two_calls": two_calls,
-    "padded": padded,
-    "four_calls": four_calls,
-    "blocks": blocks,
+    "maps": of_matrix(maps),
+    "two_calls": of_matrix(two_calls),
+    "padded": of_matrix(padded),
+    "four_calls": of_matrix(four_calls),
+    "blocks": of_matrix(blocks),
     "triton": triton,
 }
 
@@ -219,14 +245,4 @@ CANDIDATES = ("two_calls", "padded", "four_calls", "triton")
 
 def usable(forms: Iterable[str], device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Those of the forms that can be tried on a device: `triton` only where it is installed and has kernels."""
-    return [form for form in forms if form != "triton" or _triton_supported(device, dtype, head_dim)]
-
-
-def _triton_supported(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    if device.type != "cuda":  # importing Triton takes seconds
-        return False
-    try:
-        from diffvit.differential_triton import supported
-    except Exception:  # missing, or broken in one of many ways: there are other forms
-        return False
-    return supported(device, dtype, head_dim)
+    return [form for form in forms if form != "triton" or triton_supported(device, dtype, head_dim, maps=2)]

@@ -14,6 +14,8 @@ Shapes in names: B batch, N tokens (class token included), D d_model, H heads, M
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 from typing import Protocol as Interface
 
@@ -34,7 +36,7 @@ class AttentionClass(Interface):
 
     def __call__(self, d_model: int, heads: int, layer: int, dropout: float) -> nn.Module: ...
 
-    def map_flops(self, d_model: int, tokens: int) -> int: ...
+    def map_flops(self, d_model: int, tokens: int, queries: int | None = None) -> int: ...
 
 
 class AttentionLayer(Interface):
@@ -48,7 +50,11 @@ class AttentionLayer(Interface):
 
     def lambdas(self, x_BND: Tensor) -> Tensor | None: ...
 
+    def heads_output(self, x_BND: Tensor, queries: int | None = None) -> Tensor: ...
+
     def form_on(self, device: str, dtype: torch.dtype, tokens: int) -> str: ...
+
+    def forms(self, device: torch.device, dtype: torch.dtype) -> list[str]: ...
 
 
 class MLP(nn.Module):
@@ -57,15 +63,16 @@ class MLP(nn.Module):
     def __init__(self, d_model: int, hidden: int, dropout: float):
         super().__init__()
         self.fc1 = nn.Linear(d_model, hidden)
+        self.hidden_dropout = Dropout(dropout)
         self.fc2 = nn.Linear(hidden, d_model)
         self.dropout = Dropout(dropout)
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x_BND)))))
+        return self.dropout(self.fc2(self.hidden_dropout(F.gelu(self.fc1(x_BND)))))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block. [B, N, D] -> [B, N, D]"""
+    """Pre-norm transformer block. [B, N, D] -> [B, N, D], or of the first `tokens` only [B, tokens, D]"""
 
     def __init__(self, attention: nn.Module, d_model: int, mlp_hidden: int, dropout: float):
         super().__init__()
@@ -74,8 +81,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(d_model, eps=1e-6)
         self.mlp = MLP(d_model, mlp_hidden, dropout)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.attn(self.norm1(x_BND))
+    def forward(self, x_BND: Tensor, tokens: int | None = None) -> Tensor:
+        return self.after_norm(x_BND, self.norm1(x_BND), tokens)
+
+    def after_norm(self, x_BND: Tensor, normed_BND: Tensor, tokens: int | None = None) -> Tensor:
+        """What forward gives, where norm1 has been computed."""
+        x_BND = x_BND[:, :tokens] + self.attn(normed_BND, tokens)
         return x_BND + self.mlp(self.norm2(x_BND))
 
 
@@ -112,7 +123,8 @@ class VisionTransformer(nn.Module):
             raise ValueError(f"{heads} heads do not divide d_model {d_model}")
         self.attention_class = attention
         self.facts: dict[str, Any] = {}  # what a checkpoint's header says of it
-        self.recompute = False  # keep only the blocks' inputs for the backward pass
+        self.recompute = False  # activation checkpointing: keep only the blocks' inputs for the backward pass
+        self.fused = False  # compute the blocks in fused.py's kernels
         self.tokens = (image_size // patch_size) ** 2 + 1
         self.patch_embed = nn.Conv2d(channels, d_model, kernel_size=patch_size, stride=patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d_model))
@@ -122,17 +134,30 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(attention(d_model, heads, layer, dropout), d_model, hidden, dropout) for layer in range(depth))
         self.norm = nn.LayerNorm(d_model, eps=1e-6)
         self.head = nn.Linear(d_model, classes)
+        for site, module in enumerate(module for module in self.modules() if isinstance(module, Dropout)):
+            module.site = site
 
     def forward(self, images: Tensor) -> Tensor:
         x_BND = self.embed(images)
-        recompute = self.recompute and torch.is_grad_enabled()
-        for block in self.blocks:
-            x_BND = checkpoint(block, x_BND, use_reentrant=False) if recompute else block(x_BND)
-        return self.classify(x_BND)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=not self.fused)  # fused, masks need no generator
+        run = again if self.recompute and torch.is_grad_enabled() else _call
+        if self.fused:
+            from diffvit.fused import blocks_but_last
+
+            stream_BND, normed_BND = blocks_but_last(list(self.blocks), x_BND, run)
+            x_BnD = run(cast(Block, self.blocks[-1]).after_norm, stream_BND, normed_BND, 1)
+        else:
+            for block in self.blocks[:-1]:
+                x_BND = run(block, x_BND)
+            x_BnD = run(self.blocks[-1], x_BND, 1)  # the class token is all that is used of the last block
+        return self.classify(x_BnD)
 
     def embed(self, images: Tensor) -> Tensor:
         """What the first block gets: class token and patches, with their positions. [B, N, D]"""
-        x_BND = self.patch_embed(images).flatten(2).transpose(1, 2)
+        # The convolution's patches do not overlap, so it is a product: cuDNN takes several times as long.
+        side, conv = self.patch_embed.kernel_size[0], self.patch_embed
+        patches_BNP = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x_BND = F.linear(patches_BNP, conv.weight.flatten(1), conv.bias)
         x_BND = torch.cat([self.cls_token.expand(len(images), -1, -1), x_BND], dim=1)
         return self.dropout(x_BND + self.pos_embed)
 
@@ -184,7 +209,14 @@ class VisionTransformer(nn.Module):
         flops = 2 * (self.tokens - 1) * self.patch_embed.weight.numel()
         flops += 2 * self.tokens * sum(m.weight.numel() for m in linear)
         flops += len(self.blocks) * self.attention_class.map_flops(d_model, self.tokens)
-        return flops + 2 * self.head.weight.numel()
+        return flops + 2 * self.head.weight.numel() - self._flops_spared()
+
+    def _flops_spared(self) -> int:
+        """What the last block does not compute: all but keys and values of all tokens but the class token."""
+        d_model, others = self.pos_embed.shape[-1], self.tokens - 1
+        linear = sum(m.weight.numel() for m in self.blocks[-1].modules() if isinstance(m, nn.Linear)) - 2 * d_model**2
+        maps = [self.attention_class.map_flops(d_model, self.tokens, queries) for queries in (None, 1)]
+        return 2 * others * linear + maps[0] - maps[1]
 
 
 def _initialise_parameter(name: str, value: Tensor, generator: torch.Generator) -> None:
@@ -198,6 +230,46 @@ def _initialise_parameter(name: str, value: Tensor, generator: torch.Generator) 
         # Query, key and value lie in one matrix for speed and are drawn as the square ones that they are.
         for matrix in value.split(value.shape[1]) if name.endswith("qkv.weight") else [value.flatten(1)]:
             nn.init.xavier_uniform_(matrix, generator=generator)
+
+
+def _call(function: Callable[..., Any], *inputs: Any) -> Any:
+    return function(*inputs)
+
+
+def project(qkv: nn.Linear, x_BND: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the first so many tokens, or of all, keys and values, whose matrices lie in one. [B, n, D], [B, N, D], [B, N, D]"""
+    if queries is None:
+        q_BND, k_BND, v_BND = qkv(x_BND).chunk(3, dim=-1)
+        return q_BND, k_BND, v_BND
+    D = qkv.in_features
+    k_BND, v_BND = F.linear(x_BND, qkv.weight[D:], qkv.bias[D:]).chunk(2, dim=-1)
+    return F.linear(x_BND[:, :queries], qkv.weight[:D], qkv.bias[:D]), k_BND, v_BND
+
+
+def triton_supported(device: torch.device, dtype: torch.dtype, head_dim: int, maps: int) -> bool:
+    """Whether attention_triton.py is installed and has kernels for this; see its `supported`."""
+    if device.type != "cuda":  # importing Triton takes seconds
+        return False
+    try:
+        from diffvit.attention_triton import supported
+    except Exception:  # missing, or broken in one of many ways: there are other forms
+        return False
+    return supported(device, dtype, head_dim, maps)
+
+
+def attend_by_triton(qkv: nn.Linear, x_BND: Tensor, heads: int, lambda_full: Tensor | None = None) -> Tensor:
+    """attention_triton.py's attention of a linear layer's output, imported where it is used: not every system has Triton. [B, N, D]"""
+    from diffvit.attention_triton import attend
+
+    qkv_BN3D = F.linear(x_BND, qkv.weight, qkv.bias.detach()).unflatten(-1, (3, -1))  # attend gives the bias its gradient
+    return attend(qkv_BN3D, heads, lambda_full, qkv.bias)
+
+
+def set_form(model: nn.Module, form: str | None) -> None:
+    """Have all of a model's layers compute attention in a form that they know, or None for the device's default."""
+    for module in cast(list[Any], [*model.modules()]):
+        if hasattr(module, "form"):
+            module.form = form
 
 
 def softmax_maps(logits: Tensor) -> Tensor:

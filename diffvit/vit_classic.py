@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffvit.dropout import Dropout
 from diffvit.protocol import PROTOCOLS, resolve_size
-from diffvit.vit import VisionTransformer, build_model, softmax_maps
+from diffvit.vit import VisionTransformer, attend_by_triton, build_model, project, softmax_maps, triton_supported
 
 
 class Attention(nn.Module):
@@ -25,18 +25,30 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.proj = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
+        self.form: str | None = None  # "triton", or None for torch's fused attention
 
     @staticmethod
-    def map_flops(d_model: int, tokens: int) -> int:
+    def map_flops(d_model: int, tokens: int, queries: int | None = None) -> int:
         """FLOPs of one layer's Q K' and its product with V, for one image."""
-        return 4 * tokens**2 * d_model
+        return 4 * (queries or tokens) * tokens * d_model
 
     def form_on(self, device: str, dtype: torch.dtype, tokens: int) -> str:
         """The computation that forward does there, for the record."""
-        return "sdpa"
+        return self.form or "sdpa"
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self._output(F.scaled_dot_product_attention(*self._project(x_BND)))
+    def forms(self, device: torch.device, dtype: torch.dtype) -> list[str]:
+        """What a GPU chooses `form` from by measurement. The first is what the others are compared with."""
+        head_dim = self.qkv.in_features // self.heads
+        return ["sdpa", *(["triton"] if triton_supported(device, dtype, head_dim, maps=1) else [])]
+
+    def forward(self, x_BND: Tensor, queries: int | None = None) -> Tensor:
+        return self.dropout(self.proj(self.heads_output(x_BND, queries)))
+
+    def heads_output(self, x_BND: Tensor, queries: int | None = None) -> Tensor:
+        """The heads' outputs side by side, of the first so many tokens or of all. [B, n, D]"""
+        if queries is None and self.form == "triton":
+            return attend_by_triton(self.qkv, x_BND, self.heads)
+        return F.scaled_dot_product_attention(*self._project(x_BND, queries)).transpose(1, 2).flatten(2)
 
     def logits(self, x_BND: Tensor) -> Tensor:
         """Scores before the softmax, scaled. [B, H, N, N]: query, key"""
@@ -50,19 +62,15 @@ class Attention(nn.Module):
     def apply_maps(self, maps_BHNN: Tensor, x_BND: Tensor) -> Tensor:
         """The layer's output where its maps are these. [B, N, D]"""
         v_BHNE = self._project(x_BND)[2]
-        return self._output(maps_BHNN.to(v_BHNE.dtype) @ v_BHNE)
+        return self.dropout(self.proj((maps_BHNN.to(v_BHNE.dtype) @ v_BHNE).transpose(1, 2).flatten(2)))
 
     def lambdas(self, x_BND: Tensor) -> None:
         """Nothing is subtracted here."""
         return None
 
-    def _project(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, N, D = x_BND.shape
-        q_BHNE, k_BHNE, v_BHNE = self.qkv(x_BND).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+    def _project(self, x_BND: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        q_BHNE, k_BHNE, v_BHNE = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in project(self.qkv, x_BND, queries))
         return q_BHNE, k_BHNE, v_BHNE
-
-    def _output(self, o_BHNE: Tensor) -> Tensor:
-        return self.dropout(self.proj(o_BHNE.transpose(1, 2).flatten(2)))
 
 
 def vit_classic_cifar100(size: str = "10B") -> VisionTransformer:

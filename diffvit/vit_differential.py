@@ -18,10 +18,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffvit.differential_forms import default_form, differential_attention
-from diffvit.dropout import Dropout
+from diffvit.differential_forms import CANDIDATES, default_form, differential_attention, maps, usable
+from diffvit.dropout import Dropout, has_kernels
 from diffvit.protocol import PROTOCOLS, resolve_size
-from diffvit.vit import VisionTransformer, build_model, softmax_maps
+from diffvit.vit import VisionTransformer, attend_by_triton, build_model, project, softmax_maps
 
 
 def lambda_init(layer: int) -> float:
@@ -54,9 +54,9 @@ class DifferentialAttention(nn.Module):
         self.form: str | None = None  # of equation 1: a key of FORMS, or None for the device's default
 
     @staticmethod
-    def map_flops(d_model: int, tokens: int) -> int:
-        """FLOPs of one layer's two maps and their two products with V, for one image: the fused forms; `blocks` needs a third less."""
-        return 6 * tokens**2 * d_model
+    def map_flops(d_model: int, tokens: int, queries: int | None = None) -> int:
+        """FLOPs of one layer's two maps and their two products with V, for one image: the fused forms; others need a third less."""
+        return 6 * tokens**2 * d_model if queries is None else 4 * queries * tokens * d_model
 
     @staticmethod
     def initialise_parameter(name: str, value: Tensor, generator: torch.Generator) -> None:
@@ -73,8 +73,22 @@ class DifferentialAttention(nn.Module):
         second = torch.exp(torch.dot(self.lambda_q2.float(), self.lambda_k2.float()))
         return first - second + self.lambda_init
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self._output(differential_attention(*self._project(x_BND), self.lambda_full(), self.form))
+    def forms(self, device: torch.device, dtype: torch.dtype) -> list[str]:
+        """What a GPU chooses `form` from by measurement. The first is what the others are compared with."""
+        return usable(CANDIDATES, device, dtype, self.head_dim)
+
+    def forward(self, x_BND: Tensor, queries: int | None = None) -> Tensor:
+        return self.dropout(self.proj(self.heads_output(x_BND, queries)))
+
+    def heads_output(self, x_BND: Tensor, queries: int | None = None) -> Tensor:
+        """Equation 3: the heads' outputs side by side, of the first so many tokens or of all. [B, n, D]"""
+        if queries is None and self.form == "triton":
+            return self._normed(attend_by_triton(self.qkv, x_BND, 2 * self.pairs, self.lambda_full()))
+        if queries is None:
+            qkv_BN3D = self.qkv(x_BND).unflatten(-1, (3, -1))
+            return self._normed(differential_attention(qkv_BN3D, 2 * self.pairs, self.lambda_full(), self.form))
+        o_BPnV = maps(*self._project(x_BND, queries), self.lambda_full())  # of few queries the maps are small
+        return self._normed(o_BPnV.transpose(1, 2).flatten(2))
 
     def logits(self, x_BND: Tensor) -> Tensor:
         """Scores before the softmax, scaled, of all 2P heads. [B, H, N, N]: query, key"""
@@ -90,29 +104,25 @@ class DifferentialAttention(nn.Module):
     def apply_maps(self, maps_BPNN: Tensor, x_BND: Tensor) -> Tensor:
         """The layer's output where its pairs' maps are these. [B, N, D]"""
         v_BPNV = self._project(x_BND)[2]
-        return self._output(maps_BPNN.to(v_BPNV.dtype) @ v_BPNV)
+        return self.dropout(self.proj(self._normed((maps_BPNN.to(v_BPNV.dtype) @ v_BPNV).transpose(1, 2).flatten(2))))
 
     def lambdas(self, x_BND: Tensor) -> Tensor:
         """What the second maps are multiplied with: one number for all. Scalar."""
         return self.lambda_full()
 
-    def _project(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, N, D = x_BND.shape
-        qkv_BN3D = self.qkv(x_BND).view(B, N, 3, D)
-        q_BNPsE, k_BNPsE = qkv_BN3D[:, :, :2].view(B, N, 2, self.pairs, 2, self.head_dim).unbind(2)
-        v_BPNV = qkv_BN3D[:, :, 2].view(B, N, self.pairs, 2 * self.head_dim).transpose(1, 2)
-        return q_BNPsE, k_BNPsE, v_BPNV
+    def _project(self, x_BND: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        q_BND, k_BND, v_BND = project(self.qkv, x_BND, queries)
+        q_BNPsE, k_BNPsE = (x.unflatten(-1, (self.pairs, 2, self.head_dim)) for x in (q_BND, k_BND))
+        return q_BNPsE, k_BNPsE, v_BND.unflatten(-1, (self.pairs, 2 * self.head_dim)).transpose(1, 2)
 
-    def _output(self, o_BPNV: Tensor) -> Tensor:
-        o_BPNV = (1 - self.lambda_init) * self.sub_norm(o_BPNV)
-        return self.dropout(self.proj(o_BPNV.transpose(1, 2).flatten(2)))
+    def _normed(self, o_BND: Tensor) -> Tensor:
+        """Equation 3 of the heads' outputs side by side."""
+        o_BNPV, norm, factor = o_BND.unflatten(-1, (self.pairs, -1)), self.sub_norm, 1 - self.lambda_init
+        if not torch.compiler.is_compiling() and has_kernels(o_BND.device, 2 * self.head_dim):  # it fuses torch's own
+            from diffvit.fused_triton import head_norm
 
-
-def set_form(model: nn.Module, form: str | None) -> None:
-    """Have every differential attention in `model` compute equation 1 in a form: a key of FORMS, or None for the device's default."""
-    for module in model.modules():
-        if isinstance(module, DifferentialAttention):
-            module.form = form
+            return head_norm(o_BNPV, norm.weight, norm.eps, factor).flatten(-2)
+        return (factor * norm(o_BNPV)).flatten(-2)
 
 
 def vit_differential_cifar100(size: str = "10B") -> VisionTransformer:

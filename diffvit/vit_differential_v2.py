@@ -46,20 +46,29 @@ class DifferentialAttentionV2(nn.Module):
         return 8 * round((mlp_ratio * d_model - more_in_attention / one_hidden_unit) / 8)
 
     @staticmethod
-    def map_flops(d_model: int, tokens: int) -> int:
+    def map_flops(d_model: int, tokens: int, queries: int | None = None) -> int:
         """FLOPs of one layer's two maps and their two products with V, for one image."""
-        return 8 * tokens**2 * d_model
+        return 8 * (queries or tokens) * tokens * d_model
 
     def form_on(self, device: str, dtype: torch.dtype, tokens: int) -> str:
         """The computation that forward does there, for the record."""
         return "sdpa, one call"
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        q1_BHNE, q2_BHNE, k_BHNE, v_BHNE = self._project(x_BND)
-        # Both queries of a token meet the same keys and values, so one call takes them as 2N queries.
-        o_BH2NE = F.scaled_dot_product_attention(torch.cat([q1_BHNE, q2_BHNE], dim=2), k_BHNE, v_BHNE)
-        first_BHNE, second_BHNE = o_BH2NE.chunk(2, dim=2)
-        return self._output(first_BHNE - self._lambdas(x_BND).to(first_BHNE.dtype) * second_BHNE)
+    def forms(self, device: torch.device, dtype: torch.dtype) -> list[str]:
+        """There is nothing to choose from."""
+        return []
+
+    def forward(self, x_BND: Tensor, queries: int | None = None) -> Tensor:
+        return self.dropout(self.proj(self.heads_output(x_BND, queries)))
+
+    def heads_output(self, x_BND: Tensor, queries: int | None = None) -> Tensor:
+        """The heads' outputs side by side, of the first so many tokens or of all. [B, n, D]"""
+        q1_BHnE, q2_BHnE, k_BHNE, v_BHNE = self._project(x_BND, queries)
+        # Both queries of a token meet the same keys and values, so one call takes them as 2n queries.
+        o_BH2nE = F.scaled_dot_product_attention(torch.cat([q1_BHnE, q2_BHnE], dim=2), k_BHNE, v_BHNE)
+        first_BHnE, second_BHnE = o_BH2nE.chunk(2, dim=2)
+        lambda_BHn1 = self._lambdas(x_BND[:, :queries]).to(first_BHnE.dtype)
+        return (first_BHnE - lambda_BHn1 * second_BHnE).transpose(1, 2).flatten(2)
 
     def logits(self, x_BND: Tensor) -> Tensor:
         """Scores before the softmax, scaled, of all 2H query heads; neighbours share a key. [B, 2H, N, N]: query, key"""
@@ -75,21 +84,24 @@ class DifferentialAttentionV2(nn.Module):
     def apply_maps(self, maps_BHNN: Tensor, x_BND: Tensor) -> Tensor:
         """The layer's output where its maps are these. [B, N, D]"""
         v_BHNE = self._project(x_BND)[3]
-        return self._output(maps_BHNN.to(v_BHNE.dtype) @ v_BHNE)
+        return self.dropout(self.proj((maps_BHNN.to(v_BHNE.dtype) @ v_BHNE).transpose(1, 2).flatten(2)))
 
     def lambdas(self, x_BND: Tensor) -> Tensor:
         """What each token's second map is multiplied with, 0 to 1, in fp32 or better. [B, H, N]"""
         return self._lambdas(x_BND).squeeze(-1)
 
-    def _project(self, x_BND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        B, N, D = x_BND.shape
-        q1_BHNE, k_BHNE, v_BHNE, q2_BHNE = self.qkv(x_BND).view(B, N, 4, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+    def _project(self, x_BND: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        D = x_BND.shape[-1]
+        if queries is None:
+            q1_BND, k_BND, v_BND, q2_BND = self.qkv(x_BND).chunk(4, dim=-1)
+        else:
+            rows, biases = self.qkv.weight.split(D), self.qkv.bias.split(D)
+            q1_BND, q2_BND = (F.linear(x_BND[:, :queries], rows[i], biases[i]) for i in (0, 3))
+            k_BND, v_BND = F.linear(x_BND, self.qkv.weight[D : 3 * D], self.qkv.bias[D : 3 * D]).chunk(2, dim=-1)
+        q1_BHNE, q2_BHNE, k_BHNE, v_BHNE = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q1_BND, q2_BND, k_BND, v_BND))
         return q1_BHNE, q2_BHNE, k_BHNE, v_BHNE
 
     def _lambdas(self, x_BND: Tensor) -> Tensor:
         logits_BNH = self.lambda_proj(x_BND)
         logits_BNH = logits_BNH.to(torch.promote_types(logits_BNH.dtype, torch.float32))
         return torch.sigmoid(logits_BNH).transpose(1, 2).unsqueeze(-1)
-
-    def _output(self, o_BHNE: Tensor) -> Tensor:
-        return self.dropout(self.proj(o_BHNE.transpose(1, 2).flatten(2)))
