@@ -62,6 +62,16 @@ _data_option = click.option(
     envvar="DIFFVIT_DATA",
     help="Folder with hub data sets as user/name. [env: DIFFVIT_DATA; default: the hub]",
 )
+_AUTO = {"auto": None, "true": True, "false": False}
+
+
+def _choice(name: str, text: str) -> Callable[[Callable], Callable]:
+    """An option that is true, false, or None where the program shall choose."""
+    return click.option(
+        name, type=click.Choice(list(_AUTO)), default="auto", show_default=True, help=text, callback=lambda *given: _AUTO[given[-1]]
+    )
+
+
 _run_options = _options(
     click.option("--model", required=True, help="vit_classic or vit_differential."),
     click.option("--size", required=True, help="10B, 25B or 50B (about 10, 25, 50 million parameters); small, medium, large."),
@@ -70,9 +80,12 @@ _run_options = _options(
 _compute_options = _options(
     click.option("--precision", default="auto", show_default=True, help="fp32, bf16, or auto: bf16 where the GPU has it."),
     click.option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images computed at once. [default: what fits]"),
-    click.option("--compile", type=click.Choice(["auto", "true", "false"]), default="auto", show_default=True,
-                 help="torch.compile the blocks; auto: on a GPU, where it is found to be faster."),
-    click.option("--recompute", is_flag=True, help="Compute activations again instead of keeping them: slower, and in much less memory."),
+    _choice("--fused", "Compute the blocks in kernels of our own; auto: on a GPU, where it is found to be faster."),
+    _choice("--graphs", "Replay CUDA graphs; auto: on a GPU, with fused blocks."),
+    _choice("--compile", "torch.compile the blocks; auto: on a GPU without such kernels, where it is found to be faster."),
+    click.option("--recompute/--no-recompute", default=None,
+                 help="Compute activations again instead of keeping them: slower, and in much less memory. "
+                      "[default: on a GPU whose memory is very short]"),
     click.option("--deterministic", is_flag=True, help="On a GPU too, give the same bits every time."),
 )  # fmt: skip
 _saving_options = _options(
@@ -96,7 +109,6 @@ _place_options = _options(
     click.option("--cpus_per_run", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
                  help="CPUs, and on a CPU threads, of a run."),
 )  # fmt: skip
-_COMPILE = {"auto": None, "true": True, "false": False}
 _EPOCHS = click.option("--epochs", type=int, metavar="N", help="Override the protocol's epochs.")
 _DATASET_OF_GRID = click.option("--dataset", metavar="NAME", help="The data set of --grid noise or lr. [default: digits]")
 _GRIDS = "digits|full|full-plus|noise|lr|FILE"
@@ -122,7 +134,8 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 @_saving_options
 @click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
 def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_root: str | None, checkpoints: Path, precision: str,
-          micro_batch: int | None, compile: str, recompute: bool, deterministic: bool, save_every: str, storage: str | None,
+          micro_batch: int | None, fused: bool | None, graphs: bool | None, compile: bool | None, recompute: bool | None,
+          deterministic: bool, save_every: str, storage: str | None,
           sync_every: str, lease: str | None, device: str | None, **overrides: Any) -> None:  # fmt: skip
     """Train one model and measure its test accuracy.
 
@@ -145,7 +158,9 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
         try:
             result = train_run(
                 spec, checkpoints, data_root=data_root, device=place,
-                compute=Compute(micro_batch=micro_batch, deterministic=deterministic, compile=_COMPILE[compile], recompute=recompute),
+                compute=Compute(
+                    micro_batch=micro_batch, deterministic=deterministic, fused=fused, graphs=graphs, compile=compile, recompute=recompute
+                ),
                 on_steps=progress, on_warning=_warn, saving=saving, should_stop=signals.seen,
             )  # fmt: skip
         except Stopped as stopped:
@@ -299,7 +314,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_saving_options
 def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, dry_run: bool, rehearse: bool, upload: bool,
           checkpoints: Path, save_every: str, storage: str | None, sync_every: str, lease: str | None, shard: str | None, collect: bool,
-          resource: tuple[str, ...], compile: str, **options: Any) -> None:  # fmt: skip
+          resource: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
 
     Finished runs are skipped, so the same command carries on. Without arguments: both architectures in three sizes on two
@@ -322,7 +337,7 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     from study.shard import Shard
 
     settings = StudyOptions(
-        grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources, compile=_COMPILE[compile],
+        grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources,
         shard=Shard.parse(shard) if shard else None, command=_own_command(), **options,
     )  # fmt: skip
     if dry_run:
@@ -348,7 +363,7 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
 @_checkpoints_option
 @_compute_options
 def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, gpu: str | None, gpus: int, price: float | None,
-         probe: bool, probe_seconds: float, json_path: Path | None, compile: str, **options: Any) -> None:  # fmt: skip
+         probe: bool, probe_seconds: float, json_path: Path | None, **options: Any) -> None:  # fmt: skip
     """Say what a study will take before it starts: parameters, FLOPs, memory, time and money of each run, and when the last ends.
 
     Numbers are measured on the machine at hand (--probe), were measured there earlier, or are estimated from a data sheet (--gpu);
@@ -366,7 +381,7 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
         raise UserError(f"{json_path} cannot be written.", "give --json a file in a folder that is there.")
     from study.main import StudyOptions, plan_study
 
-    settings = StudyOptions(grid=chosen, seeds=seeds, epochs=epochs, compile=_COMPILE[compile], command=_own_command(), **options)
+    settings = StudyOptions(grid=chosen, seeds=seeds, epochs=epochs, command=_own_command(), **options)
     forecast = plan_study(settings, gpu, gpus, price, probe_seconds if probe else None)
     from study.forecast import forecast_json, forecast_text
 

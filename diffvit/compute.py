@@ -1,7 +1,7 @@
 """How a run is computed: nothing here changes what it computes, beyond rounding and the draws of dropout.
 
-On a GPU the form of differential attention and torch.compile are chosen by measurement, before the run's clock starts; the forms'
-times are kept in the cache folder. On a CPU a table says it: docs/performance.md has the evidence.
+On a GPU the form of attention, and whether the blocks are fused or compiled, are chosen by measurement before the run's clock starts;
+the forms' times are kept in the cache folder. On a CPU a table says it: docs/performance.md has the evidence.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffvit.dataset import cache_folder
-from diffvit.differential_forms import CANDIDATES, differential_attention, usable
+from diffvit.dropout import has_kernels
 from diffvit.evaluation import autocast
 from diffvit.ledger import write_atomically
-from diffvit.vit import VisionTransformer
-from diffvit.vit_differential import DifferentialAttention, set_form
+from diffvit.vit import AttentionLayer, Block, VisionTransformer, set_form
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,20 @@ class Compute:
         micro_batch: images at once on a process; None: what fits in memory.
         memory_share: the part of the device's memory that the run may use.
         deterministic: on a GPU, the same bits every time (the CPU's always are): nothing is then chosen by measurement.
-        compile: torch.compile of the blocks; None: where it is found to be faster, on GPUs only.
-        recompute: keep only the blocks' inputs and compute the rest again for the backward pass: a third more arithmetic, and memory
-            for one block instead of all.
+        fused: the blocks in kernels of our own; None: where they are found to be faster, on GPUs only.
+        graphs: the passes as CUDA graphs; None: on a GPU, with fused blocks.
+        compile: torch.compile of the blocks; None: where it is found to be faster, on GPUs for which there are no kernels of our own.
+        recompute: activation checkpointing: keep only the blocks' inputs and compute the rest again for the backward pass. A third more
+            arithmetic, and memory for one block instead of all. None: on a GPU whose memory has no room for a few images without.
     """
 
     micro_batch: int | None = None
     memory_share: float = 1.0
     deterministic: bool = False
+    fused: bool | None = None
+    graphs: bool | None = None
     compile: bool | None = None
-    recompute: bool = False
+    recompute: bool | None = None
 
 
 DEFAULT_COMPUTE = Compute()
@@ -53,17 +58,19 @@ class Chosen:
 
     Attributes:
         attention: the form of attention, for the record.
-        compile_seconds: what compiling took, outside of the run's clock.
+        compile_seconds: what choosing, compiling and tuning took, outside of the run's clock.
         notes: sentences for the log.
     """
 
     attention: str
+    fused: bool = False
+    graphs: bool = False
     compiled: bool = False
     compile_seconds: float = 0.0
     notes: tuple[str, ...] = ()
 
 
-# Images that forms and compiled blocks are tried out with, at most: enough to fill a GPU.
+# Images that forms, fused and compiled blocks are tried out with, at most: enough to fill a GPU.
 _TRIED_IMAGES = 64
 
 
@@ -79,104 +86,120 @@ def set_matmul_precision(precision: str) -> None:
 
 
 def choose(model: VisionTransformer, images: int, precision: str, compute: Compute) -> Chosen:
-    """Choose the form of attention, and compile the blocks where that is asked for or pays. `model` is on its device.
+    """Choose the form of attention, and fuse or compile the blocks where that is asked for or pays. `model` is on its device.
 
     Args:
-        images: the micro-batch.
+        images: what the blocks will be computed with at once, about.
     """
-    device = model.pos_embed.device
-    model.recompute = compute.recompute
+    device, start, training = model.pos_embed.device, time.perf_counter(), model.training
     measured = device.type == "cuda" and not compute.deterministic
+    images = min(images, _TRIED_IMAGES)
+    model.recompute = bool(compute.recompute)
     notes: list[str] = []
     if measured and (form := _fastest_form(model, images, precision)):
         set_form(model, form)
-    attention = model.attention_form(autocast_dtype(precision))
-    if not (compute.compile or (compute.compile is None and measured)):
-        return Chosen(attention)
+    if compute.fused or (compute.fused is None and measured and not compute.compile):
+        gain, note = _tried("fused blocks", lambda: _gain_of_fusing(model, images, precision))
+        model.fused = gain > 0 and (bool(compute.fused) or gain > 1)
+        notes.append(note)
+    compiled = False
+    if compute.compile or (compute.compile is None and measured and not model.fused):
+        gain, note = _tried("torch.compile", lambda: _gain_of_compiling(model, images, precision))
+        compiled = gain > 0 and (bool(compute.compile) or gain > 1)
+        if not compiled:
+            _undo_compile(model)
+        notes.append(note)
+    model.train(training)  # what failed may have left it otherwise
+    graphs = device.type == "cuda" and (model.fused and not compute.deterministic if compute.graphs is None else compute.graphs)
+    seconds = time.perf_counter() - start if notes else 0.0
+    return Chosen(model.attention_form(autocast_dtype(precision)), model.fused, graphs, compiled, seconds, tuple(notes))
+
+
+def _tried(what: str, gain_of: Callable[[], float]) -> tuple[float, str]:
+    """How many times as fast a block then is, 0 where it does not work, and a sentence for the log."""
+    start = time.perf_counter()
     try:
-        seconds, gain = _compile(model, min(images, _TRIED_IMAGES), precision)
+        gain = gain_of()
     except Exception as error:  # compilers fail in many ways; each leaves the blocks as they were
-        _undo_compile(model)
-        notes.append(
-            f"torch.compile does not work here and is left out: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        )
-        return Chosen(attention, notes=tuple(notes))
-    pays = gain > 1.0
-    if compute.compile is None and not pays:
-        _undo_compile(model)
-    verb = "compiled" if compute.compile or pays else "left as it is, after compiling"
-    notes.append(f"{verb} in {seconds:.1f} s: a block is {gain:.2f} times as fast")
-    return Chosen(attention, bool(compute.compile or pays), seconds, tuple(notes))
+        first_line = (str(error).strip().splitlines() or [""])[0][:200]
+        return 0.0, f"{what} does not work here and is left out: {type(error).__name__}: {first_line}"
+    return gain, f"{what}, tried for {time.perf_counter() - start:.1f} s: a block is {gain:.2f} times as fast"
 
 
-# ---------------------------------------------------------------------------------------------------- forms of attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 def _fastest_form(model: VisionTransformer, images: int, precision: str) -> str | None:
-    """The fastest form of differential attention for the model's layers, from the cache or measured now; None without such layers."""
-    layer = model.blocks[0].attn
-    if not isinstance(layer, DifferentialAttention):
-        return None
+    """The fastest form of the model's attention layers, from the cache or measured now; None where there is nothing to choose."""
+    layer = cast(AttentionLayer, cast(Block, model.blocks[0]).attn)
     device, dtype = model.pos_embed.device, autocast_dtype(precision)
-    shape = (min(images, _TRIED_IMAGES), model.tokens, layer.pairs, layer.head_dim)
+    forms = layer.forms(device, dtype)
+    if not forms:
+        return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    key = f"{name}, torch {torch.__version__}, {dtype}, {'x'.join(map(str, shape))}"
+    shape = f"{images}x{model.tokens}x{model.pos_embed.shape[-1]}"
+    key = f"{name}, torch {torch.__version__}, {dtype}, {type(layer).__name__}, {shape}"
     path = cache_folder() / "attention_forms.json"
-    forms = usable(CANDIDATES, device, dtype, layer.head_dim)
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         seconds = {form: float(value) for form, value in known[key].items() if form in forms}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         seconds = {}
     if not seconds:
-        seconds = measure_forms(forms, device, dtype, shape)
-        _remember(path, key, seconds)
+        seconds = measure_forms(model, forms, images, precision)
+        remember(path, key, seconds)
     return min(seconds, key=seconds.__getitem__, default=None)
 
 
-def _remember(path: Any, key: str, seconds: dict[str, float]) -> None:
+def remember(path: Path, key: str, values: dict[str, float]) -> None:
     """Adds to the cache; a cache that cannot be read is begun again, one that cannot be written is done without."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     try:
-        write_atomically(path, json.dumps({**(known if isinstance(known, dict) else {}), key: seconds}, indent=1).encode())
+        write_atomically(path, json.dumps({**(known if isinstance(known, dict) else {}), key: values}, indent=1).encode())
     except OSError:
         return
 
 
-def measure_forms(
-    forms: Iterable[str], device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int, int], repeats: int = 7
-) -> dict[str, float]:
-    """Median seconds of one forward and backward pass of each form. A form that fails here, or is not exact, is left out.
+def measure_forms(model: VisionTransformer, forms: Iterable[str], images: int, precision: str, repeats: int = 7) -> dict[str, float]:
+    """Median seconds of a forward and backward pass of the first layer's attention in each form.
 
-    Args:
-        shape: images, tokens, pairs of heads, head dimension.
+    A form that fails here, or differs from the first by more than rounding, is left out.
     """
-    B, N, P, E = shape
-    generator = torch.Generator().manual_seed(0)
-    qkv_BN3D = torch.randn(B, N, 3, 2 * P * E, generator=generator).to(device, dtype).requires_grad_()
-    do_BPNV = torch.randn(B, N, P, 2 * E, generator=generator).to(device, dtype).transpose(1, 2)
-    lambda_full = torch.tensor(0.5, device=device, requires_grad=True)
+    layer: Any = cast(Block, model.blocks[0]).attn
+    device, before = model.pos_embed.device, layer.form
+    x_BND = _random_like(model, images).requires_grad_()
 
-    def run(form: str) -> tuple[Tensor, Tensor]:
-        q_BNPsE, k_BNPsE = qkv_BN3D[:, :, :2].view(B, N, 2, P, 2, E).unbind(2)
-        out_BPNV = differential_attention(q_BNPsE, k_BNPsE, qkv_BN3D[:, :, 2].view(B, N, P, 2 * E).transpose(1, 2), lambda_full, form)
-        return out_BPNV, torch.autograd.grad(out_BPNV, qkv_BN3D, do_BPNV)[0]
+    def run(form: str) -> list[Tensor]:
+        layer.form = form
+        with autocast(device, precision):
+            out_BND = layer.heads_output(x_BND)
+        return [out_BND, *torch.autograd.grad(out_BND, [x_BND, layer.qkv.weight], x_BND.detach().to(out_BND.dtype))]
 
     seconds: dict[str, float] = {}
-    expected: tuple[Tensor, Tensor] | None = None
+    expected: list[Tensor] | None = None
     for form in forms:
         try:
             found = run(form)
             expected = expected or found
-            exact = all(_distance(a, b) < (2e-2 if dtype == torch.bfloat16 else 1e-4) for a, b in zip(found, expected, strict=True))
-            if exact:
+            if _alike(found, expected, precision):
                 seconds[form] = _median_seconds(lambda form=form: run(form), device, repeats)  # type: ignore[misc]
         except Exception:  # no kernel for it here, no memory, no compiler, or one that fails: in many ways
             continue
+    layer.form = before
     return seconds
+
+
+def _random_like(model: VisionTransformer, images: int) -> Tensor:
+    """What a block might get. [B, N, D]"""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(images, *model.pos_embed.shape[1:], generator=generator).to(model.pos_embed.device)
+
+
+def _alike(found: list[Tensor], expected: list[Tensor], precision: str) -> bool:
+    return all(_distance(a, b) < (2e-2 if precision == "bf16" else 1e-4) for a, b in zip(found, expected, strict=True))
 
 
 def _distance(found: Tensor, expected: Tensor) -> float:
@@ -185,29 +208,74 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 def _median_seconds(action: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of one call, after two that are not counted."""
-    times = []
-    for turn in range(repeats + 2):
-        start = time.perf_counter()
+    """Of one call, after two that are not counted. On a GPU of what it computes: Python, which a graph leaves out, can take longer."""
+    for _ in range(2):
         action()
+    call = _captured(action) if device.type == "cuda" else action
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if turn >= 2:
-            times.append(time.perf_counter() - start)
+        times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-# --------------------------------------------------------------------------------------------------------- torch.compile
+def _captured(action: Callable[[], object]) -> Callable[[], object]:
+    """The action as a CUDA graph, or as it is where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            action()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return action
+    graph.replay()  # the first replay is slower
+    torch.cuda.synchronize()
+    return graph.replay
 
 
-def _compile(model: VisionTransformer, images: int, precision: str) -> tuple[float, float]:
-    """Compiles the blocks, one by one, so that equal ones share their code, and tries two of them out.
+# --------------------------------------------------------------------------------------------------------------- blocks
 
-    Returns:
-        Seconds that compiling took, and how many times as fast a block then is.
-    """
-    device = model.pos_embed.device
-    x_BND, validated_BND = (torch.randn(images, model.tokens, model.pos_embed.shape[-1], device=device) for _ in range(2))
+
+def _gain_of_fusing(model: VisionTransformer, images: int, precision: str) -> float:
+    """How many times as fast a block is in kernels of our own. Raises ArithmeticError where they give something else."""
+    from diffvit.fused import block_and_norm
+
+    device, block = model.pos_embed.device, cast(Block, model.blocks[0])
+    x_BND = _random_like(model, images).requires_grad_()
+
+    def plain() -> tuple[Tensor, Tensor]:
+        out_BND = block(x_BND)
+        return out_BND, block.norm1(out_BND)
+
+    def fused() -> tuple[Tensor, Tensor]:
+        return block_and_norm(block, block.norm1, x_BND, block.norm1(x_BND))
+
+    def passes(forward: Callable[[], tuple[Tensor, Tensor]]) -> list[Tensor]:
+        with autocast(device, precision):
+            outputs = forward()
+        gradients = torch.autograd.grad(outputs, [x_BND, *block.parameters()], [torch.ones_like(x) for x in outputs])
+        return [*outputs, *gradients]
+
+    if not has_kernels(device, model.pos_embed.shape[-1]):
+        raise NotImplementedError("there are no kernels for this device")
+    training = model.training
+    model.eval()  # without dropout
+    found, expected = passes(fused), passes(plain)
+    model.train()
+    if not _alike(found, expected, precision):
+        raise ArithmeticError("they do not give what the plain blocks give")
+    slow, fast = (_median_seconds(partial(passes, forward), device, 5) for forward in (plain, fused))
+    model.train(training)
+    return slow / fast
+
+
+def _gain_of_compiling(model: VisionTransformer, images: int, precision: str) -> float:
+    """Compiles the blocks, one by one, so that equal ones share their code. Returns how many times as fast a block then is."""
+    device, last = model.pos_embed.device, len(model.blocks) - 1
+    x_BND, validated_BND = _random_like(model, images), _random_like(model, images)
     # Last batches are smaller: one code for batches of all sizes.
     for some_BND in (x_BND, validated_BND) if images > 1 else ():
         torch._dynamo.mark_dynamic(some_BND, 0)
@@ -216,28 +284,30 @@ def _compile(model: VisionTransformer, images: int, precision: str) -> tuple[flo
     torch.compiler.reset()
     training = model.training
 
-    def work(block: nn.Module) -> None:
+    def run(layer: int, x_BND: Tensor) -> Tensor:
         with autocast(device, precision):
-            out_BND = block(x_BND)
-        torch.autograd.grad(out_BND, [x_BND, *block.parameters()], torch.ones_like(out_BND))
+            return model.blocks[layer](x_BND, 1) if layer == last else model.blocks[layer](x_BND)
+
+    def work(layer: int) -> None:
+        out_BND = run(layer, x_BND)
+        torch.autograd.grad(out_BND, [x_BND, *model.blocks[layer].parameters()], torch.ones_like(out_BND))
 
     model.train()
-    slow = _median_seconds(lambda: work(model.blocks[0]), device, 5)
-    start = time.perf_counter()
+    slow = _median_seconds(lambda: work(0), device, 5)
     for block in model.blocks:
         block.compile()
-    # In the second layer torch notices that a layer's constants differ; validation has code of its own.
-    for block in model.blocks[:2]:
-        work(block)
-    with torch.no_grad(), autocast(device, precision):
+    # In the second layer torch notices that a layer's constants differ; the last one and validation have code of their own.
+    layers = sorted({0, min(1, last), last})
+    for layer in layers:
+        work(layer)
+    with torch.no_grad():
         model.eval()
-        for block in model.blocks[:2]:
-            block(validated_BND)
+        for layer in layers:
+            run(layer, validated_BND)
         model.train()
-    seconds = time.perf_counter() - start
-    fast = _median_seconds(lambda: work(model.blocks[0]), device, 5)
+    fast = _median_seconds(lambda: work(0), device, 5)
     model.train(training)
-    return seconds, slow / fast
+    return slow / fast
 
 
 def _undo_compile(model: VisionTransformer) -> None:

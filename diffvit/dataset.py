@@ -489,6 +489,10 @@ class StepBatches(Sampler[Tensor]):
         start = (step - 1) % self.per_epoch * self.batch_size
         return min(self.batch_size, self.rows - start)
 
+    def lengths(self) -> set[int]:
+        """The lengths that this worker's part of a batch has, in a whole batch and in an epoch's last."""
+        return {len(range(self.rank, self.batch_length(step), self.workers)) for step in (1, self.per_epoch)}
+
     def __iter__(self) -> Iterator[Tensor]:
         drawn, order = -1, torch.empty(0)
         for step in range(self.first, self.last + 1):

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
 
 # Raise it when a change in the code changes what a run computes: old results then count as other work.
-SEMANTICS_VERSION = 2
+SEMANTICS_VERSION = 3
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -417,7 +417,7 @@ _RESULT = record(
         "val_loss_last_batch": maybe(_LOSS), "val_loss": maybe(_LOSS), "val_accuracy": maybe(_SHARE), "test_loss": maybe(_LOSS),
         "test_images": maybe(whole(1, 10**8)), "false_labels": maybe(whole()), "memorised": maybe(_SHARE), "recovered": maybe(_SHARE),
         "device": text(), "device_name": text(), "threads": whole(), "workers": whole(), "micro_batch": whole(), "attention": text(),
-        "compiled": one_of(True, False), "recompute": one_of(True, False), "deterministic": one_of(True, False),
+        **dict.fromkeys(("fused", "graphs", "compiled", "recompute", "deterministic"), one_of(True, False)),
         "git_commit": maybe(text()), "started": text(),
         "diverged": record({"step": whole(), "message": text(longest=10_000)}),
     },

@@ -1,18 +1,22 @@
 """How much memory a training step takes, from a model's shapes, and how many images at once a device has room for.
 
 Counted are weights, gradients and AdamW's moments, and what the blocks keep for their backward pass. The count of kept values is
-checked against those that autograd saves (tests/test_plan.py).
+checked against those that autograd saves (tests/test_plan.py). On a GPU the peak of a real pass is measured instead (placed.py); the
+count is for GPUs that are not here.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 
-from diffvit.differential_forms import CANDIDATES
+from diffvit.dataset import Prepare
+from diffvit.evaluation import autocast
 from diffvit.protocol import Protocol
 from diffvit.vit import AttentionLayer, Block, VisionTransformer
 
@@ -21,8 +25,11 @@ _PARAMETER_BYTES = 16
 
 # Values that an attention layer keeps for each token and channel between its two projections, by its form: q, k, v, the output, and one
 # for what fused kernels and norms keep a head and token; and what the difference and its norm add.
-_ATTENTION_VALUES = {"sdpa": 5, "sdpa, one call": 10, "blocks": 7, "maps": 7, "triton": 8, "two_calls": 10, "four_calls": 12, "padded": 15}
+_ATTENTION_VALUES = {"sdpa": 5, "sdpa, one call": 10, "blocks": 7, "maps": 7, "triton": 7, "two_calls": 10, "four_calls": 12, "padded": 15}
 _MOST_ATTENTION_VALUES = max(_ATTENTION_VALUES.values())
+
+# The part of a GPU's memory that a run fills where its needs were measured; the rest is for the driver and the allocator's gaps.
+FILLED = 0.92
 
 
 def activation_bytes(model: VisionTransformer, precision: str, device: str, recompute: bool = False) -> int:
@@ -30,19 +37,25 @@ def activation_bytes(model: VisionTransformer, precision: str, device: str, reco
 
     Args:
         precision: "fp32" or "bf16".
-        device: kind of device that it trains on, "cpu" or "cuda".
+        device: kind of device that it trains on, "cpu" or "cuda"; on a GPU with bf16 the blocks are taken to be fused.
         recompute: only the blocks' inputs are kept, and one block's values at a time.
     """
     tokens, d_model = model.pos_embed.shape[1:]
-    patches = model.patch_embed
+    patches, depth = model.patch_embed, len(model.blocks)
     pixels = patches.in_channels * (tokens - 1) * patches.weight[0, 0].numel()
     narrow = 2 if precision == "bf16" else 4
     stream = 4 * tokens * d_model  # between blocks it is fp32 at any precision
     ends = (4 + (narrow if precision == "bf16" else 0)) * pixels + 2 * stream  # the prepared image, the embedding's mask, the last norm
     block = _block_bytes(model, precision, device)
     if recompute:
-        return ends + len(model.blocks) * stream + block
-    return ends + len(model.blocks) * block
+        return ends + depth * (stream + tokens * narrow * d_model * _fused(precision, device)) + block
+    # Of the last block: its input, the norm of it, keys and values.
+    last = stream + tokens * narrow * d_model * (4 if precision == "bf16" else 3)
+    return ends + (depth - 1) * block + min(last, block)
+
+
+def _fused(precision: str, device: str) -> bool:
+    return device == "cuda" and precision == "bf16"
 
 
 def _block_bytes(model: VisionTransformer, precision: str, device: str) -> int:
@@ -52,11 +65,14 @@ def _block_bytes(model: VisionTransformer, precision: str, device: str) -> int:
     hidden = block.mlp.fc1.out_features
     narrow = 2 if precision == "bf16" else 4
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    form = cast(AttentionLayer, block.attn).form_on(device, dtype, tokens)
-    attention = _ATTENTION_VALUES.get(form, _MOST_ATTENTION_VALUES)
-    if device == "cuda" and form in CANDIDATES:  # which one it will be is found out by measurement
-        attention = max(_ATTENTION_VALUES[each] for each in CANDIDATES)
-    values = attention * d_model + 2 * d_model + 2 * hidden  # inputs of qkv and fc1; of GELU and fc2
+    layer = cast(AttentionLayer, block.attn)
+    form = layer.form_on(device, dtype, tokens)
+    if _fused(precision, device):
+        form = "triton" if form in ("sdpa", "two_calls") else form
+    values = _ATTENTION_VALUES.get(form, _MOST_ATTENTION_VALUES) * d_model
+    values += 2 * d_model + 2 * hidden  # inputs of qkv and fc1; of GELU and fc2
+    if _fused(precision, device):  # and the two sums that are normalised; masks are drawn again
+        return tokens * (4 * 2 * (d_model + 2) + narrow * values)
     if form == "maps":  # both softmaxes and their difference; a classic layer's heads are twice the pairs
         values += 3 * cast(int, block.attn.pairs) * tokens
     if precision == "bf16":
@@ -67,37 +83,30 @@ def _block_bytes(model: VisionTransformer, precision: str, device: str) -> int:
 
 def training_memory(model: VisionTransformer, images: int, precision: str, device: str, recompute: bool = False) -> int:
     """Bytes of a training step with so many images at once: parameters with all that belongs to them, and activations."""
-    per_parameter = _PARAMETER_BYTES + (2 if precision == "bf16" else 0)
-    parameters = sum(p.numel() for p in model.parameters())
-    return per_parameter * parameters + images * activation_bytes(model, precision, device, recompute)
+    return parameter_bytes(model, precision) + images * activation_bytes(model, precision, device, recompute)
+
+
+def parameter_bytes(model: VisionTransformer, precision: str) -> int:
+    """Bytes of the parameters with all that belongs to them: gradients, AdamW's moments, and with bf16 the copy that products use."""
+    return (_PARAMETER_BYTES + (2 if precision == "bf16" else 0)) * sum(p.numel() for p in model.parameters())
 
 
 def micro_batch_within(
     model: VisionTransformer, batch_size: int, memory: float, precision: str, device: str, recompute: bool = False
 ) -> int:
-    """A power of two of images, at most the batch, whose activations fit into half of what parameters leave of `memory` bytes.
+    """Images at once whose activations, counted from shapes, fit into a part of what parameters leave of `memory` bytes.
 
-    The other half is for gradients of activations, kernels' workspaces, the data and the allocator's gaps.
+    On a CPU a power of two within half of it: the other half is for gradients of activations, kernels' workspaces, the data and the
+    allocator's gaps. On a GPU as it will be split where needs are measured: within three quarters of it.
     """
-    room = (memory - training_memory(model, 0, precision, device)) / 2
+    room = (memory - parameter_bytes(model, precision)) * (0.75 if device == "cuda" else 0.5)
     images = max(1, int(room // activation_bytes(model, precision, device, recompute)))
-    return min(batch_size, 2 ** int(math.log2(images)))
+    return even_split(batch_size, images) if device == "cuda" else min(batch_size, 2 ** int(math.log2(images)))
 
 
-def affordable_micro_batch(
-    model: VisionTransformer,
-    protocol: Protocol,
-    device: torch.device,
-    precision: str,
-    memory_share: float = 1.0,
-    recompute: bool = False,
-) -> int:
-    """micro_batch_within the part of the device's memory that a run may count on.
-
-    It depends on the device's total memory, not on what is free: a repeated run shall be split alike.
-    """
-    memory = device_memory(device) * memory_share
-    return micro_batch_within(model, protocol.batch_size, memory, precision, device.type, recompute)
+def even_split(batch_size: int, most: int) -> int:
+    """Images at once where a batch is split into as few parts as can be of at most so many images, as equal as can be."""
+    return math.ceil(batch_size / math.ceil(batch_size / max(1, most)))
 
 
 def device_memory(device: torch.device) -> int:
@@ -105,3 +114,46 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes that a training pass takes of a GPU beside parameters and all that belongs to them, at its peak: measured.
+
+    Attributes:
+        fixed: whatever the number of images.
+        per_image: for each image that is computed at once.
+    """
+
+    fixed: float
+    per_image: float
+
+    def images_within(self, memory: float) -> int:
+        """How many images at once fit, 0 if none."""
+        return max(0, int((memory - self.fixed) // self.per_image))
+
+
+def measure_peak(model: VisionTransformer, protocol: Protocol, precision: str) -> Peak:
+    """The peak of a pass of a model on a GPU, from passes over few images. Its gradients are forgotten."""
+    device, peaks = model.pos_embed.device, []
+    prepare = Prepare(protocol.image_size, (0.5,) * protocol.channels, (0.25,) * protocol.channels, device)
+    few, more = 2, 6
+    for images in (few, few, more):  # the first finds no gradients
+        pixels = torch.zeros(images, protocol.channels, protocol.image_size, protocol.image_size, dtype=torch.uint8, device=device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with autocast(device, precision):
+            logits = model(prepare(pixels)).float()
+        F.cross_entropy(logits, torch.zeros(images, dtype=torch.int64, device=device)).backward()
+        peaks.append(torch.cuda.max_memory_allocated(device) - before)
+        del logits
+    model.zero_grad(set_to_none=True)
+    per_image = (peaks[2] - peaks[1]) / (more - few)
+    return Peak(peaks[1] - few * per_image, per_image)
+
+
+def evaluation_bytes(model: VisionTransformer, precision: str) -> int:
+    """Bytes that an image takes at most while it is evaluated, an estimate from above."""
+    tokens, d_model = model.pos_embed.shape[1:]
+    hidden = cast(Block, model.blocks[0]).mlp.fc1.out_features
+    return tokens * (3 * 4 * d_model + (2 if precision == "bf16" else 4) * (8 * d_model + 2 * hidden))

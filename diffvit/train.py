@@ -19,25 +19,24 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import diffvit
 from diffvit.checks import HEX, fault, list_of, real, record, text, whole
-from diffvit.compute import DEFAULT_COMPUTE, Compute, choose, set_matmul_precision
+from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader, with_training_noise
 from diffvit.errors import RunIsBusyError, UserError
-from diffvit.evaluation import Evaluation, autocast, evaluate
+from diffvit.evaluation import Evaluation, evaluate
 from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec, disk_faults, file_sha256, save_weights, weight_facts, write_atomically, write_result
 from diffvit.log import LogPosition, Step, TrainingLog, note_of_work_again, work_after
-from diffvit.memory import affordable_micro_batch
+from diffvit.passes import Passes
+from diffvit.placed import place
 from diffvit.protocol import Protocol, images_in_steps, stable_seed
 from diffvit.saving import DEFAULT_SAVING, Every, Saving
 from diffvit.vit import build_model
@@ -74,12 +73,13 @@ class Diverged(Exception):  # noqa: N818 (an outcome, not a fault of the program
 
 @dataclass(frozen=True)
 class Fit:
-    """What training left behind: the last step's record, the totals, and the micro-batch it ended with."""
+    """What training left behind: the last step's record, the totals, and the images at once that it ended with."""
 
     last: Step
     images: int
     seconds: float
     micro_batch: int
+    evaluation_batch: int
 
 
 def fit(
@@ -90,6 +90,8 @@ def fit(
     seed: int,
     precision: str = "fp32",
     micro_batch: int | None = None,
+    evaluation_batch: int | None = None,
+    graphs: bool = False,
     on_steps: Progress | None = None,
     resume: Mapping[str, Any] | None = None,
     on_save: Callable[[dict[str, Any]], None] | None = None,
@@ -104,6 +106,8 @@ def fit(
         model: images -> logits.
         micro_batch: images a process computes at once; None is the whole batch. It does not change the result, to rounding. Where memory
             does not suffice it is halved, and the step done again.
+        evaluation_batch: the same for validation; default: the micro-batch.
+        graphs: on a GPU, replay CUDA graphs (passes.py).
         on_steps: hears of every step, on the first process only.
         resume: what on_save was given by an earlier process; training goes on after its step, to the same bits.
         on_save: takes a resume state, on the first process, at every `save_every` and when stopped. When it is called, on_steps has
@@ -128,34 +132,10 @@ def fit(
         optimizer.load_state_dict(resume["optimizer"])
     train_batches = StepBatches(len(train_set), protocol.batch_size, seed, (done + 1, total), (rank, workers), "train")
     val_batches = StepBatches(len(val_set), protocol.batch_size, seed, (done + 1, total), (rank, workers), "val")
-    parallel = model
-    wait_with_exchange: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    if workers > 1:
-        parallel = nn.parallel.DistributedDataParallel(model)
-        wait_with_exchange = parallel.no_sync
-    prepare = Prepare(protocol.image_size, data.mean, data.std, device)
-
-    def loss_sum(net: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy and right answers of a micro-batch."""
-        with autocast(device, precision):
-            logits = net(prepare(pixels)).float()
-        return F.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum()
-
-    def differentiate(step: int, pixels: Tensor, labels: Tensor) -> Tensor:
-        """The batch's gradient, in the parameters. Returns this process's part of the batch's mean loss."""
-        torch.manual_seed(stable_seed("dropout", seed, step, rank))
-        images = train_batches.batch_length(step)
-        loss = torch.zeros((), device=device)
-        if not len(labels):  # a last batch smaller than the group: take part in the exchange of gradients with zeros
-            (parallel(prepare(train_set.pixels[:1])).sum() * 0.0).backward()
-        chunks = list(zip(pixels.split(at_once), labels.split(at_once), strict=True)) if len(labels) else []
-        for i, (some_pixels, some_labels) in enumerate(chunks):
-            more = i + 1 < len(chunks)
-            with wait_with_exchange() if more else contextlib.nullcontext():
-                part = loss_sum(parallel, some_pixels, some_labels)[0] / images
-                (part * workers).backward()  # the group takes the mean of its gradients; a step wants their sum
-            loss += part.detach()
-        return loss
+    passes = Passes(
+        model, Prepare(protocol.image_size, data.mean, data.std, device), precision=precision, micro_batch=at_once,
+        evaluation_batch=evaluation_batch, graphs=graphs, group=(rank, workers),
+    )  # fmt: skip
 
     def update(step: int) -> Tensor:
         """One update of the optimiser. Returns the gradient's norm."""
@@ -166,47 +146,19 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = protocol.learning_rate(step, total)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        passes.zero_gradients()
         return norm
 
-    @torch.no_grad()
-    def validate(step: int, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's part of one validation batch's mean loss and accuracy."""
-        model.eval()
-        images = val_batches.batch_length(step)
-        loss, right = torch.zeros((), device=device), torch.zeros((), device=device)
-        for some_pixels, some_labels in zip(pixels.split(at_once), labels.split(at_once), strict=True) if len(labels) else ():
-            part, hits = loss_sum(model, some_pixels, some_labels)
-            loss, right = loss + part / images, right + hits / images
-        model.train()
-        return loss, right
-
-    def within_memory(attempt: Callable[[], T]) -> T:
-        """What the attempt gives; where memory is short, again with half the micro-batch. A group cannot: the others wait."""
-        nonlocal at_once
-        while True:
-            try:
-                return attempt()
-            except RuntimeError as error:
-                if workers > 1 or not _is_out_of_memory(error):
-                    raise
-                if at_once == 1:
-                    raise UserError("a single image does not fit into memory.", "give --recompute, or use a device with more.") from error
-            # Only here, behind the error, is what it held free.
-            at_once = -(-at_once // 2)
-            optimizer.zero_grad(set_to_none=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-
+    model.train()
+    passes.capture(train_set, train_batches.lengths(), val_set, val_batches.lengths())
     last = Step(*resume["last"]) if resume else None
     recorder = _Recorder(protocol, total, train_batches.per_epoch, on_steps if rank == 0 else None, last)
     saved_at, saved_step = time.monotonic(), done
     steps = zip(make_loader(train_set, train_batches), make_loader(val_set, val_batches), strict=True)
-    model.train()
     for step, (train_batch, val_batch) in enumerate(steps, start=done + 1):
-        train_loss = within_memory(partial(differentiate, step, *train_batch))
+        train_loss = passes.differentiate(train_batch, train_batches.batch_length(step), stable_seed("dropout", seed, step))
         norm = update(step)
-        val_loss, val_accuracy = within_memory(partial(validate, step, *val_batch))
+        val_loss, val_accuracy = passes.validate(val_batch, val_batches.batch_length(step))
         stop = should_stop()
         # The workers' losses are parts of a sum; the gradient is the same on all of them.
         record = torch.stack([train_loss, val_loss, val_accuracy, norm / workers, torch.full_like(norm, float(stop))])
@@ -223,19 +175,14 @@ def fit(
             last = recorder.flush()
             if last:  # else the next step finds that training has diverged
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                on_save({"step": step, "last": list(last), "micro_batch": at_once, **state})
+                on_save({"step": step, "last": list(last), "micro_batch": passes.micro_batch, **state})
             saved_at, saved_step = time.monotonic(), step
         if stop:
             raise Stopped(step)
     last = recorder.flush()
     recorder.check()
     assert last
-    return Fit(last, images_in_steps(len(train_set), protocol.batch_size, total), last.seconds, at_once)
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's memory has an error of its own, a CPU's only a sentence."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return Fit(last, images_in_steps(len(train_set), protocol.batch_size, total), last.seconds, passes.micro_batch, passes.evaluation_batch)
 
 
 def make_optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.AdamW:
@@ -401,6 +348,7 @@ def train(
     compute: Compute = DEFAULT_COMPUTE,
     on_steps: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
+    on_preparing: Callable[[], None] | None = None,
     saving: Saving = DEFAULT_SAVING,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -413,6 +361,7 @@ def train(
         compute: how it is computed, which the result records and does not depend on.
         on_steps: hears of every step, about once a second.
         on_warning: hears what a reader of the result must know, of damaged states and of a storage that does not answer.
+        on_preparing: called before kernels are compiled and tuned.
         saving: how the state survives.
         should_stop: asked after each step; if true, the state is saved and Stopped raised.
 
@@ -445,7 +394,8 @@ def train(
         try:
             return _train(
                 spec, files, keeper, data, place, resume, compute,
-                on_steps=on_steps, on_warning=on_warning, save_every=saving.every, should_stop=lambda: should_stop() or keeper.lost,
+                on_steps=on_steps, on_warning=on_warning, on_preparing=on_preparing, save_every=saving.every,
+                should_stop=lambda: should_stop() or keeper.lost,
             )  # fmt: skip
         except Stopped:
             if _on_first_worker(lambda: keeper.lost and not should_stop()):  # a group's workers must agree on why they end
@@ -466,6 +416,7 @@ def _train(
     *,
     on_steps: Progress | None,
     on_warning: Callable[[str], None] | None,
+    on_preparing: Callable[[], None] | None,
     save_every: Every,
     should_stop: Callable[[], bool],
 ) -> dict[str, Any]:
@@ -474,15 +425,10 @@ def _train(
     protocol, run_id = spec.protocol, files.run_id
     clean = data
     data, false_rows = with_training_noise(clean, protocol, spec.seed)
-    model = build_model(spec.model, spec.size, protocol)
-    model.initialise(spec.seed)
-    model.to(device)
-    set_matmul_precision(spec.precision)
-    micro_batch = compute.micro_batch or affordable_micro_batch(
-        model, protocol, device, spec.precision, compute.memory_share, compute.recompute
-    )
-    micro_batch = min(micro_batch, -(-protocol.batch_size // workers))
-    chosen = choose(model, micro_batch, spec.precision, compute)
+    if on_preparing and rank == 0 and (device.type == "cuda" or compute.compile):
+        on_preparing()
+    placed = place(spec.model, spec.size, protocol, spec.seed, device, spec.precision, compute, workers)
+    model, chosen, micro_batch = placed.model, placed.chosen, placed.micro_batch
     total = protocol.total_steps(len(data.train))
     warning = protocol.warmup_warning(total)
     if warning and on_warning and rank == 0:
@@ -513,8 +459,8 @@ def _train(
 
         try:
             fitted = fit(
-                model, data, protocol, seed=spec.seed, precision=spec.precision, micro_batch=micro_batch, on_steps=record,
-                resume=resume, on_save=save, save_every=save_every, should_stop=should_stop,
+                model, data, protocol, seed=spec.seed, precision=spec.precision, **placed.how, on_steps=record, resume=resume,
+                on_save=save, save_every=save_every, should_stop=should_stop,
             )  # fmt: skip
         except Diverged as diverged:
             if log is None:
@@ -531,9 +477,9 @@ def _train(
             prepare = Prepare(protocol.image_size, data.mean, data.std, device)
             if fitted.micro_batch < micro_batch:
                 log.note(f"memory was short: {fitted.micro_batch} instead of {micro_batch} images at once")
-            micro_batch = fitted.micro_batch
+            micro_batch, evaluation_batch = fitted.micro_batch, fitted.evaluation_batch
             val, test = (
-                evaluate(model, split.head(limit), prepare=prepare, batch_size=micro_batch, precision=spec.precision)
+                evaluate(model, split.head(limit), prepare=prepare, batch_size=evaluation_batch, precision=spec.precision)
                 for split in (data.val, data.test)
             )
             log.note(f"test_accuracy={test.accuracy:.6f} test_loss={test.loss:.6f} test_images={len(test.labels)}")
@@ -543,7 +489,7 @@ def _train(
             some = false_rows[:limit]
             if len(some):
                 falsely = ImageSet(data.train.pixels[some], data.train.labels[some])
-                learnt = evaluate(model, falsely, prepare=prepare, batch_size=micro_batch, precision=spec.precision)
+                learnt = evaluate(model, falsely, prepare=prepare, batch_size=evaluation_batch, precision=spec.precision)
                 outcome |= _memory_of(learnt, clean.train.labels[some])
         log.position()  # on disk before the result says so
 
@@ -561,9 +507,11 @@ def _train(
         "workers": workers,
         "micro_batch": micro_batch,
         "attention": chosen.attention,
+        "fused": chosen.fused,
+        "graphs": chosen.graphs,
         "compiled": chosen.compiled,
         "compile_seconds": round(chosen.compile_seconds, 1),
-        "recompute": compute.recompute,
+        "recompute": model.recompute,
         "deterministic": compute.deterministic or device.type == "cpu",
         **machine_facts(device),
         "started": started,

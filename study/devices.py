@@ -30,6 +30,7 @@ class Sheet:
         fp32: fp32 outside of the tensor cores, TFLOP/s: what a run at fp32 uses.
         memory: GB as it is sold, which are 2^30 bytes each.
         bandwidth: of its memory, GB/s.
+        measured: when cells of the full grid were measured on it, and by which torch; "": never.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Sheet:
     fp32: float
     memory: float
     bandwidth: float
+    measured: str = ""
 
     @property
     def precision(self) -> str:
@@ -46,11 +48,11 @@ class Sheet:
         return "fp32" if self.bf16 is None else "bf16"
 
 
-# NVIDIA's data sheets and, for GeForce cards, the white papers of the Ada and Ampere architectures. Nothing here was measured.
+# NVIDIA's data sheets and, for GeForce cards, the white papers of the Ada and Ampere architectures.
 SHEETS = {
     sheet.name: sheet
     for sheet in (
-        Sheet("h200", "NVIDIA H200 SXM", r"H200", 989, 67, 141, 4800),
+        Sheet("h200", "NVIDIA H200 SXM", r"H200", 989, 67, 141, 4800, measured="2026-11-27, torch 2.11"),
         Sheet("h100", "NVIDIA H100 SXM", r"H100.*80GB HBM3", 989, 67, 80, 3350),
         Sheet("a100", "NVIDIA A100 SXM 80 GB", r"A100.*80GB", 312, 19.5, 80, 2039),
         Sheet("a100-40", "NVIDIA A100 SXM 40 GB", r"A100.*40GB", 312, 19.5, 40, 1555),
@@ -155,7 +157,8 @@ def how(compute: Compute) -> str:
     """How runs are computed, as far as it decides their speed, and by which torch."""
     import torch
 
-    chosen = {"compile": compute.compile, "recompute": compute.recompute, "deterministic": compute.deterministic}
+    names = ("fused", "graphs", "compile", "recompute", "deterministic")
+    chosen = {name: getattr(compute, name) for name in names}
     words = [f"torch {torch.__version__}", *(name if value else f"no {name}" for name, value in chosen.items() if value is not None)]
     return ", ".join([*words, *([f"{compute.micro_batch} images at once"] if compute.micro_batch else [])])
 

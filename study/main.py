@@ -48,8 +48,10 @@ class StudyOptions:
     precision: str = "auto"
     micro_batch: int | None = None
     deterministic: bool = False
+    fused: bool | None = None
+    graphs: bool | None = None
     compile: bool | None = None
-    recompute: bool = False
+    recompute: bool | None = None
     saving: Saving = DEFAULT_SAVING
     shard: Shard | None = None
     price: float | None = None
@@ -478,8 +480,9 @@ def computing(options: StudyOptions) -> Compute:
     from diffvit.compute import Compute
 
     return Compute(
-        micro_batch=options.micro_batch, deterministic=options.deterministic, compile=options.compile, recompute=options.recompute
-    )
+        micro_batch=options.micro_batch, deterministic=options.deterministic, fused=options.fused, graphs=options.graphs,
+        compile=options.compile, recompute=options.recompute,
+    )  # fmt: skip
 
 
 def _may_join(options: StudyOptions) -> bool:

@@ -13,17 +13,19 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from diffvit.compute import Compute, choose, set_matmul_precision
+from diffvit.compute import Compute
 from diffvit.dataset import Dataset, Prepare, load
 from diffvit.evaluation import evaluate
 from diffvit.ledger import RunSpec, save_weights
-from diffvit.memory import affordable_micro_batch, device_memory
+from diffvit.memory import device_memory
+from diffvit.placed import place
 from diffvit.protocol import Protocol, images_in_steps
 from diffvit.saving import Every
 from diffvit.train import Stopped, device_title, fit, resolve_device
@@ -116,7 +118,8 @@ class _Prober:
         run, start = RunSpec(**spec), time.perf_counter()
         protocol = dataclasses.replace(run.protocol, max_steps=None, epochs=10**6)
         model = build_model(run.model, run.size, protocol).to(self._device)
-        _step_seconds(model, load(run.dataset, self._settings.data_root), protocol, run.precision, micro=1, images=1)
+        data = load(run.dataset, self._settings.data_root)
+        _step_seconds(partial(_marks, model, data, precision=run.precision, micro_batch=1), protocol, images=1)
         return time.perf_counter() - start
 
     def measure(self, spec: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -129,71 +132,65 @@ def measure_cell(spec: RunSpec, data: Dataset, device: torch.device, compute: Co
     start = time.perf_counter()
     # Endless, so that it is the clock that ends it.
     protocol = dataclasses.replace(spec.protocol, max_steps=None, epochs=10**6)
-    model = build_model(spec.model, spec.size, protocol)
-    model.initialise(spec.seed)
-    model.to(device)
-    set_matmul_precision(spec.precision)
-    micro = compute.micro_batch or affordable_micro_batch(model, protocol, device, spec.precision, compute.memory_share, compute.recompute)
-    choose(model, micro, spec.precision, compute)
+    placed = place(spec.model, spec.size, protocol, spec.seed, device, spec.precision, compute)
     begin = time.perf_counter() - start
+    trained = partial(_marks, placed.model, data, precision=spec.precision, **placed.how)
 
     images = 1
-    while images < protocol.batch_size and _step_seconds(model, data, protocol, spec.precision, micro, images) < _SHARE_OF_STEP * seconds:
+    while images < protocol.batch_size and _step_seconds(trained, protocol, images) < _SHARE_OF_STEP * seconds:
         images = min(_GROWTH * images, protocol.batch_size)
-    trained, validated, took = _window(model, data, dataclasses.replace(protocol, batch_size=images), spec.precision, micro, seconds)
+    counts, took = _window(trained, data, dataclasses.replace(protocol, batch_size=images), seconds)
 
     prepare = Prepare(protocol.image_size, data.mean, data.std, device)
-    tested = data.test.head(min(len(data.test), max(images, int(0.5 * seconds * trained / took))))
+    tested = data.test.head(min(len(data.test), max(images, int(0.5 * seconds * counts[0] / took))))
     times = []
     for part in (data.test.head(images), tested):  # the first one warms up
         start = time.perf_counter()
-        evaluate(model, part, prepare=prepare, batch_size=min(micro, protocol.batch_size), precision=spec.precision)
+        evaluate(placed.model, part, prepare=prepare, batch_size=placed.evaluation_batch, precision=spec.precision)
         times.append(time.perf_counter() - start)
     evaluating = times[1] / len(tested)
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        save_weights(Path(folder) / "weights.safetensors", model, {})
+        save_weights(Path(folder) / "weights.safetensors", placed.model, {})
     end = time.perf_counter() - start
-    training = max(took - validated * evaluating, 0.0) / trained
+    training = max(took - counts[1] * evaluating, 0.0) / counts[0]
     return {"train": training, "evaluate": evaluating, "start": begin + end, "images": images}
 
 
-def _step_seconds(model: VisionTransformer, data: Dataset, protocol: Protocol, precision: str, micro: int, images: int) -> float:
+# Trains by a protocol, saving when it is said, until there is enough; see _marks.
+Trained = Callable[[Protocol, Every, Callable[[list[tuple[int, float]]], bool]], list[tuple[int, float]]]
+
+
+def _step_seconds(trained: Trained, protocol: Protocol, images: int) -> float:
     """Seconds of a step with so many images: the fastest of three after the first, since something else may disturb one."""
-    protocol = dataclasses.replace(protocol, batch_size=images)
-    marks = _marks(model, data, protocol, precision, micro, Every(steps=1), lambda marks: len(marks) > 3)
+    marks = trained(dataclasses.replace(protocol, batch_size=images), Every(steps=1), lambda marks: len(marks) > 3)
     times = [time for _, time in marks]
     return min(after - before for before, after in itertools.pairwise(times))
 
 
-def _window(
-    model: VisionTransformer, data: Dataset, protocol: Protocol, precision: str, micro: int, seconds: float
-) -> tuple[int, int, float]:
+def _window(trained: Trained, data: Dataset, protocol: Protocol, seconds: float) -> tuple[tuple[int, int], float]:
     """Images trained and validated in a window of about so many seconds, and how long it took. It opens after the first steps."""
     deadline = time.perf_counter() + seconds
     # At each mark the device is waited for, so not at each of many short steps.
-    marks = _marks(
-        model, data, protocol, precision, micro, Every(seconds=seconds / 8), lambda marks: time.perf_counter() > deadline and len(marks) > 1
-    )
+    marks = trained(protocol, Every(seconds=seconds / 8), lambda marks: time.perf_counter() > deadline and len(marks) > 1)
     (first, opened), (last, closed) = marks[0], marks[-1]
-    trained, validated = (
+    images, validated = (
         images_in_steps(len(split), protocol.batch_size, last) - images_in_steps(len(split), protocol.batch_size, first)
         for split in (data.train, data.val)
     )
-    return trained, validated, closed - opened
+    return (images, validated), closed - opened
 
 
 def _marks(
-    model: VisionTransformer, data: Dataset, protocol: Protocol, precision: str, micro: int, every: Every,
-    enough: Callable[[list[tuple[int, float]]], bool],
-) -> list[tuple[int, float]]:  # fmt: skip
+    model: VisionTransformer, data: Dataset, protocol: Protocol, every: Every, enough: Callable[[list[tuple[int, float]]], bool], **how: Any
+) -> list[tuple[int, float]]:
     """Trains until there is enough. Returns (step, time) of when states would have been saved: all work is done then."""
     marks: list[tuple[int, float]] = []
     try:
         fit(
-            model, data, protocol, seed=0, precision=precision, micro_batch=micro, save_every=every,
-            on_save=lambda state: marks.append((state["step"], time.perf_counter())), should_stop=lambda: enough(marks),
+            model, data, protocol, seed=0, save_every=every,
+            on_save=lambda state: marks.append((state["step"], time.perf_counter())), should_stop=lambda: enough(marks), **how,
         )  # fmt: skip
     except Stopped:
         return marks

@@ -22,7 +22,7 @@ COLUMNS = (
     "depth", "parameters", "forward_flops", "steps", "images", "seconds", "images_per_second",
     "train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_images",
     "false_labels", "memorised", "recovered",
-    "device", "device_name", "threads", "workers", "micro_batch", "attention", "compiled", "recompute", "deterministic",
+    "device", "device_name", "threads", "workers", "micro_batch", "attention", "fused", "graphs", "compiled", "recompute", "deterministic",
     "python", "torch", "diffvit", "git_commit", "started", "finished", "notes", "flags",
 )  # fmt: skip
 
@@ -35,6 +35,7 @@ _SHOULD_AGREE = (
     "threads",
     "workers",
     "micro_batch",
+    "fused",
     "compiled",
     "torch",
     "diffvit",
