@@ -15,20 +15,52 @@ from rich.table import Table
 from rich.text import Text
 
 from diffvit.ledger import RunSpec, overrides_text
+from study.forecast import makespan
 from study.plan import PlannedRun
 
 _HEARTBEAT_SECONDS = 30.0
 
+_RUNNING = ("training", "compiling")
+
+# Compiling that takes no longer is not worth a line.
+_BRIEF_SECONDS = 5.0
+
+# A run's speed is not believed before it has done so much of its work in this study.
+_LEAST_SHARE = 0.02
+
 
 @dataclass
 class _Row:
+    """A run as it is drawn.
+
+    Attributes:
+        since: when it began to compile; None once that has been said.
+        opened: step and training seconds at the first report that was heard, from which its speed is counted: neither a start-up nor
+            what an earlier study did is in it.
+        seconds: of training, as the run reports them.
+    """
+
     run: PlannedRun
     state: str = "waiting"
+    since: float | None = None
     step: int = 0
+    opened: tuple[int, float] | None = None
+    seconds: float = 0.0
     train_loss: float | None = None
     val_loss: float | None = None
     pace: float | None = None
     accuracy: float | None = None
+
+    @property
+    def left(self) -> float:
+        """FLOPs that are left."""
+        return self.run.train_flops * (1 - self.step / self.run.steps)
+
+    def seen(self) -> tuple[float, float]:
+        """FLOPs that were seen to be done, and the seconds that they took; (0, 0) where they are too few to tell."""
+        step, seconds = self.opened or (self.step, self.seconds)
+        share = (self.step - step) / self.run.steps
+        return (share * self.run.train_flops, self.seconds - seconds) if share >= _LEAST_SHARE else (0.0, 0.0)
 
 
 class StudyDisplay(Callback):
@@ -64,15 +96,34 @@ class StudyDisplay(Callback):
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._row(trial).state = "training"
 
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        """Again and again, whatever the runs report."""
+        if self._live:
+            return
+        now = time.monotonic()
+        for row in self._rows.values():
+            if row.state == "compiling" and row.since is not None and now - row.since > _BRIEF_SECONDS:
+                row.since = None
+                self.console.print(f"compiling  {row.run.spec.title}", highlight=False)
+        if now - self._beat > _HEARTBEAT_SECONDS:
+            self._beat = now
+            self.console.print(self._summary(), highlight=False)
+
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         row = self._row(trial)
+        if result.get("preparing"):
+            row.state, row.since, row.opened = "compiling", time.monotonic(), None
+            return
+        row.state = "training"
         row.step = result.get("step", result.get("steps", row.step))
+        row.seconds = result.get("seconds", row.seconds)
+        if row.opened is None or row.step < row.opened[0]:
+            # A run that says nothing before its end is counted from its start, if all of it was done here.
+            whole = "steps" in result and result.get("run_seconds", 0.0) >= row.seconds
+            row.opened = (0, 0.0) if whole else (row.step, row.seconds)
         row.train_loss, row.val_loss = result.get("train_loss"), result.get("val_loss")
         row.pace = result.get("images_per_second", row.pace)
         row.accuracy = result.get("test_accuracy", row.accuracy)
-        if not self._live and time.monotonic() - self._beat > _HEARTBEAT_SECONDS:
-            self._beat = time.monotonic()
-            self.console.print(self._summary(), highlight=False)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         row = self._row(trial)
@@ -126,23 +177,27 @@ class StudyDisplay(Callback):
         return [*named, bar, f"{steps if done else row.step}/{steps}", *shown, test]
 
     def _summary(self) -> str:
-        elapsed = time.monotonic() - self._start
         rows = list(self._rows.values())
         finished = sum(row.state.startswith("done") for row in rows)
         text = f"{finished} of {len(rows)} runs done"
-        for state in ("diverged", "failed"):
+        for state in ("diverged", "failed", "compiling"):
             if count := sum(row.state.startswith(state) for row in rows):
                 text += f", {count} {state}"
-        text += f", {_clock(elapsed)} elapsed"
-        left = self._seconds_left(elapsed)
-        return text + (f", about {_clock(left)} left" if left is not None else "")
+        text += f", {_clock(time.monotonic() - self._start)} elapsed"
+        if not any(row.state in ("waiting", *_RUNNING) for row in rows):
+            return text
+        left = self._seconds_left()
+        return text + (", estimating the time left" if left is None else f", about {_clock(left)} left")
 
-    def _seconds_left(self, elapsed: float) -> float | None:
-        """From the FLOPs done so far in this study; None until there is something to go by."""
-        now = [row for row in self._rows.values() if not row.state.endswith("before") and row.state not in ("failed", "diverged")]
-        work = sum(row.run.train_flops for row in now)
-        done = sum(row.run.train_flops * row.step / row.run.steps for row in now)
-        return elapsed * (work - done) / done if done > 0.02 * work else None
+    def _seconds_left(self) -> float | None:
+        """From the training that was seen in this study; None until there is something to go by."""
+        rows = self._rows.values()
+        work, seconds = (sum(each) for each in zip(*(row.seen() for row in rows), strict=True))
+        if not seconds:
+            return None
+        running = [row.left for row in rows if row.state in _RUNNING]
+        waiting = sorted((row.left for row in rows if row.state == "waiting"), reverse=True)
+        return makespan([flops * seconds / work for flops in (*running, *waiting)], max(1, len(running)))
 
 
 def _key(spec: RunSpec) -> str:

@@ -17,25 +17,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from diffvit.compute import Compute
 from diffvit.ledger import RunSpec, overrides_text
-from diffvit.memory import activation_bytes, micro_batch_within, training_memory
+from diffvit.memory import micro_batch_within, training_memory
 from diffvit.protocol import images_in_steps
 from diffvit.state import StateFolder
 from diffvit.vit import VisionTransformer, build_model
-from study.devices import Machine, Sheet
+from study.devices import SHEETS, Machine, Sheet
 from study.plan import PlannedRun
 
-# What is assumed where there is only a data sheet. A step's products run at half of the peak, and the values that it keeps pass through
-# memory at 70 % of its bandwidth: written and read forward, read backward, and their gradients written and read. Both add up.
-SHARE_OF_PEAK = 0.5
-SHARE_OF_BANDWIDTH = 0.7
-_PASSES_TRAINING = 5
-_PASSES_EVALUATING = 2
-_SHEET_RUN_START = 60.0  # compiling, and choosing a form of attention
-_SHEET_STUDY_START = 60.0
+# The model of a GPU of which only the data sheet is known, for fused or compiled blocks: a pass takes its products at a share of
+# the peak, and the bytes that its blocks move at a share of the bandwidth. Both add up. `python -m bench.fit_sheet` fits the shares to
+# measured cells; fp32 was not measured, and its share is assumed. The size of a micro-batch makes no difference.
+SHARE_OF_PEAK = {"bf16": 0.75, "fp32": 0.5}
+SHARE_OF_BANDWIDTH = 0.36
+PASSES_TRAINING = 3  # one forward, and a backward pass of twice that; one more with recomputation
+_PASSES_OF_A_PRODUCT = 2  # its input and its output are written by one kernel and read by the next
+_PASSES_OF_THE_STREAM = 6  # fp32 between the layers: each of the two residual sums reads and writes it, and the norm reads it again
+SHEET_STUDY_START = 30.0
+SHEET_FIRST_RUN = 37.0  # more than for later runs of the same process, which find compiled code
+SHEET_RUN_START = 3.0
 
 MEASURED, SCALED, SHEET = "measured", "scaled", "sheet"
+_TO_BE_MEASURED = "the truth may be half or twice that, and --probe on the machine measures it"
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,7 @@ class Place:
         slots: runs that train at a time on all of them.
         start: seconds until the first run begins, loading data included.
         rate: of a run's cell.
+        sheet: the data sheet that rates are estimated from; None where they were measured.
         price: of a device, per hour; None: unknown.
     """
 
@@ -110,6 +117,7 @@ class Place:
     start: float
     rate: Callable[[PlannedRun], Rate]
     compute: Compute
+    sheet: Sheet | None = None
     price: float | None = None
 
 
@@ -165,7 +173,7 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
 
 def _forecast_run(run: PlannedRun, place: Place, checkpoints: Path) -> RunForecast:
     protocol, rate = run.spec.protocol, place.rate(run)
-    model, recompute = model_of(run.spec), place.compute.recompute
+    model, recompute = model_of(run.spec), bool(place.compute.recompute)
     kind, precision = place.kind, run.spec.precision
     memory = place.memory / place.at_once
     batch = protocol.batch_size
@@ -214,16 +222,30 @@ def cell_of(spec: RunSpec) -> str:
 
 
 def sheet_rate(sheet: Sheet, recompute: bool = False) -> Callable[[PlannedRun], Rate]:
-    """Rates estimated from a data sheet, under the assumptions at the top of this file."""
+    """Rates estimated from a data sheet, by the model at the top of this file."""
 
     def rate(run: PlannedRun) -> Rate:
-        peak = (sheet.bf16 if run.spec.precision == "bf16" and sheet.bf16 else sheet.fp32) * 1e12 * SHARE_OF_PEAK
-        kept_seconds = activation_bytes(model_of(run.spec), run.spec.precision, "cuda") / (sheet.bandwidth * 1e9 * SHARE_OF_BANDWIDTH)
-        train = (4 if recompute else 3) * run.forward_flops / peak + (_PASSES_TRAINING + 2 * recompute) * kept_seconds
-        evaluate = run.forward_flops / peak + _PASSES_EVALUATING * kept_seconds
-        return Rate(train, evaluate, _SHEET_RUN_START, SHEET)
+        products, moved = least_seconds(sheet, run)
+        forward = products / SHARE_OF_PEAK[_precision_on(sheet, run)] + moved / SHARE_OF_BANDWIDTH
+        return Rate((PASSES_TRAINING + recompute) * forward, forward, SHEET_RUN_START, SHEET)
 
     return rate
+
+
+def least_seconds(sheet: Sheet, run: PlannedRun) -> tuple[float, float]:
+    """What an image's forward pass takes for its products at the whole peak, and for its bytes at the whole bandwidth."""
+    model, precision = model_of(run.spec), _precision_on(sheet, run)
+    tokens, d_model = model.pos_embed.shape[1:]
+    layers = [module for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
+    values = (2 if precision == "bf16" else 4) * sum(layer.in_features + layer.out_features for layer in layers)
+    blocks = len(model.blocks) - 1  # of the last one only the class token is computed
+    moved = blocks * tokens * (_PASSES_OF_A_PRODUCT * values + _PASSES_OF_THE_STREAM * 4 * d_model)
+    peak = sheet.bf16 if precision == "bf16" and sheet.bf16 else sheet.fp32
+    return run.forward_flops / (peak * 1e12), moved / (sheet.bandwidth * 1e9)
+
+
+def _precision_on(sheet: Sheet, run: PlannedRun) -> str:
+    return run.spec.precision if sheet.bf16 else "fp32"
 
 
 def measured_rate(machine: Machine) -> Callable[[PlannedRun], Rate]:
@@ -242,10 +264,12 @@ def measured_rate(machine: Machine) -> Callable[[PlannedRun], Rate]:
 
 def sheet_place(sheet: Sheet, devices: int, compute: Compute, price: float | None) -> Place:
     """GPUs of which only the data sheet is known."""
+    compiles = compute.compile or compute.fused or not (compute.deterministic or compute.compile is compute.fused is False)
+    start = SHEET_STUDY_START + (SHEET_FIRST_RUN if compiles else 0.0)  # the first runs compile side by side
     return Place(
         title=sheet.title, kind="cuda", memory=int(sheet.memory * 2**30), precision=sheet.precision,
         devices=devices, at_once=1, slots=devices,
-        start=_SHEET_STUDY_START, rate=sheet_rate(sheet, compute.recompute), compute=compute, price=price,
+        start=start, rate=sheet_rate(sheet, bool(compute.recompute)), compute=compute, sheet=sheet, price=price,
     )  # fmt: skip
 
 
@@ -335,12 +359,20 @@ def _sources(forecast: StudyForecast) -> list[str]:
     if SCALED in sources:
         lines.append("scaled    by FLOPs from the nearest cell that was measured; --probe measures these too")
     if SHEET in sources:
-        shares = f"{100 * SHARE_OF_PEAK:.0f} % of peak and memory at {100 * SHARE_OF_BANDWIDTH:.0f} % of bandwidth"
-        lines.append(
-            f"sheet     ESTIMATED from the data sheet, not measured: products at an assumed {shares}; the truth may be twice that, "
-            "and --probe on the machine measures it"
-        )
+        lines.append(f"sheet     ESTIMATED from the data sheet: {_assumptions(forecast.place.sheet, chosen[0].run)}")
     return lines
+
+
+def _assumptions(sheet: Sheet | None, run: PlannedRun) -> str:
+    """What an estimate from a data sheet rests on."""
+    assert sheet
+    precision = _precision_on(sheet, run)
+    memory = f"memory at {100 * SHARE_OF_BANDWIDTH:.0f} % of bandwidth"
+    products = f"products at {100 * SHARE_OF_PEAK[precision]:.0f} % of peak"
+    fitted = "fitted to measurements on " + " and ".join(f"{each.title}, {each.measured}" for each in SHEETS.values() if each.measured)
+    if precision != "bf16":
+        return f"{memory}, {fitted}, and {products}, which is assumed; not measured at {precision}: {_TO_BE_MEASURED}"
+    return f"{products} and {memory}, {fitted}" + ("" if sheet.measured else f"; not measured on this GPU: {_TO_BE_MEASURED}")
 
 
 def forecast_json(forecast: StudyForecast) -> dict[str, Any]:

@@ -308,6 +308,7 @@ def _worker(config: dict[str, Any]) -> None:
             device=(None if settings.gpus_per_run else "cpu") if alone else get_device(),
             compute=dataclasses.replace(settings.compute, memory_share=memory_share(settings)),
             on_steps=on_steps,
+            on_preparing=(lambda: report({"preparing": True})) if alone else None,
             saving=settings.saving,
             should_stop=_should_stop(config["stop_flag"]),
         )
