@@ -23,12 +23,13 @@ from torch import Tensor
 
 from bench.peers import reference_attention
 from bench.roofline import measure_ceilings
-from bench.timing import Bar, finish, json_option, ratio, rounds_of, spread, table
-from diffvit.differential_forms import FORMS, default_form, usable
+from bench.timing import Bar, Journal, json_option, medians, ratio, rounds_of, spread, table
+from diffvit.differential_forms import FORMS, Form, default_form, of_matrix, usable
 from diffvit.protocol import PROTOCOLS
 from diffvit.train import default_precision, resolve_device
+from diffvit.vit import triton_supported
 
-CLASSIC = "classic, fused"
+CLASSIC, CLASSIC_TRITON = "classic, fused", "classic, triton"
 REFERENCE = "whole maps, as the paper's reference"
 
 # The bars: on a CPU the default form is no slower than the reference, which is the default where there are few tokens; on a GPU the fastest
@@ -40,54 +41,64 @@ OF_CLASSIC_ON_GPU = 1.5
 _IMAGES = {"cpu": {"CIFAR-100": 4, "BACH": 2, "digits": 32}, "cuda": {"CIFAR-100": 64, "BACH": 32, "digits": 512}}
 
 
-def measure(dataset: str, device: torch.device, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Errors, and seconds of forward and backward passes in each round, of one layer's attention."""
+def measure(
+    dataset: str, device: torch.device, dtype: torch.dtype, rounds: int, so_far: Callable[[dict[str, Any]], None] | None = None
+) -> dict[str, Any]:
+    """Errors, and seconds of forward and backward passes in each round, of one layer's attention.
+
+    Args:
+        so_far: hears of each form's seconds after each round.
+    """
     protocol = PROTOCOLS[dataset]
     B, N = _IMAGES[device.type][dataset], (protocol.image_size // protocol.patch_size) ** 2 + 1
-    P, E = protocol.heads // 2, protocol.d_model // protocol.heads
+    heads, D = protocol.heads, protocol.d_model
+    E = D // heads
     generator = torch.Generator().manual_seed(0)
-    qkv_BN3D, do_BND = (torch.randn(shape, generator=generator) for shape in ((B, N, 3, 2 * P * E), (B, N, 2 * P * E)))
-    exact = _passes(FORMS["maps"], qkv_BN3D[:1].double(), do_BND[:1].double(), P, E)
+    qkv_BN3D, do_BND = (torch.randn(shape, generator=generator) for shape in ((B, N, 3, D), (B, N, D)))
+    exact = {form: _passes(form, qkv_BN3D[:1].double(), do_BND[:1].double(), heads) for form in (_classic, FORMS["maps"])}
     qkv_BN3D, do_BND = qkv_BN3D.to(device, dtype), do_BND.to(device, dtype)
 
-    forms: dict[str, Callable[..., Tensor]] = {REFERENCE: reference_attention}
+    forms: dict[str, Form] = {CLASSIC: _classic, REFERENCE: of_matrix(reference_attention)}
+    forms |= {CLASSIC_TRITON: _classic_triton} if triton_supported(device, dtype, E, maps=1) else {}
     forms |= {name: FORMS[name] for name in usable(FORMS, device, dtype, E)}
     errors: dict[str, float] = {}
-    actions: dict[str, Callable[[], object]] = {CLASSIC: partial(_classic, qkv_BN3D, do_BND, P, E)}
+    actions: dict[str, Callable[[], object]] = {}
     for name, form in forms.items():
         try:
-            found = _passes(form, qkv_BN3D[:1], do_BND[:1], P, E)
+            found = _passes(form, qkv_BN3D[:1], do_BND[:1], heads)
         except (RuntimeError, ValueError) as error:
             click.echo(f"{dataset}: {name} does not work here: {str(error).splitlines()[0][:120]}", err=True)
             continue
-        errors[name] = max(((a.double().cpu() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+        expected = exact[_classic if name in (CLASSIC, CLASSIC_TRITON) else FORMS["maps"]]
+        errors[name] = max(((a.double().cpu() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))
         if errors[name] > (2e-2 if dtype == torch.bfloat16 else 1e-4):
             raise click.ClickException(f"{name} is wrong on {dataset}: a relative error of {errors[name]:.1e}")
-        actions[name] = partial(_passes, form, qkv_BN3D, do_BND, P, E)
-    seconds = rounds_of(actions, rounds, device, warm_up=2)
+        actions[name] = partial(_passes, form, qkv_BN3D, do_BND, heads)
+    seconds = rounds_of(actions, rounds, device, warm_up=2, after_round=so_far)
     itemsize = torch.empty(0, dtype=dtype).element_size()
-    flops, nbytes = 14 * B * N * N * 2 * P * E, 8 * B * N * 2 * P * E * itemsize
+    flops, nbytes = 14 * B * N * N * D, 8 * B * N * D * itemsize
     return {
-        "dataset": dataset, "images": B, "tokens": N, "pairs": P, "head_dim": E, "default": default_form(device.type, dtype, N),
+        "dataset": dataset, "images": B, "tokens": N, "pairs": heads // 2, "head_dim": E, "default": default_form(device.type, dtype, N),
         "errors": errors, "seconds": seconds, "flops": flops, "bytes": nbytes,
     }  # fmt: skip
 
 
-def _passes(form: Callable[..., Tensor], qkv_BN3D: Tensor, do_BND: Tensor, P: int, E: int) -> tuple[Tensor, Tensor]:
+def _passes(form: Form, qkv_BN3D: Tensor, do_BND: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """A form's output and the gradient of q, k and v."""
     qkv_BN3D = qkv_BN3D.detach().requires_grad_()
-    B, N = qkv_BN3D.shape[:2]
-    q_BNPsE, k_BNPsE = (qkv_BN3D[:, :, i].view(B, N, P, 2, E) for i in (0, 1))
-    v_BPNV = qkv_BN3D[:, :, 2].view(B, N, P, 2 * E).transpose(1, 2)
-    out_BND = form(q_BNPsE, k_BNPsE, v_BPNV, torch.tensor(0.5, device=v_BPNV.device, dtype=v_BPNV.dtype)).transpose(1, 2).flatten(2)
+    out_BND = form(qkv_BN3D, heads, torch.tensor(0.5, device=qkv_BN3D.device))
     return out_BND, torch.autograd.grad(out_BND, qkv_BN3D, do_BND)[0]
 
 
-def _classic(qkv_BN3D: Tensor, do_BND: Tensor, P: int, E: int) -> None:
-    qkv_BN3D = qkv_BN3D.detach().requires_grad_()
-    q_BHNE, k_BHNE, v_BHNE = qkv_BN3D.unflatten(-1, (2 * P, E)).permute(2, 0, 3, 1, 4)
-    out_BND = F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
-    torch.autograd.grad(out_BND, qkv_BN3D, do_BND)
+def _classic(qkv_BN3D: Tensor, heads: int, lambda_full: Tensor) -> Tensor:
+    q_BHNE, k_BHNE, v_BHNE = qkv_BN3D.unflatten(-1, (heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q_BHNE, k_BHNE, v_BHNE).transpose(1, 2).flatten(2)
+
+
+def _classic_triton(qkv_BN3D: Tensor, heads: int, lambda_full: Tensor) -> Tensor:
+    from diffvit.attention_triton import attend
+
+    return attend(qkv_BN3D, heads)
 
 
 @click.command()
@@ -104,10 +115,15 @@ def main(device_name: str | None, dtype: str, rounds: int, threads: int | None, 
     kind = default_precision(device) if dtype == "auto" else dtype
     torch_dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     ceilings = measure_ceilings(device, torch_dtype)
-    outcome: list[dict[str, Any]] = []
+    click.echo(str(ceilings))
+    journal = Journal(device, json_path, ceilings=ceilings.__dict__)
     bars: list[Bar] = []
+
+    def so_far(dataset: str, seconds: dict[str, Any]) -> None:
+        journal.note(so_far={dataset: medians(seconds)})
+
     for dataset in ("CIFAR-100", "BACH", "digits"):
-        found = measure(dataset, device, torch_dtype, rounds)
+        found = measure(dataset, device, torch_dtype, rounds, partial(so_far, dataset))
         seconds = found["seconds"]
         least = ceilings.least_seconds(found["flops"], found["bytes"])
         rows = []
@@ -121,17 +137,17 @@ def main(device_name: str | None, dtype: str, rounds: int, threads: int | None, 
             ("forward and backward", "median (range)", "times classic, 95 %", "of roofline", "error to fp64"),
             rows,
         )
-        outcome.append({**found, "kind": kind, "least_seconds": least})
         if device.type == "cpu":
             value = ratio(seconds[found["default"]], seconds[REFERENCE]).high
             bars.append(Bar(f"{dataset}: the default form's time over the reference's, upper end", value, OF_REFERENCE))
         else:
-            best = min((name for name in seconds if name not in (CLASSIC, REFERENCE)), key=lambda name: np.median(seconds[name]))
+            best = min((name for name in seconds if name in FORMS), key=lambda name: np.median(seconds[name]))
             bars.append(
                 Bar(f"{dataset}: {best}, the fastest, over classic", ratio(seconds[best], seconds[CLASSIC]).median, OF_CLASSIC_ON_GPU)
             )
-    click.echo(str(ceilings))
-    finish({"ceilings": ceilings.__dict__, "shapes": outcome}, bars, device, json_path)
+        journal.append("shapes", {**found, "kind": kind, "least_seconds": least})
+        journal.note(bars=bars)
+    journal.finish(bars)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 
 from bench.peers import TransformedImages, endless, transform_loader
 from bench.step import images_of
-from bench.timing import Bar, finish, json_option, rounds_of, spread, table, wait_for
+from bench.timing import Bar, Journal, json_option, medians, rounds_of, spread, table, wait_for
 from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader
 from diffvit.protocol import PROTOCOLS
 from diffvit.train import resolve_device
@@ -85,11 +85,11 @@ def main(data_root: str | None, device_name: str | None, rounds: int, workers: i
         "ready": "those made ready on the device",
         "usual": f"usual way: PIL images, torchvision transforms, {workers} DataLoader workers",
     }
-    seconds = rounds_of(actions, rounds, device, warm_up=2)
+    journal = Journal(device, json_path, source="the real CIFAR-100" if data_root else "random images", difference=difference)
+    seconds = rounds_of(actions, rounds, device, warm_up=2, after_round=lambda seconds: journal.note(so_far=medians(seconds)))
     rates = {name: images[name] / times for name, times in seconds.items()}
-    source = "the real CIFAR-100" if data_root else "random images"
     table(
-        f"images/s, {source}",
+        f"images/s, {'the real CIFAR-100' if data_root else 'random images'}",
         ("", "median", "range", "an epoch"),
         [
             (labels[name], f"{np.median(rate):,.0f}", f"{rate.min():,.0f} to {rate.max():,.0f}", spread(len(train_set) / rate))
@@ -98,7 +98,8 @@ def main(data_root: str | None, device_name: str | None, rounds: int, workers: i
     )
     click.echo(f"the two ways of making images ready differ by {255 * difference:.2g}/255 at most")
     bars = [Bar("images/s of the loader, median", float(np.median(rates["loader"])), LOADER_IMAGES, at_least=True)]
-    finish({"source": source, "images_per_second": rates, "difference": difference}, bars, device, json_path)
+    journal.note(images_per_second=rates)
+    journal.finish(bars)
 
 
 if __name__ == "__main__":

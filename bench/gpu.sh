@@ -1,59 +1,123 @@
 #!/usr/bin/env bash
-# All that is to be measured on one GPU, in one command. About half an hour on an H100, without the training at the end.
+# All that is to be measured on one GPU, in one command: at most ten minutes on an H100 or H200, what is worth most first.
 #
-#   bash bench/gpu.sh                                    tables to the screen, JSON and logs to docs/results/gpu
-#   DATA=/path/to/data EPOCHS=10 bash bench/gpu.sh       and train both architectures' 10B on the real CIFAR-100
+#   bash bench/gpu.sh                                    tables to the screen and to a log, JSON: all in docs/results/gpu
+#   bash bench/gpu.sh --only cells --only step           these parts only
+#   DATA=/path/to/data EPOCHS=10 bash bench/gpu.sh       and then train both architectures' 10B on the real CIFAR-100
 #   bash bench/gpu.sh --toy                              the same commands on a CPU, at toy size: do they work?
 #
-# PYTHON names the interpreter, OUT the folder. A bar that is missed does not stop what follows; the exit code is then 1.
+# The parts, each with the seconds after which it is cut:
+#   tests 90        is it right?
+#   cells 150       a step of each of the twelve cells, and the hours of the grid
+#   step 80         a step of both architectures beside timm's
+#   compiled 100    and of the classic one beside timm's ViT, compiled
+#   attention 40    the forms of differential attention
+#   memory 75       the 50M models at batch 512, with all memory and with 24 GB
+#   data 25         the data's way to the model
+#   train 900       an architecture on real CIFAR-100; not within the ten minutes
+#
+# PYTHON names the interpreter, OUT the folder, LIMIT other seconds for every part, for a slower GPU. A part that is cut, fails or misses
+# a bar does not stop the others; the exit code is then 1. What a part had measured by then is in its JSON.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-docs/results/gpu}
-toy=
-[ "${1:-}" = --toy ] && toy=yes
-mkdir -p "$OUT"
-failed=
-
-run() { # name, command …
-    local name=$1
+parts="tests cells step compiled attention memory data train"
+toy= only= unwell= running=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --toy) toy=yes ;;
+        --only)
+            if [[ " $parts " != *" ${2:-none} "* ]]; then
+                echo "there is no part '${2:-}': give one of $parts" >&2
+                exit 2
+            fi
+            only="$only $2 "
+            shift
+            ;;
+        -h | --help)
+            sed -n '2,/^set /s/^# \{0,1\}//p' bench/gpu.sh
+            exit
+            ;;
+        *)
+            echo "'$1' is no option: bash bench/gpu.sh --help lists them" >&2
+            exit 2
+            ;;
+    esac
     shift
-    echo
-    echo "== $name: $*"
-    "$@" 2> >(tee "$OUT/$name.err" >&2) | tee "$OUT/$name.log"
-    [ "${PIPESTATUS[0]}" = 0 ] && return
-    # At toy size a bar means nothing: what counts is that there is a result.
-    [ -n "$toy" ] && [ -s "$OUT/$name.json" ] && return
-    failed="$failed $name"
+done
+if [[ $only == *" train "* && -z ${DATA:-} ]]; then
+    echo "train needs the data: DATA=/path/to/data bash bench/gpu.sh --only train" >&2
+    exit 2
+fi
+mkdir -p "$OUT"
+export PYTHONUNBUFFERED=1
+exec > >(tee -i -a "$OUT/gpu.log") 2>&1
+log=$!
+trap 'code=$?; exec >&- 2>&-; wait $log; exit $code' EXIT
+trap '[ -z "$running" ] || kill "$running"; exit 130' INT TERM
+
+part() { # name, seconds, command …
+    local name=$1 limit=${LIMIT:-$2} json="$OUT/$1.json" code verdict
+    shift 2
+    [[ -z $only || $only == *" ${name%%-*} "* ]] || return 0
+    rm -f "$json"
+    printf '\n== %s, at most %s s: %s\n' "$name" "$limit" "$*"
+    # timeout ends all processes of the part; it is waited for in the background, so that Ctrl-C ends it too.
+    timeout --kill-after=5 "$limit" "$@" &
+    running=$!
+    wait "$running"
+    code=$? running=
+    case $code in
+        0) return ;;
+        124 | 137) verdict="cut after $limit s" ;;
+        *)
+            verdict="failed"
+            if grep -qs '"complete": true' "$json"; then
+                [ -z "$toy" ] || return 0 # at toy size a bar means nothing: what counts is that there is a result
+                verdict="missed a bar"
+            fi
+            ;;
+    esac
+    [ ! -s "$json" ] || verdict="$verdict; what was measured is in $json"
+    echo "== $name: $verdict"
+    unwell="$unwell"$'\n'"   $name: $verdict"
+}
+
+bench() { # name, seconds, benchmark, options …
+    part "$1" "$2" "$PYTHON" -m "bench.$3" "${device[@]}" "${@:4}" --json "$OUT/$1.json"
 }
 
 if [ -n "$toy" ]; then
-    cpu=(--device cpu)
-    run tests "$PYTHON" -m pytest -q tests/test_gpu.py tests/test_differential_forms.py
-    run attention "$PYTHON" -m bench.attention "${cpu[@]}" --rounds 2 --json "$OUT/attention.json"
-    run step "$PYTHON" -m bench.step "${cpu[@]}" --rounds 2 --steps 1 --depth 1 --images 2 --compiled --json "$OUT/step.json"
-    run data "$PYTHON" -m bench.data "${cpu[@]}" --rounds 2 --json "$OUT/data.json"
-    run memory "$PYTHON" -m bench.cells "${cpu[@]}" --toy --size 10B --cap_gb 24 --json "$OUT/memory.json"
+    LIMIT=${LIMIT:-600}
+    device=(--device cpu)
+    part tests 0 "$PYTHON" -m pytest tests/test_gpu.py tests/test_differential_forms.py
+    bench cells 0 cells --toy --size 10B
+    bench step 0 step --rounds 2 --steps 1 --depth 1 --images 2 --no-compiled --only_arms
+    bench compiled 0 step --rounds 2 --steps 1 --depth 1 --images 2 --only_compiled
+    bench attention 0 attention --rounds 2
+    bench memory 0 cells --toy --size 10B --dataset CIFAR-100 --cap_gb 24 --compare_uncapped
+    bench data 0 data --rounds 2
     epochs=(--max_steps 1 --batch_size 4)
 else
-    nvidia-smi | tee "$OUT/nvidia-smi.log"
-    cpu=()
-    run tests "$PYTHON" -m pytest -q tests/test_gpu.py tests/test_differential_forms.py
-    run attention "$PYTHON" -m bench.attention --json "$OUT/attention.json"
-    run step "$PYTHON" -m bench.step --json "$OUT/step.json"
-    run data "$PYTHON" -m bench.data ${DATA:+--data_root "$DATA"} --json "$OUT/data.json"
-    run memory "$PYTHON" -m bench.cells --size 50B --cap_gb 24 --steps 3 --json "$OUT/memory.json"
-    run recompute "$PYTHON" -m bench.cells --size 50B --cap_gb 24 --steps 3 --recompute --json "$OUT/recompute.json"
-    run cells "$PYTHON" -m bench.cells --json "$OUT/cells.json"
+    device=()
+    nvidia-smi
+    part tests 90 "$PYTHON" -m pytest tests/test_gpu.py
+    bench cells 150 cells
+    bench step 80 step --no-compiled --only_arms
+    bench compiled 100 step --only_compiled
+    bench attention 40 attention
+    bench memory 75 cells --size 50B --dataset CIFAR-100 --steps 5 --cap_gb 24 --compare_uncapped
+    bench data 25 data ${DATA:+--data_root "$DATA"}
     epochs=(--epochs "${EPOCHS:-5}")
 fi
 if [ -n "${DATA:-}" ]; then
-    for model in vit_classic vit_differential; do
-        run "train-$model" "$PYTHON" run.py train --model "$model" --size 10B --dataset CIFAR-100 "${epochs[@]}" "${cpu[@]}" \
+    for model in classic differential; do
+        part "train-$model" 900 "$PYTHON" run.py train --model "vit_$model" --size 10B --dataset CIFAR-100 "${epochs[@]}" "${device[@]}" \
             --data_root "$DATA" --checkpoints "$OUT/checkpoints"
     done
-    cp "$OUT"/checkpoints/*/*_training.log "$OUT"/checkpoints/*/*_result.json "$OUT"/
+    [[ -n $only && $only != *" train "* ]] || cp "$OUT"/checkpoints/*/*_training.log "$OUT"/checkpoints/*/*_result.json "$OUT"/
 fi
 echo
-[ -z "$failed" ] && echo "nothing failed; results in $OUT" || echo "failed or missed:$failed; results in $OUT"
-[ -z "$failed" ]
+[ -z "$unwell" ] && echo "nothing failed; results in $OUT" || echo "not as it should be, with results in $OUT:$unwell"
+[ -z "$unwell" ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from bench.timing import wait_for
 from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, make_loader
 from diffvit.protocol import Protocol
 from diffvit.vit import VisionTransformer
@@ -40,18 +42,33 @@ def give_weights(ours: VisionTransformer, theirs: nn.Module) -> None:
 
 
 def plain_loop(
-    model: nn.Module, data: Dataset, protocol: Protocol, steps: int, precision: str, device: torch.device, micro_batch: int
-) -> None:
-    """Steps as in any tutorial, on the batches that ours gets: resized on the device, autocast, AdamW, a validation batch after each."""
+    model: nn.Module,
+    data: Dataset,
+    protocol: Protocol,
+    steps: int,
+    precision: str,
+    device: torch.device,
+    micro_batch: int,
+    warm_up: int | None = None,
+) -> float | None:
+    """Steps as in any tutorial, on the batches that ours gets: resized on the device, autocast, AdamW, a validation batch after each.
+
+    Returns:
+        Seconds of the steps after `warm_up` others; None without a warm-up, where the whole loop is timed from outside.
+    """
     prepare = Prepare(protocol.image_size, data.mean, data.std, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=protocol.lr, weight_decay=protocol.weight_decay)
     train_set, val_set = (split if device.type == "cpu" else split.to(device) for split in (data.train, data.val))
     loaders = [
-        make_loader(split, StepBatches(len(split), protocol.batch_size, 0, (1, steps), salt=name))
+        make_loader(split, StepBatches(len(split), protocol.batch_size, 0, (1, steps + (warm_up or 0)), salt=name))
         for split, name in ((train_set, "train"), (val_set, "val"))
     ]
     model.train()
-    for train_batch, val_batch in zip(*loaders, strict=True):
+    start = None
+    for step, (train_batch, val_batch) in enumerate(zip(*loaders, strict=True)):
+        if step == warm_up:
+            wait_for(device)
+            start = time.perf_counter()
         for pixels, labels in _pieces(train_batch, micro_batch):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 loss = F.cross_entropy(model(prepare(pixels)), labels) * (len(labels) / len(train_batch[1]))
@@ -63,6 +80,10 @@ def plain_loop(
             for pixels, labels in _pieces(val_batch, micro_batch):
                 F.cross_entropy(model(prepare(pixels)), labels)
         model.train()
+    if start is None:
+        return None
+    wait_for(device)
+    return time.perf_counter() - start
 
 
 def _pieces(batch: tuple[Tensor, Tensor], micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:

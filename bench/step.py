@@ -4,16 +4,17 @@
     python -m bench.step --device cpu --json docs/results/step.json
 
 A step is one AdamW update on a batch, on images as CIFAR-100 has them, resized on the device. Ours go through `fit`, the loop that every
-run uses, and the plain loop gets the same batches and the same resizing. Both also look at a validation batch after each step: of one
-image in the rows that the bars are about, of as many as are trained on in those that say so. The user's loop transforms each image with
-torchvision in DataLoader workers and has no autocast. Before anything is timed, the models are given the same weights and must give the
-same logits and gradients. Rows without a bar are timed in fewer rounds, beside timm's.
+run uses, and the plain loop gets the same batches and the same resizing. Both also look at a validation batch after each step: of as many
+images as are trained on in the rows that say so, of one in the others. The bars on a GPU are about the former, those on a CPU about the
+latter. On a GPU a few steps of each loop go before the clock starts. The user's loop transforms each image with torchvision in DataLoader
+workers and has no autocast. Before anything is timed, the models are given the same weights and must give the same logits and gradients.
+What the bars are about is timed first; other rows follow in fewer rounds, beside timm's.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,13 @@ from torch import Tensor, nn
 
 from bench.peers import DIFFERENTIAL, endless, give_weights, plain_loop, timm_model, transform_loader, users_loop
 from bench.roofline import measure_ceilings
-from bench.timing import Bar, finish, json_option, ratio, rounds_of, spread, table
+from bench.timing import Bar, Journal, fit_and_time, json_option, line, medians, ratio, rounds_of, spread
 from diffvit.compute import DEFAULT_COMPUTE, autocast_dtype, choose, set_matmul_precision
 from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, make_loader
 from diffvit.evaluation import autocast
 from diffvit.protocol import PROTOCOLS, Protocol
 from diffvit.train import default_precision, fit, resolve_device
-from diffvit.vit import VisionTransformer, build_model
-from diffvit.vit_differential import set_form
+from diffvit.vit import VisionTransformer, build_model, set_form
 
 CLASSIC = "vit_classic"
 SIZE = "10B"
@@ -42,16 +42,21 @@ SIZE = "10B"
 CLASSIC_TO_TIMM = 1.03
 DIFFERENTIAL_TO_TIMM = 0.70
 DIFFERENTIAL_TO_CLASSIC = 1.35
-# On a GPU.
-GPU_CLASSIC_TO_TIMM = 1 / 1.3
-GPU_CLASSIC_TO_TIMM_COMPILED = 1.0
-GPU_DIFFERENTIAL_TO_CLASSIC = 1 / 0.90
-GPU_ROOFLINE = 0.50
+# On a GPU, with validation: how many times as fast as timm's, and a ratio of seconds.
+GPU_AGAINST_TIMM = 1.6
+GPU_AGAINST_TIMM_COMPILED = 1.3
+GPU_DIFFERENTIAL_TO_CLASSIC = 1.05
 # Everywhere.
 VALIDATION_TO_TRAINING = 1 / 3
 DATA_TO_STEP = 0.02
 
 _VALIDATED = ", with validation"
+_USER = f"the user's loop, timm ViT{_VALIDATED}"
+
+# Steps on a GPU before the clock starts.
+_WARM_UP = 2
+
+_WIDTHS = (50, 30, 10, 24, 13)
 
 
 def images_of(protocol: Protocol, count: int) -> Dataset:
@@ -121,21 +126,23 @@ def parts_of_a_step(
 @click.option("--images", type=click.IntRange(min=1), help="In a batch. [default: the protocol's 512 on a GPU, 4 on a CPU]")
 @click.option("--micro_batch", type=click.IntRange(min=1), help="[default: 128 on a GPU, all on a CPU]")
 @click.option("--depth", type=click.IntRange(min=1), help="Layers, for a trial of this benchmark. [default: those of 10B]")
-@click.option("--steps", type=click.IntRange(min=1), help="In a round. [default: 6 on a GPU, 1 on a CPU]")
-@click.option("--rounds", type=click.IntRange(min=2), default=20, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), help="In a round. [default: 4 on a GPU, 1 on a CPU]")
+@click.option("--rounds", type=click.IntRange(min=2), help="[default: 5 on a GPU, 20 on a CPU]")
 @click.option("--threads", type=click.IntRange(min=1), help="On a CPU. [default: torch's]")
 @click.option("--compiled/--no-compiled", default=None, help="Also time compiled models. [default: on a GPU]")
-@click.option("--only_arms", is_flag=True, help="Ours and timm's, eager: the bars alone.")
+@click.option("--only_arms", is_flag=True, help="Ours and timm's, eager, then compiled where that is asked for: no other rows.")
+@click.option("--only_compiled", is_flag=True, help="The classic model beside timm's ViT, eager and compiled: no other rows.")
 @json_option
 def main(device_name: str | None, precision: str, images: int | None, micro_batch: int | None, depth: int | None, steps: int | None,
-         rounds: int, threads: int | None, compiled: bool | None, only_arms: bool, json_path: Path | None) -> None:  # fmt: skip
+         rounds: int | None, threads: int | None, compiled: bool | None, only_arms: bool, only_compiled: bool,
+         json_path: Path | None) -> None:  # fmt: skip
     """Time training steps of both architectures and of what one would use instead."""
     device = resolve_device(device_name)
     gpu = device.type == "cuda"
     if threads:
         torch.set_num_threads(threads)
     precision = default_precision(device) if precision == "auto" else precision
-    images, steps = images or (512 if gpu else 4), steps or (6 if gpu else 1)
+    images, steps, rounds = images or (512 if gpu else 4), steps or (4 if gpu else 1), rounds or (5 if gpu else 20)
     micro_batch = min(images, micro_batch or (128 if gpu else images))
     compiled = gpu if compiled is None else compiled
     protocol = PROTOCOLS["CIFAR-100"].with_overrides({"batch_size": images, "max_steps": steps})
@@ -158,120 +165,147 @@ def main(device_name: str | None, precision: str, images: int | None, micro_batc
         differences[model] = check_same(ours[model], theirs[model], sample, model)
     set_matmul_precision(precision)
     chosen = {model: choose(built, micro_batch, precision, DEFAULT_COMPUTE) for model, built in ours.items()}
+    for model, difference in differences.items():
+        used = [word for word in ("compiled", "fused", "graphs") if dataclasses.asdict(chosen[model])[word]]
+        click.echo("; ".join([f"{model}: attention {chosen[model].attention}", *used, *chosen[model].notes]))
+        click.echo(f"{model}: to timm's logits and gradient {difference:.1e}")
+    ceilings = measure_ceilings(device, autocast_dtype(precision))
+    click.echo(f"{ceilings}; the roofline counts matrix products\n")
+    flops = {model: images * built.estimate_flops() for model, built in ours.items()}
 
-    def our_loop(model: VisionTransformer, data: Dataset = data) -> Callable[[], object]:
-        return partial(fit, model, data, protocol, seed=0, precision=precision, micro_batch=micro_batch)
+    def our_loop(model: VisionTransformer, data: Dataset, graphs: bool = False) -> Callable[[], object]:
+        how: dict[str, Any] = {"precision": precision, "micro_batch": micro_batch, "graphs": graphs}
+        if gpu:
+            return lambda: fit_and_time(model, data, protocol, _WARM_UP, steps, **how)[2]
+        return partial(fit, model, data, protocol, seed=0, **how)
 
-    def their_loop(model: nn.Module, data: Dataset = data) -> Callable[[], object]:
-        return partial(plain_loop, model, data, protocol, steps, precision, device, micro_batch)
+    def their_loop(model: nn.Module, data: Dataset) -> Callable[[], object]:
+        return partial(plain_loop, model, data, protocol, steps, precision, device, micro_batch, _WARM_UP if gpu else None)
 
-    actions: dict[str, Callable[[], object]] = {
-        "diffvit classic": our_loop(ours[CLASSIC]),
-        "diffvit differential": our_loop(ours[DIFFERENTIAL]),
-        "timm ViT": their_loop(theirs[CLASSIC]),
-        "timm DiffAttention": their_loop(theirs[DIFFERENTIAL]),
-    }
-    others: dict[str, Callable[[], object]] = {}
-    if compiled:
-        for name, model in (("timm ViT, compiled", CLASSIC), ("timm DiffAttention, compiled", DIFFERENTIAL)):
-            copied = timm_model(model, SIZE, protocol).to(device)
-            copied.compile()
-            others[name] = their_loop(copied)
-    if not only_arms:
-        others |= {
-            f"diffvit classic{_VALIDATED}": our_loop(ours[CLASSIC], whole),
-            f"diffvit differential{_VALIDATED}": our_loop(ours[DIFFERENTIAL], whole),
-            f"timm ViT{_VALIDATED}": their_loop(theirs[CLASSIC], whole),
-            f"timm DiffAttention{_VALIDATED}": their_loop(theirs[DIFFERENTIAL], whole),
+    def loops(data: Dataset) -> dict[str, Callable[[], object]]:
+        return {
+            "diffvit classic": our_loop(ours[CLASSIC], data, chosen[CLASSIC].graphs),
+            "diffvit differential": our_loop(ours[DIFFERENTIAL], data, chosen[DIFFERENTIAL].graphs),
+            "timm ViT": their_loop(theirs[CLASSIC], data),
+            "timm DiffAttention": their_loop(theirs[DIFFERENTIAL], data),
         }
+
+    one_image, validated = loops(data), {name + _VALIDATED: loop for name, loop in loops(whole).items()}
+    arms, others = (validated, one_image) if gpu else (one_image, validated)
+    stages = [] if only_compiled else [arms]
+    for model in (CLASSIC,) if only_compiled else (CLASSIC, DIFFERENTIAL) if compiled else ():
+        copied = timm_model(model, SIZE, protocol).to(device)
+        copied.compile()
+        beside = {name: loop for name, loop in arms.items() if _arm(name) == model}
+        name = next(name for name in beside if name == _peer(name)).replace(_VALIDATED, "")
+        beside[f"{name}, compiled{_VALIDATED if gpu else ''}"] = their_loop(copied, whole if gpu else data)
+        stages.append(beside)
+    small = min(images, 64)  # without autocast or micro-batches more would not fit
+    if not (only_arms or only_compiled):
         whole_maps = build_model(DIFFERENTIAL, SIZE, protocol)
         whole_maps.initialise(0)
         set_form(whole_maps, "maps")
-        others["diffvit differential, whole maps"] = our_loop(whole_maps.to(device))
-        small = min(images, 64)  # without autocast or micro-batches more would not fit
+        others["diffvit differential, whole maps"] = our_loop(whole_maps.to(device), data)
         loaders = [
             endless(transform_loader(dataclasses.replace(whole, train=images_of(protocol, 4 * images).train), protocol, workers))
             for workers in ((8, 8) if gpu else (1, 1))
         ]
         user = timm_model(CLASSIC, SIZE, protocol).to(device)
-        others["the user's loop, timm ViT, with validation"] = users_loop(
-            user, [_at_most(loader, small) for loader in loaders], protocol, steps, device
-        )
+        others[_USER] = users_loop(user, [_at_most(loader, small) for loader in loaders], protocol, steps, device)
+        stages.append({name: loop for name, loop in arms.items() if name == _peer(name)} | others)
 
-    a_step = {name: times / steps for name, times in rounds_of(actions, rounds, device).items()}
-    against = {name: a_step[_peer(name)] for name in a_step}
-    if others:
-        peers = {name: actions[name] for name in ("timm ViT", "timm DiffAttention")}
-        fewer = {name: times / steps for name, times in rounds_of({**peers, **others}, max(2, rounds // 4), device).items()}
-        if not only_arms:  # its batch may be smaller
-            fewer["the user's loop, timm ViT, with validation"] *= images / small
-        against |= {name: fewer[_peer(name)] for name in others}
-        a_step |= {name: fewer[name] for name in others}
-    parts = parts_of_a_step(ours[CLASSIC], whole, protocol, precision, micro_batch, device, rounds)
-    ceilings = measure_ceilings(device, autocast_dtype(precision))
-    flops = {model: images * built.estimate_flops() for model, built in ours.items()}
-    fractions = {}
-    rows = []
-    for name, times in a_step.items():
-        model = DIFFERENTIAL if "Diff" in _peer(name) else CLASSIC
-        # Weights, gradients and AdamW's moments, read and written once: 4 bytes each.
-        passes = 4 if name.endswith(_VALIDATED) else 3 + 1 / images
-        least = ceilings.least_seconds(passes * flops[model], 28 * ours[model].count_parameters())
-        fractions[name] = least / float(np.median(times))
-        rows.append(
-            (name, spread(times), f"{images / np.median(times):,.1f}", str(ratio(times, against[name])), f"{100 * fractions[name]:.0f} %")
-        )
-    table(
-        f"CIFAR-100, {SIZE}, {protocol.depths[SIZE]} layers, {precision}: {images} images, {micro_batch} at once",
-        ("a step", "median (range)", "images/s", "times timm's, 95 %", "of roofline"),
-        rows,
-    )
-    for model, difference in differences.items():
-        notes = "".join(f"; {note}" for note in chosen[model].notes)
-        click.echo(f"{model}: attention {chosen[model].attention}{notes}; to timm's logits and gradient {difference:.1e}")
-    classic, differential = a_step["diffvit classic"], a_step["diffvit differential"]
-    between = ratio(differential, classic)
-    validation, fetching = float(np.median(parts["validation"])), float(np.median(parts["data"]))
-    training = float(np.median(classic)) - validation / images
-    click.echo(f"differential over classic: {between}")
-    click.echo(
-        f"a whole validation batch of the classic model takes {1e3 * validation:.1f} ms, fetching two batches {1e3 * fetching:.3f} ms"
-    )
-    click.echo(f"{ceilings}; the roofline counts matrix products")
+    journal = Journal(
+        device, json_path, ceilings=ceilings.__dict__,
+        protocol={"images": images, "micro_batch": micro_batch, "layers": protocol.depths[SIZE], "precision": precision},
+        chosen={model: dataclasses.asdict(choice) for model, choice in chosen.items()},
+    )  # fmt: skip
+    click.echo(f"CIFAR-100, {SIZE}, {protocol.depths[SIZE]} layers, {precision}: {images} images, {micro_batch} at once")
+    line(("a step", "median (range)", "images/s", "times timm's, 95 %", "of roofline"), _WIDTHS)
+    a_step: dict[str, np.ndarray] = {}
+    fractions: dict[str, float] = {}
+    measured: list[dict[str, np.ndarray]] = []
+    parts: dict[str, np.ndarray] = {}
+    bars: list[Bar] = []
 
-    to_timm, diff_to_timm = ratio(classic, a_step["timm ViT"]), ratio(differential, a_step["timm DiffAttention"])
+    def of_a_step(seconds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        return {name: np.asarray(times) / steps * (images / small if name == _USER else 1) for name, times in seconds.items()}
+
+    def so_far(seconds: Mapping[str, Any]) -> None:
+        rows = {**of_a_step(seconds), **a_step}
+        journal.note(seconds_a_step=rows, medians=medians(rows))
+
+    for actions in stages:
+        found = of_a_step(rounds_of(actions, max(2, rounds // 4) if measured else rounds, device, after_round=so_far))
+        measured.append(found)
+        for name in [name for name in found if name not in a_step]:
+            a_step[name] = times = found[name]
+            # Weights, gradients and AdamW's moments, read and written once: 4 bytes each.
+            passes = 4 if name.endswith(_VALIDATED) else 3 + 1 / images
+            least = ceilings.least_seconds(passes * flops[_arm(name)], 28 * ours[_arm(name)].count_parameters())
+            fractions[name] = least / float(np.median(times))
+            against, rate = ratio(times, found[_peer(name)]), images / np.median(times)
+            line((name, spread(times), f"{rate:,.1f}", str(against), f"{100 * fractions[name]:.0f} %"), _WIDTHS)
+        bars = gpu_bars(measured) if gpu else cpu_bars(measured[0])
+        if not only_compiled:
+            parts = parts or parts_of_a_step(ours[CLASSIC], whole, protocol, precision, micro_batch, device, rounds)
+            bars += bars_of_parts(parts, measured[0], images)
+        journal.note(of_roofline=fractions, parts=parts, bars=bars)
+
+    if not only_compiled:
+        classic, differential, timm, diff_timm = measured[0].values()
+        between = ratio(differential, classic)
+        click.echo(f"\ndifferential over classic: {between}")
+        validation, fetching = (1e3 * float(np.median(parts[name])) for name in ("validation", "data"))
+        click.echo(f"a whole validation batch of the classic model takes {validation:.1f} ms, fetching two batches {fetching:.3f} ms")
+        ratios = {"classic_to_timm": ratio(classic, timm), "differential_to_timm": ratio(differential, diff_timm)}
+        journal.note(ratios={**ratios, "differential_to_classic": between})
     if gpu:
-        bars = [
-            Bar("classic over timm's ViT", to_timm.median, GPU_CLASSIC_TO_TIMM),
-            Bar("differential over classic", between.median, GPU_DIFFERENTIAL_TO_CLASSIC),
-            Bar("classic, of the roofline", fractions["diffvit classic"], GPU_ROOFLINE, at_least=True),
-        ]
-        if compiled:
-            # Both were timed beside timm's eager model, in rounds of their own.
-            to_compiled = to_timm.median / ratio(a_step["timm ViT, compiled"], against["timm ViT, compiled"]).median
-            bars.append(Bar("classic over timm's ViT, compiled", to_compiled, GPU_CLASSIC_TO_TIMM_COMPILED))
-    else:
-        bars = [
-            Bar("classic over timm's ViT, upper end", to_timm.high, CLASSIC_TO_TIMM),
-            Bar("differential over timm's DiffAttention, upper end", diff_to_timm.high, DIFFERENTIAL_TO_TIMM),
-            Bar("differential over classic", between.median, DIFFERENTIAL_TO_CLASSIC),
-        ]
-    bars += [
-        Bar("a validation batch over a training step", validation / training, VALIDATION_TO_TRAINING),
-        Bar("fetching data, of a step", fetching / float(np.median(classic)), DATA_TO_STEP),
+        journal.note(peak_memory=torch.cuda.max_memory_allocated(device))
+    journal.finish(bars)
+
+
+def gpu_bars(stages: Sequence[Mapping[str, np.ndarray]]) -> list[Bar]:
+    """The bars on a GPU that the rows measured so far can tell. [stage]: name -> seconds in each round"""
+    bars = []
+    for stage in stages:
+        classic, differential, timm, compiled = (
+            stage.get(name + _VALIDATED) for name in ("diffvit classic", "diffvit differential", "timm ViT", "timm ViT, compiled")
+        )
+        if classic is not None and compiled is not None:
+            what, least = "classic, with validation: times as fast as timm's ViT, compiled", GPU_AGAINST_TIMM_COMPILED
+            bars.append(Bar(what, ratio(compiled, classic).median, least, at_least=True))
+        elif classic is not None and timm is not None and differential is not None:
+            what = "classic, with validation: times as fast as timm's ViT"
+            bars.append(Bar(what, ratio(timm, classic).median, GPU_AGAINST_TIMM, at_least=True))
+            bars.append(Bar("differential over classic, with validation", ratio(differential, classic).median, GPU_DIFFERENTIAL_TO_CLASSIC))
+    return bars
+
+
+def cpu_bars(rows: Mapping[str, np.ndarray]) -> list[Bar]:
+    """The bars on a CPU, where ours and timm's were timed. name -> seconds in each round"""
+    if "diffvit differential" not in rows:
+        return []
+    classic, differential, timm, diff_timm = rows.values()
+    return [
+        Bar("classic over timm's ViT, upper end", ratio(classic, timm).high, CLASSIC_TO_TIMM),
+        Bar("differential over timm's DiffAttention, upper end", ratio(differential, diff_timm).high, DIFFERENTIAL_TO_TIMM),
+        Bar("differential over classic", ratio(differential, classic).median, DIFFERENTIAL_TO_CLASSIC),
     ]
-    outcome: dict[str, Any] = {
-        "protocol": {"images": images, "micro_batch": micro_batch, "layers": protocol.depths[SIZE], "precision": precision},
-        "seconds_a_step": a_step,
-        "parts": parts,
-        "ratios": {"classic_to_timm": to_timm, "differential_to_timm": diff_to_timm, "differential_to_classic": between},
-        "of_roofline": fractions,
-        "ceilings": ceilings.__dict__,
-        "chosen": {model: dataclasses.asdict(choice) for model, choice in chosen.items()},
-    }
-    if gpu:
-        outcome["peak_memory"] = torch.cuda.max_memory_allocated(device)
-    finish(outcome, bars, device, json_path)
+
+
+def bars_of_parts(parts: Mapping[str, np.ndarray], arms: Mapping[str, np.ndarray], images: int) -> list[Bar]:
+    """The bars about a step's parts. The classic step's time holds a validation batch of as many images, or of one."""
+    name, times = next(iter(arms.items()))
+    validation, fetching, whole = (float(np.median(values)) for values in (parts["validation"], parts["data"], times))
+    training = whole - (validation if name.endswith(_VALIDATED) else validation / images)
+    return [
+        Bar("a validation batch over a training step", validation / training, VALIDATION_TO_TRAINING),
+        Bar("fetching data, of a step", fetching / whole, DATA_TO_STEP),
+    ]
+
+
+def _arm(name: str) -> str:
+    return DIFFERENTIAL if "Diff" in _peer(name) else CLASSIC
 
 
 def _peer(name: str) -> str:

@@ -2,28 +2,38 @@
 
 A machine's speed drifts. So everything that is compared runs once in each round, in an order that turns from round to round; a ratio is
 taken within each round, and its interval is a bootstrap of the rounds' median.
+
+What is measured is printed and written at once: a benchmark that is killed leaves a valid JSON of what it had, "complete" being false.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from diffvit.train import machine_facts
+from diffvit.dataset import Dataset
+from diffvit.ledger import write_atomically
+from diffvit.protocol import Protocol
+from diffvit.saving import Every
+from diffvit.train import Fit, fit, machine_facts
 
 json_option = click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the outcome there.")
 
@@ -32,12 +42,19 @@ json_option = click.option("--json", "json_path", type=click.Path(path_type=Path
 _LEAST_SECONDS = 0.02
 
 
-def rounds_of(actions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1) -> dict[str, np.ndarray]:
+def rounds_of(
+    actions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    warm_up: int = 1,
+    after_round: Callable[[dict[str, list[float]]], None] | None = None,
+) -> dict[str, np.ndarray]:
     """Seconds of each action in each round.
 
     Args:
-        actions: name -> what is timed.
+        actions: name -> what is timed. One that returns a float has timed itself, and these are its seconds.
         warm_up: rounds before those that count, at least one.
+        after_round: hears of the seconds so far after each round that counts.
 
     Returns:
         name -> seconds [rounds]
@@ -49,16 +66,40 @@ def rounds_of(actions: Mapping[str, Callable[[], object]], rounds: int, device: 
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             wait_for(device)
-            start = time.perf_counter()
+            start, own = time.perf_counter(), 0.0
             for _ in range(repeats[name]):
-                actions[name]()
+                found = actions[name]()
+                own += found if isinstance(found, float) else 0.0
             wait_for(device)
-            mean = (time.perf_counter() - start) / repeats[name]
+            mean = (own or time.perf_counter() - start) / repeats[name]
             if number >= 0:
                 seconds[name].append(mean)
             else:
                 repeats[name] = max(1, int(_LEAST_SECONDS / mean))
+        if number >= 0 and after_round:
+            after_round(seconds)
     return {name: np.asarray(values) for name, values in seconds.items()}
+
+
+def fit_and_time(model: nn.Module, data: Dataset, protocol: Protocol, warm_up: int, steps: int, **how: Any) -> tuple[Fit, float, float]:
+    """Trains a model from seed 0 for so many steps.
+
+    Args:
+        warm_up: steps before those that count, at least one.
+        how: other arguments of `fit`.
+
+    Returns:
+        What `fit` returns, seconds up to the last step of the warm-up, and seconds of the steps after it.
+    """
+    marks = [time.perf_counter()]
+
+    def mark(state: dict[str, Any]) -> None:
+        if state["step"] in (warm_up, warm_up + steps):
+            marks.append(time.perf_counter())
+
+    run = dataclasses.replace(protocol, epochs=10**6, max_steps=warm_up + steps + 1)  # after the last one nothing is saved
+    fitted = fit(model, data, run, seed=0, on_save=mark, save_every=Every(steps=math.gcd(warm_up, steps)), **how)
+    return fitted, marks[1] - marks[0], marks[2] - marks[1]
 
 
 def wait_for(device: torch.device) -> None:
@@ -117,32 +158,61 @@ class Bar:
 def machine(device: torch.device) -> dict[str, Any]:
     """The device, and the versions of what is compared."""
     facts = machine_facts(device)
-    versions = {name: importlib.metadata.version(name) for name in ("timm", "torchvision", "ray", "numpy")}
+    versions = {}
+    for name in ("timm", "torchvision", "ray", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a bare GPU machine may have no Ray
+            versions[name] = importlib.metadata.version(name)
     return {**facts, "cpus": os.cpu_count(), "load": os.getloadavg()[0], "versions": {**facts["versions"], **versions}}
 
 
-def finish(outcome: dict[str, Any], bars: list[Bar], device: torch.device, json_path: Path | None) -> None:
-    """Prints the bars and the machine, writes the JSON, and ends the process with 1 if a bar is missed."""
-    facts = machine(device)
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    click.echo(f"{facts['device_name']}, {facts['cpus']} CPUs, {facts['threads']} threads; {versions}\n")
-    for bar in bars:
-        click.echo(str(bar))
-    if json_path:
-        command = " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-        content = {
-            "command": command,
+class Journal:
+    """The outcome of a benchmark as JSON, written anew as a whole whenever something is measured."""
+
+    def __init__(self, device: torch.device, json_path: Path | None, **facts: Any):
+        self._path = json_path
+        self._content: dict[str, Any] = {
+            "command": " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "machine": facts,
-            **outcome,
-            "bars": [{**asdict(bar), "holds": bar.holds} for bar in bars],
+            "complete": False,
+            "machine": machine(device),
+            **facts,
         }
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(content, indent=1, default=_plain) + "\n", encoding="utf-8")
-    sys.exit(0 if all(bar.holds for bar in bars) else 1)
+
+    def note(self, **values: Any) -> None:
+        """Sets values, and writes the file."""
+        self._content |= values
+        if self._path:
+            text = json.dumps(self._content, indent=1, default=_plain) + "\n"
+            write_atomically(self._path, text.encode())
+
+    def append(self, key: str, row: Any) -> None:
+        """Adds a row to the list under `key`."""
+        self.note(**{key: [*self._content.get(key, []), row]})
+
+    def finish(self, bars: Sequence[Bar]) -> NoReturn:
+        """Prints the machine and the bars, completes the JSON, and ends the process with 1 if a bar is missed."""
+        facts = self._content["machine"]
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        click.echo(f"\n{facts['device_name']}, {facts['cpus']} CPUs, {facts['threads']} threads; {versions}\n")
+        for bar in bars:
+            click.echo(str(bar))
+        self.note(complete=True, bars=bars)
+        sys.exit(0 if all(bar.holds for bar in bars) else 1)
+
+
+def finish(outcome: Mapping[str, Any], bars: Sequence[Bar], device: torch.device, json_path: Path | None) -> NoReturn:
+    """A journal of an outcome that is whole at once."""
+    Journal(device, json_path, **outcome).finish(bars)
+
+
+def medians(seconds: Mapping[str, Sequence[float] | np.ndarray]) -> dict[str, dict[str, float]]:
+    """What a journal says of rounds: each action's median, and of how many."""
+    return {name: {"median": float(np.median(times)), "rounds": len(times)} for name, times in seconds.items()}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Bar):
+        return {**asdict(value), "holds": value.holds}
     if isinstance(value, Ratio):
         return asdict(value)
     return np.asarray(value).round(7).tolist()
@@ -160,3 +230,9 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         console = Console(width=160)
     console.print(drawn)
     console.print()
+
+
+def line(values: Sequence[str], widths: Sequence[int]) -> None:
+    """Prints a row of a table that grows while it is measured, its first column to the left and the others to the right."""
+    first, *others = zip(values, widths, strict=True)
+    click.echo("  ".join([f"{first[0]:<{first[1]}}", *(f"{value:>{width}}" for value, width in others)]).rstrip())
