@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffvit.compute import Chosen, Compute, choose, remember, set_matmul_precision
+from diffvit.compute import Chosen, Compute, autocast_dtype, choose, remember, set_matmul_precision
 from diffvit.dataset import cache_folder
 from diffvit.memory import FILLED, Peak, device_memory, evaluation_bytes, even_split, measure_peak, micro_batch_within, parameter_bytes
 from diffvit.protocol import ARMS, Protocol
@@ -81,7 +81,8 @@ def _peak(name: str, size: str, protocol: Protocol, like: VisionTransformer, pre
     """What a pass of an architecture takes of the GPU that another is on, computed as that one is: from the cache, or measured now."""
     device, path = like.pos_embed.device, cache_folder() / "memory_peaks.json"
     tokens, width = like.pos_embed.shape[1:]
-    how = " ".join(word for word, value in (("fused", like.fused), ("recompute", like.recompute)) if value) or "plain"
+    words = (("fused", like.fused), ("compiled", bool(compute.compile)), ("recompute", like.recompute))
+    how = " ".join([like.attention_form(autocast_dtype(precision)), *(word for word, value in words if value)])
     key = (
         f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {precision}, {name} depth {protocol.depths[size]} "
         f"{tokens}x{width}, dropout {protocol.dropout:g}, {how}"

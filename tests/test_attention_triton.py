@@ -10,30 +10,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreted import HERE, environment, run_interpreted
 
 from diffvit import compute, differential_forms
 from diffvit.differential_forms import CANDIDATES, FORMS, usable
+from diffvit.protocol import PROTOCOLS
+from diffvit.vit import build_model
+from diffvit.vit_classic import Attention
+from diffvit.vit_differential import DifferentialAttention
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).resolve().parent
+from diffvit import fused_triton
+from diffvit.attention_triton import _LEAST_BLOCK, KERNELS, configs
+
 H100 = torch.device("cuda")
 # A block's shared memory at most: CUDA C programming guide, table of compute capabilities.
 SHARED_KB = {80: 163, 89: 99, 90: 227}
 
 
-def _environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    return {**kept, "PYTHONPATH": str(HERE.parent), **more}
-
-
 def test_the_kernels_are_the_equation_under_the_interpreter(tmp_path: Path) -> None:
-    # In a process of its own: whether Triton interprets is decided when it is imported.
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--no-header", str(HERE / "triton_interpreted.py")]
-    environment = _environment(TRITON_INTERPRET="1", TRITON_CACHE_DIR=str(tmp_path), OPENBLAS_NUM_THREADS="1")
-    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    run_interpreted("triton_interpreted.py", tmp_path)
 
 
 @pytest.mark.slow
@@ -42,7 +39,7 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
     started = [
         subprocess.Popen(
             [sys.executable, HERE / "triton_compiled.py", str(part), str(parts)],
-            env=_environment(TRITON_CACHE_DIR=str(tmp_path)),
+            env=environment(TRITON_CACHE_DIR=str(tmp_path)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -53,7 +50,10 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
     for process, (_, errors) in zip(started, outputs, strict=True):
         assert process.returncode == 0, errors[-8000:]
     kernels = [json.loads(line) for out, _ in outputs for line in out.splitlines()]
-    assert {(k["kernel"], k["target"]) for k in kernels} == {(k, t) for k in ("forward", "queries", "keys") for t in SHARED_KB}
+    names = {*KERNELS, *fused_triton.KERNELS}
+    assert {(k["kernel"], k["target"]) for k in kernels} == {(name, target) for name in names for target in SHARED_KB}
+    assert {(k["head_dim"], k["maps"]) for k in kernels if k["kernel"] in KERNELS} == {(w, m) for w in (16, 32, 64) for m in (1, 2)}
+    assert {k["d_model"] for k in kernels if k["kernel"] not in KERNELS} == {256, 384}
     spilling = [kernel for kernel in kernels if kernel["target"] == 90 and kernel["stack"]]
     assert not spilling, "\n".join(map(str, spilling))
     too_large = [kernel for kernel in kernels if kernel["shared"] > SHARED_KB[kernel["target"]] * 1024]
@@ -69,7 +69,13 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("ampere")
 def test_where_the_kernels_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     def offered(dtype: torch.dtype = torch.bfloat16, width: int = 32, device: torch.device = H100) -> bool:
-        return "triton" in usable(CANDIDATES, device, dtype, width)
+        """The same of both architectures."""
+        classic = Attention(4 * width, 4, 0, 0.0).forms(device, dtype)
+        differential = DifferentialAttention(4 * width, 4, 0, 0.0).forms(device, dtype)
+        assert differential == usable(CANDIDATES, device, dtype, width)
+        assert classic[0] == "sdpa" and differential[:3] == ["two_calls", "padded", "four_calls"]
+        assert ("triton" in classic) == ("triton" in differential)
+        return "triton" in classic
 
     assert all(offered(dtype, width) for dtype in (torch.bfloat16, torch.float16) for width in (16, 32, 64))
     assert not offered(width=128) and not offered(width=24) and not offered(torch.float64)
@@ -86,9 +92,20 @@ def test_where_the_kernels_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("ampere")
+def test_where_there_is_a_kernel_all_three_have_block_sizes() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for width in (8, 16, 32, 64, 128):
+            for maps in (1, 2):
+                offered = {bool(configs(kernel, width, maps, dtype)) for kernel in KERNELS}
+                assert min((config.kwargs["BLOCK_Q"] for config in configs("queries", width, maps, dtype)), default=99) >= _LEAST_BLOCK
+                assert offered == {width in {torch.float64: (), torch.float32: (16, 32)}.get(dtype, (16, 32, 64))}
+
+
+@pytest.mark.usefixtures("ampere")
 def test_without_triton_the_other_forms_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "diffvit.differential_triton", None)
+    monkeypatch.setitem(sys.modules, "diffvit.attention_triton", None)
     assert usable(CANDIDATES, H100, torch.bfloat16, 32) == ["two_calls", "padded", "four_calls"]
+    assert Attention(128, 4, 0, 0.0).forms(H100, torch.bfloat16) == ["sdpa"]
 
 
 def test_a_form_that_fails_is_left_out_and_one_that_is_not_exact_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +113,7 @@ def test_a_form_that_fails_is_left_out_and_one_that_is_not_exact_too(monkeypatch
     from triton.runtime.errors import OutOfResources, PTXASError
 
     def failing(error: Exception) -> differential_forms.Form:
-        def form(*_: torch.Tensor) -> torch.Tensor:
+        def form(*_: object) -> torch.Tensor:
             raise error
 
         return form
@@ -105,15 +122,18 @@ def test_a_form_that_fails_is_left_out_and_one_that_is_not_exact_too(monkeypatch
         def __init__(self) -> None:
             Exception.__init__(self, "no source line")
 
+    two_calls = FORMS["two_calls"]
     monkeypatch.setitem(FORMS, "padded", failing(OutOfResources(1, 0, "shared memory")))
     monkeypatch.setitem(FORMS, "four_calls", failing(PTXASError("no ptxas")))
     monkeypatch.setitem(FORMS, "blocks", failing(Odd()))
-    monkeypatch.setitem(FORMS, "maps", lambda *inputs: 1.1 * FORMS["two_calls"](*inputs))
+    monkeypatch.setitem(FORMS, "maps", lambda qkv, heads, lambda_full: two_calls(qkv, heads, 1.1 * lambda_full))
     forms = ["two_calls", *(form for form in FORMS if form != "two_calls")]
-    assert list(compute.measure_forms(forms, torch.device("cpu"), torch.float32, (1, 5, 1, 4), repeats=1)) == ["two_calls"]
+    model = build_model("vit_differential", "0.1M", PROTOCOLS["digits"])
+    model.initialise(0)
+    assert list(compute.measure_forms(model, forms, 2, "fp32", repeats=1)) == ["two_calls"]
 
 
 def test_the_form_says_that_a_cpu_has_no_kernels() -> None:
-    q = torch.zeros(1, 3, 1, 2, 16)
-    with pytest.raises(ValueError, match="no Triton kernels"):
-        FORMS["triton"](q, q, torch.zeros(1, 1, 3, 32), torch.tensor(0.5))
+    for lambda_full in (None, torch.tensor(0.5)):
+        with pytest.raises(ValueError, match="no Triton kernels"):
+            FORMS["triton"](torch.zeros(1, 3, 3, 64), 4, lambda_full)

@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from diffvit import compute, differential_forms
-from diffvit.compute import Compute, choose, measure_forms
+from diffvit.compute import Chosen, Compute, choose, measure_forms
 from diffvit.dataset import load
 from diffvit.errors import UserError
 from diffvit.ledger import RunFiles, RunSpec
 from diffvit.log import Step, read_log
 from diffvit.protocol import PROTOCOLS
 from diffvit.train import fit, train
-from diffvit.vit import VisionTransformer, build_model
+from diffvit.vit import VisionTransformer, build_model, set_form
 
 CPU = torch.device("cpu")
 DROPOUT = PROTOCOLS["digits"].with_overrides({"max_steps": 5, "dropout": 0.2})
@@ -49,6 +50,12 @@ def _losses(model: nn.Module, protocol=PLAIN, **options) -> tuple[list[Step], in
     steps: list[Step] = []
     fitted = fit(model, load("digits"), protocol, seed=3, on_steps=lambda some, total: steps.extend(some), **options)
     return [step._replace(seconds=0.0) for step in steps], fitted.micro_batch
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path))
+    return tmp_path
 
 
 def test_memory_that_runs_out_halves_the_micro_batch_and_no_more() -> None:
@@ -110,13 +117,12 @@ def test_recomputation_is_recorded(tmp_path: Path) -> None:
     assert result["recompute"] is True and result["compiled"] is False
 
 
-def test_forms_are_measured_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path))
+def test_forms_are_measured_once_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model()
     form = compute._fastest_form(model, 4, "fp32")
-    path = tmp_path / "attention_forms.json"
+    path = cache / "attention_forms.json"
     (key, seconds), *others = json.loads(path.read_text()).items()
-    assert not others and "cpu" in key and "float32" in key and "4x17x2x16" in key
+    assert not others and "cpu" in key and "float32" in key and "DifferentialAttention" in key and "4x17x64" in key
     assert form == min(seconds, key=seconds.get) and set(seconds) <= set(differential_forms.CANDIDATES)
     with monkeypatch.context() as patch:
         patch.setattr(compute, "measure_forms", lambda *args: pytest.fail("measured again"))
@@ -137,41 +143,136 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     assert compute._fastest_form(_model(), 4, "fp32") in differential_forms.CANDIDATES
 
 
-def test_the_classic_model_has_no_form_to_choose() -> None:
-    assert compute._fastest_form(_model("vit_classic"), 4, "fp32") is None
+@pytest.mark.parametrize(("name", "form", "forms"), [("vit_classic", "sdpa", ["sdpa"]), ("vit_differential_v2", None, [])])
+def test_where_there_is_no_choice_there_is_no_doubt(name: str, form: str | None, forms: list[str], cache: Path) -> None:
+    model = _model(name)
+    assert model.blocks[0].attn.forms(CPU, torch.float32) == forms and compute._fastest_form(model, 4, "fp32") == form
+    set_form(model, form)
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(model(images), _model(name)(images))
+
+
+def test_each_architecture_has_its_own_place_in_the_cache(cache: Path) -> None:
+    for name in ("vit_classic", "vit_differential"):
+        compute._fastest_form(_model(name), 4, "fp32")
+    compute._fastest_form(_model("vit_differential"), 2, "fp32")
+    compute._fastest_form(_model("vit_differential"), 4, "bf16")
+    assert len(json.loads((cache / "attention_forms.json").read_text())) == 4
 
 
 def test_forms_that_fail_or_are_wrong_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Tensor) -> Tensor:
+    maps = differential_forms.FORMS["maps"]
+
+    def fails(*args: object) -> Tensor:
         raise RuntimeError("no kernel for it")
 
+    def wrong_backwards(qkv: Tensor, heads: int, lambda_full: Tensor) -> Tensor:
+        return maps(qkv, heads, lambda_full) + 0.1 * (qkv - qkv.detach()).sum()
+
     monkeypatch.setitem(differential_forms.FORMS, "fails", fails)
-    monkeypatch.setitem(differential_forms.FORMS, "wrong", lambda q, k, v, full: differential_forms.maps(q, k, v, 1.1 * full))
-    monkeypatch.setitem(differential_forms.FORMS, "nan", lambda q, k, v, full: differential_forms.maps(q, k, v, full) * float("nan"))
-    found = measure_forms(["padded", "fails", "wrong", "nan", "maps"], CPU, torch.float32, (2, 17, 2, 16), repeats=2)
+    monkeypatch.setitem(differential_forms.FORMS, "wrong", lambda qkv, heads, full: maps(qkv, heads, 1.1 * full))
+    monkeypatch.setitem(differential_forms.FORMS, "wrong backwards", wrong_backwards)
+    monkeypatch.setitem(differential_forms.FORMS, "nan", lambda *inputs: maps(*inputs) * float("nan"))
+    model, forms = _model(), ["padded", "fails", "wrong", "wrong backwards", "nan", "maps"]
+    set_form(model, "blocks")
+    found = measure_forms(model, forms, 3, "fp32", repeats=2)
     assert set(found) == {"padded", "maps"}
     assert all(seconds > 0 for seconds in found.values())
+    assert model.blocks[0].attn.form == "blocks", "it is left as it was"
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_compiler_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(model: VisionTransformer, *args: object) -> tuple[float, float]:
+    def broken(model: VisionTransformer, *args: object) -> float:
         for block in model.blocks:
             block.compile()
+        model.eval()
         raise OSError("no compiler\nand much more")
 
-    monkeypatch.setattr(compute, "_compile", broken)
+    monkeypatch.setattr(compute, "_gain_of_compiling", broken)
     model = _model()
     chosen = choose(model, 4, "fp32", Compute(compile=True))
     assert not chosen.compiled
     assert chosen.notes == ("torch.compile does not work here and is left out: OSError: no compiler",)
-    assert all(block._compiled_call_impl is None for block in model.blocks)
+    assert all(block._compiled_call_impl is None for block in model.blocks) and model.training
 
 
 def test_on_a_cpu_nothing_is_measured_or_compiled_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_compile", "_fastest_form"):
+    for name in ("_gain_of_compiling", "_gain_of_fusing", "_fastest_form", "measure_forms"):
         monkeypatch.setattr(compute, name, lambda *args: pytest.fail("not on a CPU"))
     chosen = choose(_model(), 4, "fp32", Compute())
-    assert chosen == compute.Chosen("maps")
+    assert chosen == Chosen("maps")
+
+
+class OnAGPU:
+    """As much of a model on a GPU as `choose` looks at."""
+
+    def __init__(self) -> None:
+        self.pos_embed = SimpleNamespace(device=torch.device("cuda"))
+        self.recompute = self.fused = self.training = False
+        self.blocks = [SimpleNamespace(_compiled_call_impl="compiled")]
+        self.attention = SimpleNamespace(form=None)
+
+    def modules(self) -> list[SimpleNamespace]:
+        return [self.attention]
+
+    def train(self, training: bool) -> None:
+        self.training = training
+
+    def attention_form(self, dtype: torch.dtype) -> str:
+        return f"{self.attention.form}, {dtype}"
+
+
+FAILS = None
+
+
+@pytest.mark.parametrize(("asked", "fusing", "compiling", "tried", "chosen"), [
+    # What fusing and compiling would gain; what is tried; what is chosen of fused blocks, graphs and compiled blocks.
+    (Compute(), 1.5, 9.0, "form fusing", "fused graphs"),
+    (Compute(), 0.9, 1.2, "form fusing compiling", "compiled"),
+    (Compute(), 0.9, 0.9, "form fusing compiling", ""),
+    (Compute(), FAILS, 1.2, "form fusing compiling", "compiled"),
+    (Compute(), FAILS, FAILS, "form fusing compiling", ""),
+    (Compute(fused=False), 1.5, 1.2, "form compiling", "compiled"),
+    (Compute(fused=False, compile=False), 1.5, 1.2, "form", ""),
+    (Compute(compile=False), 1.5, 1.2, "form fusing", "fused graphs"),
+    (Compute(compile=False), 0.9, 1.2, "form fusing", ""),
+    (Compute(compile=True), 1.5, 0.9, "form compiling", "compiled"),  # asked for, it is done, faster or not
+    (Compute(fused=True), 0.9, 9.0, "form fusing", "fused graphs"),
+    (Compute(fused=True), FAILS, 1.2, "form fusing compiling", "compiled"),
+    (Compute(graphs=False), 1.5, 1.2, "form fusing", "fused"),
+    (Compute(graphs=True, fused=False, compile=False), 1.5, 1.2, "form", "graphs"),
+    (Compute(deterministic=True), 1.5, 1.2, "", ""),
+    (Compute(deterministic=True, fused=True), 1.5, 1.2, "fusing", "fused"),
+    (Compute(deterministic=True, compile=True), 1.5, 1.2, "compiling", "compiled"),
+    (Compute(deterministic=True, fused=True, graphs=True), 1.5, 1.2, "fusing", "fused graphs"),
+])  # fmt: skip
+def test_a_gpu_takes_what_is_faster_or_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: Compute, fusing: float | None, compiling: float | None, tried: str, chosen: str
+) -> None:
+    heard: list[str] = []
+
+    def trial(what: str, gain: float | None):
+        def gain_of(model: OnAGPU, images: int, precision: str) -> float:
+            heard.append(what)
+            assert images == 64 and precision == "bf16"
+            if gain is FAILS:
+                raise NotImplementedError("not here")
+            return gain
+
+        return gain_of
+
+    monkeypatch.setattr(compute, "_fastest_form", lambda *args: heard.append("form") or "triton")
+    monkeypatch.setattr(compute, "_gain_of_fusing", trial("fusing", fusing))
+    monkeypatch.setattr(compute, "_gain_of_compiling", trial("compiling", compiling))
+    model = OnAGPU()
+    found = choose(model, 512, "bf16", dataclasses.replace(asked, recompute=True))
+    assert " ".join(heard) == tried and len(found.notes) == len(heard) - ("form" in heard)
+    words = (("fused", found.fused), ("graphs", found.graphs), ("compiled", found.compiled))
+    assert " ".join(word for word, there in words if there) == chosen
+    assert model.fused == found.fused and model.recompute
+    assert found.attention == ("triton" if "form" in tried else "None") + ", torch.bfloat16"
+    assert ("compiling" in heard and not found.compiled) == (model.blocks[0]._compiled_call_impl is None)
 
 
 @pytest.mark.slow

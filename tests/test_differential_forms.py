@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forms import by_form
 from torch import Tensor
 
 from diffvit import differential_forms
-from diffvit.differential_forms import FORMS, default_form, differential_attention
+from diffvit.differential_forms import FORMS, default_form
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 5e-2}
 CPU_FORMS = [form for form in FORMS if form != "triton"]  # it has tests of its own
@@ -28,7 +29,7 @@ def _inputs(dtype: torch.dtype, images: int = 3, tokens: int = 37, pairs: int = 
 
 def _output_and_gradients(form: str, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = differential_attention(*leaves, form=form)
+    out = by_form(*leaves, form=form)
     out.backward(grad.to(out.dtype))
     return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
@@ -95,16 +96,26 @@ def test_blocks_where_only_some_inputs_need_a_gradient() -> None:
     inputs, grad = _inputs(torch.float64), torch.randn(3, 2, 37, 32, dtype=torch.float64)
     expected = _by_the_equation(inputs, grad)
     v = inputs[2].detach().requires_grad_()
-    differential_attention(*inputs[:2], v, inputs[3], form="blocks").backward(grad)
+    by_form(*inputs[:2], v, inputs[3], form="blocks").backward(grad)
     torch.testing.assert_close(v.grad, expected[3])
     with torch.no_grad():
-        assert not differential_attention(*inputs, form="blocks").requires_grad
+        assert not by_form(*inputs, form="blocks").requires_grad
 
 
 def test_scores_of_any_size_are_finite() -> None:
     inputs = _inputs(torch.float32)
     for form in CPU_FORMS:
-        assert differential_attention(100 * inputs[0], *inputs[1:], form=form).isfinite().all()
+        assert by_form(100 * inputs[0], *inputs[1:], form=form).isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["two_calls", "padded", "four_calls"])
+def test_lambda_is_not_rounded_with_the_inputs(form: str) -> None:
+    """bf16 knows 0.5 and 0.50390625 and nothing between."""
+    inputs = [x.bfloat16() for x in _inputs(torch.float32)[:3]]
+    found = [by_form(*inputs, torch.tensor(lam), form=form).double() for lam in (0.5, 0.5019)]
+    exact = [by_form(*(x.double() for x in inputs), torch.tensor(lam).double(), form="maps") for lam in (0.5, 0.5019)]
+    moved = (found[1] - found[0]).flatten() @ (exact[1] - exact[0]).flatten() / (exact[1] - exact[0]).square().sum()
+    assert moved == pytest.approx(1, abs=0.3)
 
 
 def test_the_default_fits_the_device() -> None:

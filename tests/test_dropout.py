@@ -64,4 +64,4 @@ def test_evaluation_drops_nothing() -> None:
 def test_every_architecture_drops_where_it_should(model: str) -> None:
     built = build_model(model, "0.1M", PROTOCOLS["digits"].with_overrides({"dropout": 0.5}))
     found = [module for module in built.modules() if isinstance(module, torch.nn.Dropout)]
-    assert len(found) == 1 + 2 * len(built.blocks) and all(type(module) is Dropout for module in found)
+    assert len(found) == 1 + 3 * len(built.blocks) and all(type(module) is Dropout for module in found)

@@ -7,19 +7,20 @@ import torch
 
 from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, PROTOCOLS
 from diffvit.train import make_optimizer
-from diffvit.vit import VisionTransformer, build_model
+from diffvit.vit import VisionTransformer, build_model, set_form
 from diffvit.vit_classic import vit_classic_bach, vit_classic_cifar100
 from diffvit.vit_classic_wide_heads import WideHeadsAttention
-from diffvit.vit_differential import DifferentialAttention, set_form, vit_differential_bach, vit_differential_cifar100
+from diffvit.vit_differential import DifferentialAttention, vit_differential_bach, vit_differential_cifar100
 
-# data set, size, classic, differential, forward GFLOP of an image: counted by hand from the protocol
+# data set, size, classic, differential, forward GFLOP of an image: counted by hand from the protocol. Of the last layer only the class token
+# is computed after keys and values, which spares 1.7 and 2.0 GFLOP on CIFAR-100, 4.6 and 5.4 on BACH.
 COUNTS = [
-    ("CIFAR-100", "10B", 9_753_956, 9_756_260, 22.5, 26.3),
-    ("CIFAR-100", "25B", 24_759_396, 24_765_348, 57.9, 67.7),
-    ("CIFAR-100", "50B", 50_031_716, 50_043_812, 117.6, 137.5),
-    ("BACH", "10B", 9_563_908, 9_565_828, 26.8, 30.8),
-    ("BACH", "25B", 25_534_084, 25_539_460, 74.0, 85.3),
-    ("BACH", "50B", 50_376_580, 50_387_332, 147.4, 170.0),
+    ("CIFAR-100", "10B", 9_753_956, 9_756_260, 20.9, 24.3),
+    ("CIFAR-100", "25B", 24_759_396, 24_765_348, 56.3, 65.7),
+    ("CIFAR-100", "50B", 50_031_716, 50_043_812, 115.9, 135.5),
+    ("BACH", "10B", 9_563_908, 9_565_828, 22.2, 25.4),
+    ("BACH", "25B", 25_534_084, 25_539_460, 69.3, 79.8),
+    ("BACH", "50B", 50_376_580, 50_387_332, 142.8, 164.6),
 ]
 
 
@@ -28,8 +29,8 @@ def test_parameter_counts_and_flops(dataset, size, classic, differential, classi
     models = {name: build_model(name, size, PROTOCOLS[dataset], "meta") for name in MODELS}
     assert models["vit_classic"].count_parameters() == classic
     assert models["vit_differential"].count_parameters() == differential
-    assert models["vit_classic"].estimate_flops() / 1e9 == pytest.approx(classic_gflop, abs=0.051)
-    assert models["vit_differential"].estimate_flops() / 1e9 == pytest.approx(differential_gflop, abs=0.051)
+    assert models["vit_classic"].estimate_flops() / 1e9 == pytest.approx(classic_gflop, abs=0.11)
+    assert models["vit_differential"].estimate_flops() / 1e9 == pytest.approx(differential_gflop, abs=0.11)
 
 
 @pytest.mark.parametrize("dataset", PROTOCOLS)
@@ -166,3 +167,36 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
     with pytest.raises(ValueError, match="patch size"):
         build_model("vit_classic", "0.1M", dataclasses.replace(PROTOCOLS["digits"], patch_size=3))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_sparing_the_last_block_most_of_its_work_changes_nothing(name: str, recompute: bool) -> None:
+    model = build_model(name, "0.2M", PROTOCOLS["digits"]).double()
+    model.initialise(seed=1)
+    model.recompute = recompute
+    images, labels = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(5)
+
+    def whole(images: torch.Tensor) -> torch.Tensor:
+        x_BND = model.embed(images)
+        for block in model.blocks:
+            x_BND = block(x_BND)
+        assert x_BND.shape[1] == 17
+        return model.classify(x_BND)
+
+    results = []
+    for forward in (model, whole):
+        logits = forward(images)
+        gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), list(model.parameters()))
+        results.append([logits.detach(), *gradients])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_block_of_few_tokens_gives_the_first_of_all(name: str) -> None:
+    block = build_model(name, "0.2M", PROTOCOLS["digits"]).double().blocks[1]
+    x = torch.randn(3, 17, 64, dtype=torch.float64)
+    whole = block(x)
+    for tokens in (1, 2, 5, 17):
+        torch.testing.assert_close(block(x, tokens), whole[:, :tokens], rtol=1e-6, atol=1e-7)

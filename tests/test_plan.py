@@ -18,7 +18,7 @@ from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import load
 from diffvit.ledger import RunFiles, RunSpec
 from diffvit.log import was_interrupted
-from diffvit.memory import activation_bytes, affordable_micro_batch, micro_batch_within, training_memory
+from diffvit.memory import Peak, activation_bytes, evaluation_bytes, even_split, micro_batch_within, parameter_bytes, training_memory
 from diffvit.protocol import MODELS, PROTOCOLS
 from diffvit.saving import Saving
 from diffvit.train import Stopped, train
@@ -77,15 +77,34 @@ def test_memory_follows_size_precision_and_recomputation() -> None:
     small, large = (build_model("vit_differential", size, protocol, "meta") for size in ("10B", "50B"))
     assert activation_bytes(small, "fp32", "cuda") < activation_bytes(large, "fp32", "cuda")
     assert activation_bytes(large, "bf16", "cuda") < activation_bytes(large, "fp32", "cuda")
-    assert activation_bytes(large, "bf16", "cuda", recompute=True) < activation_bytes(large, "bf16", "cuda") / 8
+    assert activation_bytes(large, "bf16", "cuda", recompute=True) < activation_bytes(large, "bf16", "cuda") / 5
+    assert activation_bytes(large, "fp32", "cuda", recompute=True) < activation_bytes(large, "fp32", "cuda") / 8
     assert training_memory(large, 0, "fp32", "cuda") == 16 * large.count_parameters()
     fits = [micro_batch_within(large, 512, memory * 2**30, "bf16", "cuda") for memory in (8, 24, 80, 10_000)]
     assert fits == sorted(fits) and fits[-1] == 512 and 1 <= fits[0] < fits[2]
     for memory, images in zip((24, 80), fits[1:3], strict=True):
-        assert training_memory(large, images, "bf16", "cuda") < memory * 2**30 / 2 + 16 * large.count_parameters()
-    place = torch.device("cpu")
-    without, with_it = (affordable_micro_batch(large, protocol, place, "fp32", 0.5, recompute) for recompute in (False, True))
+        assert training_memory(large, images, "bf16", "cuda") <= 0.75 * memory * 2**30 + 0.25 * parameter_bytes(large, "bf16")
+    assert evaluation_bytes(large, "bf16") < min(evaluation_bytes(large, "fp32"), activation_bytes(large, "bf16", "cuda") / 10)
+    without, with_it = (micro_batch_within(large, 512, 8 * 2**30, "fp32", "cpu", recompute) for recompute in (False, True))
     assert without < with_it
+
+
+def test_a_batch_is_split_into_few_and_equal_parts() -> None:
+    for batch in (1, 2, 7, 32, 100, 257, 512):
+        for most in (0, 1, 2, 3, 10, 31, 32, 33, 100, 500, 512, 10**9):
+            images = even_split(batch, most)
+            parts = [min(images, batch - first) for first in range(0, batch, images)]
+            assert sum(parts) == batch and 1 <= max(parts) == images <= max(1, most)
+            fewest = -(-batch // max(1, most))
+            assert len(parts) == fewest, "as few as can be"
+            assert images == 1 or (images - 1) * fewest < batch, "smaller parts would be more"
+    assert [even_split(512, most) for most in (511, 256, 200, 171, 170)] == [256, 256, 171, 171, 128]
+
+
+def test_images_within_a_measured_peak() -> None:
+    peak = Peak(fixed=100.0, per_image=30.0)
+    assert [peak.images_within(memory) for memory in (-1e9, 0, 100, 129, 130, 189, 190, 100 + 30 * 512)] == [0, 0, 0, 0, 1, 2, 3, 512]
+    assert Peak(fixed=-50.0, per_image=30.0).images_within(10) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- forecast

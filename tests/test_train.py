@@ -16,7 +16,7 @@ from diffvit.compute import Compute
 from diffvit.dataset import Prepare, load, with_training_noise
 from diffvit.ledger import RunFiles, RunSpec, load_weights, read_result, read_results, verify_run
 from diffvit.log import read_log
-from diffvit.memory import affordable_micro_batch
+from diffvit.memory import micro_batch_within
 from diffvit.protocol import PROTOCOLS
 from diffvit.train import Stopped, fit, train
 from diffvit.vit import build_model
@@ -294,10 +294,8 @@ def test_the_header_rebuilds_the_model(tmp_path: Path) -> None:
 
 def test_micro_batch_fits_the_memory() -> None:
     protocol = PROTOCOLS["CIFAR-100"]
-    sizes = [
-        affordable_micro_batch(build_model("vit_classic", size, protocol, "meta"), protocol, torch.device("cpu"), "fp32", 0.5)
-        for size in protocol.sizes
-    ]
+    models = [build_model("vit_classic", size, protocol, "meta") for size in protocol.sizes]
+    sizes = [micro_batch_within(model, protocol.batch_size, 8 * 2**30, "fp32", "cpu") for model in models]
     assert sizes == sorted(sizes, reverse=True)
     assert 1 <= sizes[-1] < sizes[0] <= 512
 

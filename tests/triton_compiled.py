@@ -1,4 +1,4 @@
-"""Compiles Triton kernels of differential_triton.py for GPUs that need not be there; run by test_differential_triton.py.
+"""Compiles the Triton kernels for GPUs that need not be there; run by test_attention_triton.py.
 
     python triton_compiled.py PART PARTS
 
@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from diffvit import differential_triton
+from diffvit import attention_triton, fused_triton
 
-# Head dimension: tokens and pairs of heads; the last two are the study's.
-SHAPES = {16: (257, 2), 32: (785, 4), 64: (1025, 3)}
+# Head dimension: tokens and heads; the last two are the study's.
+SHAPES = {16: (257, 4), 32: (785, 8), 64: (1025, 6)}
 # bf16 and fp16 differ in the names of instructions alone: of fp16, one kernel of a kind is enough.
 TARGETS = {torch.bfloat16: (80, 89, 90), torch.float16: (90,), torch.float32: (80, 89, 90)}
 
@@ -45,40 +46,66 @@ class Absent:
         return 0
 
 
-def launches(dtype: torch.dtype, head_dim: int) -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """The arguments that forward and backward start each kernel with."""
-    found = {}
+def launches(work: Callable[[], object]) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """The kernels that some work starts, each with its arguments. None is run: there is no GPU."""
+    found: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
 
     class Recorder:
         def __init__(self, kernel: str, *key: Any):
             self.kernel = kernel
 
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **kwargs: found.setdefault(self.kernel, (args, kwargs))
+            return lambda *args, **kwargs: found.append((self.kernel, args, kwargs))
 
-    N, P = SHAPES[head_dim]
-    qkv_BN3D = torch.zeros(2, N, 3, 2 * P * head_dim, dtype=dtype)
-    q_BNPsE, k_BNPsE = qkv_BN3D[:, :, :2].view(2, N, 2, P, 2, head_dim).unbind(2)
-    v_BPNV = qkv_BN3D[:, :, 2].view(2, N, P, 2 * head_dim).transpose(1, 2)
-    inputs = (q_BNPsE, k_BNPsE, v_BPNV, torch.tensor(0.5).to(dtype))
-    # The kernels are for a GPU, which is not here.
-    real = differential_triton._tuned, differential_triton.supported
-    differential_triton._tuned, differential_triton.supported = Recorder, lambda *about: True
+    real = attention_triton._tuned, fused_triton._tuned, attention_triton.supported
+    attention_triton._tuned, fused_triton._tuned, attention_triton.supported = Recorder, Recorder, lambda *about: True
     try:
-        results = differential_triton._attend(*inputs, True)
-        differential_triton._attend_backward(torch.empty_like(results[0]), *inputs, *results)
+        work()
     finally:
-        differential_triton._tuned, differential_triton.supported = real
+        attention_triton._tuned, fused_triton._tuned, attention_triton.supported = real
     return found
 
 
-def kernels() -> Iterator[tuple[torch.dtype, int, str, triton.Config, int]]:
+def attention(dtype: torch.dtype, head_dim: int, maps: int) -> None:
+    tokens, heads = SHAPES[head_dim]
+    qkv_BN3D = torch.zeros(2, tokens, 3, heads * head_dim, dtype=dtype)
+    lambda_full = torch.tensor(0.5) if maps == 2 else None
+    results = attention_triton._attend(qkv_BN3D, lambda_full, None, heads, True)
+    attention_triton._attend_backward(torch.empty_like(results[0]), qkv_BN3D, lambda_full, heads, True, *results)
+
+
+def fused(dtype: torch.dtype, d_model: int) -> None:
+    """Forward and backward of all of them, as both data sets of the study need them."""
+    stream_BND, key = torch.zeros(2, 785, d_model), torch.zeros(3, dtype=torch.int64)
+    branch_BND, bias_D, bias_H, p = stream_BND.to(dtype), torch.zeros(d_model), torch.zeros(4 * d_model), 0.2
+    weight_HD = torch.zeros(4 * d_model, d_model, dtype=dtype)
+    _, u_BNH = fused_triton._linear_gelu_dropout(branch_BND, weight_HD, bias_H, key, 1, p, True)
+    fused_triton._linear_gelu_dropout_backward(branch_BND, weight_HD.mT.contiguous(), u_BNH, bias_H, key, 1, p)
+    total_BND, normed_BND, *sums = fused_triton._residual_norm(stream_BND, branch_BND, bias_D, bias_D, bias_D, key, 1, p, 1e-6)
+    fused_triton._residual_norm_backward(total_BND, normed_BND, total_BND, *sums, bias_D, key, 1, p)
+    heads_BNPV = branch_BND.unflatten(-1, (-1, 64))
+    fused_triton.head_norm(heads_BNPV, torch.zeros(64), 1e-5, 0.8)
+    fused_triton._head_norm_backward(heads_BNPV, heads_BNPV, torch.zeros(64), 1e-5, 0.8)
+    fused_triton.dropout(stream_BND, key, 1, p)
+
+
+def kernels() -> Iterator[tuple[dict[str, Any], JITFunction, tuple[Any, ...], dict[str, Any], int]]:
+    """What is told of a kernel, the kernel, its arguments with a tile size, and for which compute capability."""
     for dtype, targets in TARGETS.items():
         for head_dim in SHAPES:
-            for kernel in differential_triton.KERNELS:
-                for config in differential_triton.configs(kernel, head_dim, dtype)[: 1 if dtype == torch.float16 else None]:
-                    for target in targets:
-                        yield dtype, head_dim, kernel, config, target
+            for maps in (1, 2):
+                for name, args, kwargs in launches(lambda: attention(dtype, head_dim, maps)):  # noqa: B023 (called at once)
+                    configs = attention_triton.configs(name, head_dim, maps, dtype)
+                    for config in configs[: 1 if dtype == torch.float16 else None]:
+                        about = {"kernel": name, "dtype": str(dtype), "head_dim": head_dim, "maps": maps, "config": str(config)}
+                        for target in targets:
+                            yield about, attention_triton.KERNELS[name], args, kwargs | config.all_kwargs(), target
+    for d_model in (256, 384):
+        for name, args, kwargs in launches(lambda: fused(torch.bfloat16, d_model)):  # noqa: B023
+            for config in fused_triton.CONFIGS[name]:
+                about = {"kernel": name, "d_model": d_model, "config": str(config)}
+                for target in TARGETS[torch.bfloat16]:
+                    yield about, fused_triton.KERNELS[name], args, kwargs | config.all_kwargs(), target
 
 
 def needs(compiled: Any) -> dict[str, int]:
@@ -94,17 +121,12 @@ def needs(compiled: Any) -> dict[str, int]:
 def main(part: int, parts: int) -> None:
     absent = Absent()
     driver.set_active(absent)
-    arguments = {}
-    for number, (dtype, head_dim, kernel, config, target) in enumerate(kernels()):
+    for number, (about, kernel, args, options, target) in enumerate(kernels()):
         if number % parts != part:
             continue
-        if (dtype, head_dim) not in arguments:
-            arguments[dtype, head_dim] = launches(dtype, head_dim)
-        args, kwargs = arguments[dtype, head_dim][kernel]
         absent.capability = target
-        compiled = differential_triton.KERNELS[kernel].warmup(*args, grid=(1,), **kwargs, **config.all_kwargs())
-        about = {"kernel": kernel, "dtype": str(dtype), "head_dim": head_dim, "config": str(config), "target": target}
-        print(json.dumps(about | needs(compiled)), flush=True)
+        compiled = kernel.warmup(*args, grid=(1,), **options)
+        print(json.dumps(about | {"target": target} | needs(compiled)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,177 @@
+"""What a study shows while it runs: the state that a run's reports say, and the time that is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from diffvit.log import Step
+from study import display as displays
+from study import runner
+from study.display import StudyDisplay
+from study.grid import Grid
+from study.plan import PlannedRun, plan_runs
+from study.runner import Settings
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The display's clock."""
+    clock = SimpleNamespace(seconds=1000.0)
+    monkeypatch.setattr(displays, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    return clock
+
+
+class Study:
+    """A display off a terminal, and the events that Tune would send it."""
+
+    def __init__(self, runs: int = 2):
+        self.runs: list[PlannedRun] = plan_runs(Grid("some", ("digits",)).runs()[:runs], Path("nowhere"), {})
+        self.console = Console(width=200, record=True, file=io.StringIO())
+        self.display = StudyDisplay(self.runs, self.console)
+        self.trials = [SimpleNamespace(config={"run": {"spec": dataclasses.asdict(run.spec)}}, last_result={}) for run in self.runs]
+
+    def start(self, number: int) -> None:
+        self.display.on_trial_start(0, [], self.trials[number])
+
+    def report(self, number: int, **result: Any) -> None:
+        self.trials[number].last_result = result
+        self.display.on_trial_result(0, [], self.trials[number], result)
+
+    def steps(self, number: int, share: float, seconds: float) -> None:
+        step = round(share * self.runs[number].steps)
+        self.report(number, step=step, train_loss=1.5, val_loss=2.5, images_per_second=100.0, seconds=seconds)
+
+    def end(self, number: int, **outcome: Any) -> None:
+        self.report(number, **{"status": "done", "steps": self.runs[number].steps, "test_accuracy": 0.5, **outcome})
+        self.display.on_trial_complete(0, [], self.trials[number])
+
+    def tick(self) -> str:
+        """What Tune's loop makes the display say."""
+        self.display.on_step_begin(0, [])
+        return self.console.export_text()
+
+    def left(self) -> str:
+        return self.display._summary().rpartition("elapsed")[2]
+
+    def table(self) -> str:
+        self.console.print(self.display._draw())
+        return self.console.export_text()
+
+
+def test_a_run_is_compiling_until_its_first_steps_arrive() -> None:
+    study = Study()
+    study.start(0)
+    assert "compiling" not in study.table()
+    study.report(0, preparing=True)
+    assert re.search(r"0\.1M +digits +0 +compiling +0/600", study.table()) and "1 compiling" in study.display._summary()
+    study.steps(0, 0.1, 3.0)
+    assert "compiling" not in study.table() and study.display._rows[study.runs[0].spec.title].state == "training"
+    # A run that is begun again keeps what is known of it.
+    study.report(0, preparing=True)
+    assert re.search(r"compiling +60/600 +1\.5000 +2\.5000", study.table())
+    study.end(0, seconds=9.0)
+    assert re.search(r"done +600/600", study.table())
+
+
+def test_a_run_that_is_stopped_or_fails_while_it_compiles() -> None:
+    study = Study()
+    for number in (0, 1):
+        study.start(number)
+        study.report(number, preparing=True)
+    study.display.on_trial_complete(0, [], study.trials[0])
+    study.report(1, failed="it died")
+    study.display.on_trial_complete(0, [], study.trials[1])
+    assert [row.state for row in study.display._rows.values()] == ["waiting", "failed"]
+
+
+def test_compiling_is_a_line_only_where_it_lasts(now: SimpleNamespace) -> None:
+    study = Study()
+    for number in (0, 1):
+        study.start(number)
+        study.report(number, preparing=True)
+    now.seconds += 2
+    assert study.tick() == ""
+    study.steps(1, 0.1, 1.0)
+    now.seconds += 5
+    assert study.tick() == f"compiling  {study.runs[0].spec.title}\n"
+    now.seconds += 5
+    assert study.tick() == ""  # once
+
+
+def test_the_heartbeat_beats_while_nothing_is_reported(now: SimpleNamespace) -> None:
+    study = Study()
+    study.start(0)
+    now.seconds += 31
+    assert study.tick() == "0 of 2 runs done, 0:31 elapsed, estimating the time left\n"
+    assert study.tick() == ""
+
+
+def test_a_start_up_is_no_speed(now: SimpleNamespace) -> None:
+    study = Study()
+    study.start(0)
+    study.report(0, preparing=True)
+    now.seconds += 500
+    assert study.left() == ", estimating the time left"
+    study.steps(0, 0.10, 40.0)  # it has begun before, and its first steps are slow
+    assert study.left() == ", estimating the time left"
+    study.steps(0, 0.11, 41.0)  # 1 % of it seen
+    assert study.left() == ", estimating the time left"
+    study.steps(0, 0.15, 45.0)  # a second for each hundredth
+    share = study.runs[1].train_flops / study.runs[0].train_flops
+    seconds = 85 + 100 * share
+    assert study.left() == f", about {int(seconds // 60)}:{int(seconds % 60):02} left"
+    # Another start-up changes nothing, and both train at once: the longer one is the end.
+    study.start(1)
+    study.report(1, preparing=True)
+    now.seconds += 500
+    seconds = max(85, 100 * share)
+    assert study.left() == f", about {int(seconds // 60)}:{int(seconds % 60):02} left"
+
+
+def test_time_left_at_the_end_and_without_steps() -> None:
+    study = Study()
+    study.start(0)
+    study.end(0, seconds=100.0, run_seconds=130.0)  # a worker group says nothing before its end
+    share = study.runs[1].train_flops / study.runs[0].train_flops
+    assert study.left() == f", about {int(100 * share // 60)}:{int(100 * share % 60):02} left"
+    study.start(1)
+    study.end(1, seconds=100.0, run_seconds=130.0)
+    assert study.left() == ""
+    elsewhere = Study()
+    elsewhere.start(0)
+    elsewhere.end(0, seconds=100.0, run_seconds=1.0)  # another machine has trained it
+    assert elsewhere.left() == ", estimating the time left"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_reports_that_it_prepares(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group reports together, so its processes leave that out."""
+    reports: list[dict] = []
+
+    def train(spec: Any, checkpoints: Path, *, on_preparing: Any, on_steps: Any, **options: Any) -> dict[str, Any]:
+        if on_preparing:
+            on_preparing()
+        on_steps([Step(1, 1, 0.1, 1.5, 2.5, 0.5, 1.0, 7.0)], 12)
+        return {"status": "done", "seconds": 7.0}
+
+    for name, value in {
+        "train": train, "load": lambda *_: None, "_should_stop": lambda flag: lambda: False, "get_device": lambda: torch.device("cpu"),
+        "RunGauges": lambda *_: SimpleNamespace(set=lambda numbers: None),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(runner, name, value)
+    for module in (runner.tune, runner.ray_train):
+        monkeypatch.setattr(module, "report", reports.append)
+    settings = Settings(checkpoints=str(tmp_path), workers=workers, cpus_per_run=torch.get_num_threads())
+    spec = Grid("one", ("digits",)).runs()[0]
+    runner._worker({"run": {"spec": dataclasses.asdict(spec), "run_id": "0"}, "settings": dataclasses.asdict(settings), "stop_flag": None})
+    kinds = [key for report in reports for key in ("preparing", "step", "status") if key in report]
+    assert kinds == (["preparing", "step", "status"] if workers == 1 else ["status"])
