@@ -7,7 +7,7 @@
 #   bash bench/gpu.sh --toy                              the same commands on a CPU, at toy size: do they work?
 #
 # The parts, each with the seconds after which it is cut:
-#   tests 90        is it right?
+#   tests 120       is it right?
 #   cells 150       a step of each of the twelve cells, and the hours of the grid
 #   step 80         a step of both architectures beside timm's
 #   compiled 100    and of the classic one beside timm's ViT, compiled
@@ -15,6 +15,7 @@
 #   memory 75       the 50M models at batch 512, with all memory and with 24 GB
 #   data 25         the data's way to the model
 #   train 900       an architecture on real CIFAR-100; not within the ten minutes
+#   slow 400        gradients and losses of blocks that torch.compile compiles; only where it is asked for by --only
 #
 # PYTHON names the interpreter, OUT the folder, LIMIT other seconds for every part, for a slower GPU. A part that is cut, fails or misses
 # a bar does not stop the others; the exit code is then 1. What a part had measured by then is in its JSON.
@@ -22,7 +23,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 PYTHON=${PYTHON:-python}
 OUT=${OUT:-docs/results/gpu}
-parts="tests cells step compiled attention memory data train"
+parts="tests cells step compiled attention memory data train slow"
 toy= only= unwell= running=
 while [ $# -gt 0 ]; do
     case $1 in
@@ -102,7 +103,7 @@ if [ -n "$toy" ]; then
 else
     device=()
     nvidia-smi
-    part tests 90 "$PYTHON" -m pytest tests/test_gpu.py
+    part tests 120 "$PYTHON" -m pytest tests/test_gpu.py
     bench cells 150 cells
     bench step 80 step --no-compiled --only_arms
     bench compiled 100 step --only_compiled
@@ -110,6 +111,9 @@ else
     bench memory 75 cells --size 50B --dataset CIFAR-100 --steps 5 --cap_gb 24 --compare_uncapped
     bench data 25 data ${DATA:+--data_root "$DATA"}
     epochs=(--epochs "${EPOCHS:-5}")
+fi
+if [[ $only == *" slow "* ]]; then
+    part slow 400 "$PYTHON" -m pytest -m slow tests/test_gpu.py
 fi
 if [ -n "${DATA:-}" ]; then
     for model in classic differential; do

@@ -32,7 +32,7 @@ from study.plan import PlannedRun
 # the peak, and the bytes that its blocks move at a share of the bandwidth. Both add up. `python -m bench.fit_sheet` fits the shares to
 # measured cells; fp32 was not measured, and its share is assumed. The size of a micro-batch makes no difference.
 SHARE_OF_PEAK = {"bf16": 0.75, "fp32": 0.5}
-SHARE_OF_BANDWIDTH = 0.36
+SHARE_OF_BANDWIDTH = 0.61
 PASSES_TRAINING = 3  # one forward, and a backward pass of twice that; one more with recomputation
 _PASSES_OF_A_PRODUCT = 2  # its input and its output are written by one kernel and read by the next
 _PASSES_OF_THE_STREAM = 6  # fp32 between the layers: each of the two residual sums reads and writes it, and the norm reads it again
