@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffvit.dataset import cache_folder
 from diffvit.dropout import has_kernels
+from diffvit.errors import UserError
 from diffvit.evaluation import autocast
 from diffvit.ledger import write_atomically
 from diffvit.vit import AttentionLayer, Block, VisionTransformer, set_form
@@ -47,6 +48,12 @@ class Compute:
     graphs: bool | None = None
     compile: bool | None = None
     recompute: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.deterministic and self.fused:
+            raise UserError(
+                "fused blocks are not deterministic: their kernels' tile sizes are chosen by time.", "leave --fused or --deterministic out."
+            )
 
 
 DEFAULT_COMPUTE = Compute()

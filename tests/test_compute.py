@@ -243,9 +243,7 @@ FAILS = None
     (Compute(graphs=False), 1.5, 1.2, "form fusing", "fused"),
     (Compute(graphs=True, fused=False, compile=False), 1.5, 1.2, "form", "graphs"),
     (Compute(deterministic=True), 1.5, 1.2, "", ""),
-    (Compute(deterministic=True, fused=True), 1.5, 1.2, "fusing", "fused"),
     (Compute(deterministic=True, compile=True), 1.5, 1.2, "compiling", "compiled"),
-    (Compute(deterministic=True, fused=True, graphs=True), 1.5, 1.2, "fusing", "fused graphs"),
 ])  # fmt: skip
 def test_a_gpu_takes_what_is_faster_or_asked_for(
     monkeypatch: pytest.MonkeyPatch, asked: Compute, fusing: float | None, compiling: float | None, tried: str, chosen: str
