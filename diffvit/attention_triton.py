@@ -15,7 +15,8 @@ Backward, with dP = dO V', which is one for both maps, and the maps computed aga
     dV = (A1 - lambda A2)' dO,  dlambda = -sum(delta_2)
 
 A bias of queries, keys and values has the sum of their gradients. As the rows of a map add up to 1 and those of dS to 0, that of the
-values' is (1 - lambda) times the sum of dO, and that of the keys' is 0.
+values' is (1 - lambda) times the sum of dO, and that of the keys' is 0: other forms give rounding noise there, of which AdamW makes
+a walk that no output depends on.
 
 A kernel over queries gives delta and dQ, one over keys dK and dV. There are no atomic operations: the same kernels with the
 same block sizes give the same bits. Products take the inputs' dtype (fp32: TF32), all sums are fp32. Queries, keys and values are

@@ -54,6 +54,8 @@ class Compute:
             raise UserError(
                 "fused blocks are not deterministic: their kernels' tile sizes are chosen by time.", "leave --fused or --deterministic out."
             )
+        if self.fused and self.compile:
+            raise UserError("blocks are either fused or compiled.", "leave --fused or --compile out.")
 
 
 DEFAULT_COMPUTE = Compute()
@@ -183,7 +185,7 @@ def measure_forms(model: VisionTransformer, forms: Iterable[str], images: int, p
         layer.form = form
         with autocast(device, precision):
             out_BND = layer.heads_output(x_BND)
-        return [out_BND, *torch.autograd.grad(out_BND, [x_BND, layer.qkv.weight], x_BND.detach().to(out_BND.dtype))]
+        return [out_BND.detach(), *torch.autograd.grad(out_BND, [x_BND, layer.qkv.weight], x_BND.detach().to(out_BND.dtype))]
 
     seconds: dict[str, float] = {}
     expected: list[Tensor] | None = None
@@ -253,6 +255,8 @@ def _gain_of_fusing(model: VisionTransformer, images: int, precision: str) -> fl
     device, block = model.pos_embed.device, cast(Block, model.blocks[0])
     x_BND = _random_like(model, images).requires_grad_()
 
+    downstream = [x_BND.detach().flip(1), x_BND.detach().flip(2)]  # some gradients
+
     def plain() -> tuple[Tensor, Tensor]:
         out_BND = block(x_BND)
         return out_BND, block.norm1(out_BND)
@@ -263,8 +267,11 @@ def _gain_of_fusing(model: VisionTransformer, images: int, precision: str) -> fl
     def passes(forward: Callable[[], tuple[Tensor, Tensor]]) -> list[Tensor]:
         with autocast(device, precision):
             outputs = forward()
-        gradients = torch.autograd.grad(outputs, [x_BND, *block.parameters()], [torch.ones_like(x) for x in outputs])
-        return [*outputs, *gradients]
+        gradients = torch.autograd.grad(
+            outputs, [x_BND, *block.parameters()], [x.to(out.dtype) for x, out in zip(downstream, outputs, strict=True)]
+        )
+        # Together, for a lambda's is a sum in which much cancels. Detached, for a graph must not be captured beside what they keep.
+        return [*(x.detach() for x in outputs), gradients[0], torch.cat([x.flatten() for x in gradients[1:]])]
 
     if not has_kernels(device, model.pos_embed.shape[-1]):
         raise NotImplementedError("there are no kernels for this device")

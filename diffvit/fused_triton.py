@@ -27,6 +27,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from diffvit.dropout import LEVELS
 
@@ -387,6 +388,7 @@ class _Mlp(torch.autograd.Function):
         return F.linear(hidden_BNH, weight_DH)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_BND, weight_HD, bias_H, weight_DH, key, u_BNH, hidden_BNH = ctx.saved_tensors
         dy_BND = gradients[0]

@@ -130,7 +130,7 @@ class Peak:
 
     def images_within(self, memory: float) -> int:
         """How many images at once fit, 0 if none."""
-        return max(0, int((memory - self.fixed) // self.per_image))
+        return 0 if self.fixed > memory else int((memory - self.fixed) // max(self.per_image, 1.0))
 
 
 def measure_peak(model: VisionTransformer, protocol: Protocol, precision: str) -> Peak:

@@ -8,7 +8,7 @@ does not wait for Python to launch a thousand small kernels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 import torch
@@ -56,7 +56,7 @@ class Passes:
         self._graphs = _Graphs() if graphs and self._workers == 1 else None
         # Sums over the micro-batches of a batch: of the training loss; of the validation loss and of right answers.
         self._train_sums, self._val_sums = torch.zeros(1, device=self._device), torch.zeros(2, device=self._device)
-        self._captured_for: tuple[ImageSet, Iterable[int], ImageSet, Iterable[int]] | None = None
+        self._captured_for: tuple[ImageSet, Collection[int], ImageSet, Collection[int]] | None = None
 
     def differentiate(self, batch: tuple[Tensor, Tensor], images: int, seed: int) -> Tensor:
         """A training batch's gradient, into the parameters. Returns this process's part of the batch's mean loss.
@@ -82,7 +82,7 @@ class Passes:
         if self._graphs is not None:
             torch._foreach_zero_([parameter.grad for parameter in self._model.parameters() if parameter.grad is not None])
 
-    def capture(self, train_set: ImageSet, train_lengths: Iterable[int], val_set: ImageSet, val_lengths: Iterable[int]) -> None:
+    def capture(self, train_set: ImageSet, train_lengths: Collection[int], val_set: ImageSet, val_lengths: Collection[int]) -> None:
         """Capture graphs for batches of these lengths; without graphs, nothing. What is not captured is computed all the same."""
         if self._graphs is not None:
             self._captured_for = (train_set, train_lengths, val_set, val_lengths)
@@ -95,8 +95,7 @@ class Passes:
         self._train_sums.zero_()
         pixels, labels = batch
         if not len(labels):  # a last batch smaller than the group: take part in the exchange of gradients with zeros
-            shape = (1, *pixels.shape[1:])
-            (self._parallel(self._prepare(pixels.new_zeros(shape))).sum() * 0.0).backward()
+            (self._logits(self._parallel, pixels.new_zeros((1, *pixels.shape[1:]))).sum() * 0.0).backward()
         for first in range(0, len(labels), self.micro_batch):
             at_image(self._device, self._rank + first * self._workers)
             chunk = pixels[first : first + self.micro_batch], labels[first : first + self.micro_batch]
@@ -128,10 +127,16 @@ class Passes:
             for length in sorted({n for whole in lengths for n in (min(whole, at_once), whole % at_once) if n}, reverse=True):
                 pixels, labels = images.pixels[:1].repeat(length, 1, 1, 1), images.labels[:1].repeat(length)
                 calls.append((work, (pixels, labels, self._count(length)), training))
-        for run in (self._graphs.warm_up, self._graphs.capture):  # whatever must be compiled, loaded or tuned must not be so in a capture
-            for work, inputs, training in calls:
-                self._model.train(training)
-                run(work, inputs)
+        try:
+            for run in (self._graphs.warm_up, self._graphs.capture):  # what must be compiled, loaded or tuned must not be so in a capture
+                for work, inputs, training in calls:
+                    self._model.train(training)
+                    run(work, inputs)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"CUDA graphs do not work here: {first_line}", "give --graphs false.") from error
         self._model.train()
         self.zero_gradients()
 
@@ -166,7 +171,7 @@ class Passes:
             try:
                 return attempt()
             except RuntimeError as error:
-                if self._workers > 1 or not _is_out_of_memory(error):
+                if self._workers > 1 or not is_out_of_memory(error):
                     raise
                 if self.micro_batch == self.evaluation_batch == 1:
                     raise UserError("a single image does not fit into memory.", "give --recompute, or use a device with more.") from error
@@ -183,12 +188,15 @@ class Passes:
                 self._within_memory(self._capture)
 
 
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """A GPU's memory has an error of its own, a CPU's only a sentence; a capture that it ended may raise another."""
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """A GPU's memory has an error of its own, and with libraries a sentence as a CPU's has; a capture that it ended may raise another."""
     if error is None:
         return False
-    found = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
-    return found or _is_out_of_memory(error.__context__)
+    found = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+    return found or is_out_of_memory(error.__context__)
 
 
 class _Graphs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from diffvit.compute import Chosen, Compute, autocast_dtype, choose, remember, set_matmul_precision
 from diffvit.dataset import cache_folder
 from diffvit.memory import FILLED, Peak, device_memory, evaluation_bytes, even_split, measure_peak, micro_batch_within, parameter_bytes
+from diffvit.passes import is_out_of_memory
 from diffvit.protocol import ARMS, Protocol
 from diffvit.vit import VisionTransformer, build_model
 
@@ -52,6 +54,8 @@ def place(
     Args:
         workers: processes that share each batch.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams and graphs are those of the current device
     set_matmul_precision(precision)
     model = build_model(name, size, protocol)
     model.initialise(seed)
@@ -74,15 +78,18 @@ def place(
         model.recompute = True
         images = fitting()
     evaluated = max(1, int(room // evaluation_bytes(model, precision)))
-    return Placed(model, chosen, even_split(most, images), even_split(most, max(images, evaluated)))
+    chosen = dataclasses.replace(chosen, graphs=chosen.graphs and workers == 1)
+    micro_batch = min(compute.micro_batch, most) if compute.micro_batch else even_split(most, images)
+    return Placed(model, chosen, micro_batch, even_split(most, max(images, evaluated)))
 
 
 def _peak(name: str, size: str, protocol: Protocol, like: VisionTransformer, precision: str, compute: Compute) -> Peak:
     """What a pass of an architecture takes of the GPU that another is on, computed as that one is: from the cache, or measured now."""
     device, path = like.pos_embed.device, cache_folder() / "memory_peaks.json"
     tokens, width = like.pos_embed.shape[1:]
-    words = (("fused", like.fused), ("compiled", bool(compute.compile)), ("recompute", like.recompute))
-    how = " ".join([like.attention_form(autocast_dtype(precision)), *(word for word, value in words if value)])
+    triton = like.attention_form(autocast_dtype(precision)) == "triton"
+    words = (("triton", triton), ("fused", like.fused), ("compiled", bool(compute.compile)), ("recompute", like.recompute))
+    how = " ".join(word for word, value in words if value) or "plain"
     key = (
         f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {precision}, {name} depth {protocol.depths[size]} "
         f"{tokens}x{width}, dropout {protocol.dropout:g}, {how}"
@@ -96,6 +103,13 @@ def _peak(name: str, size: str, protocol: Protocol, like: VisionTransformer, pre
         model = build_model(name, size, protocol, device)
         choose(model, protocol.batch_size, precision, dataclasses.replace(compute, compile=False, fused=like.fused))
         model.recompute = like.recompute
-    peak = measure_peak(model, protocol, precision)
+    try:
+        peak = measure_peak(model, protocol, precision)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        return Peak(math.inf, 1.0)  # not kept: with recomputation it may fit
     remember(path, key, dataclasses.asdict(peak))
     return peak

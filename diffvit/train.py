@@ -121,6 +121,8 @@ def fit(
     """
     rank, workers = _group()
     device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     total = protocol.total_steps(len(data.train))
     train_set, val_set = (_to_device(split, device) for split in (data.train, data.val))
     optimizer = make_optimizer(model, protocol)
@@ -150,7 +152,10 @@ def fit(
         return norm
 
     model.train()
+    # Room for the optimiser's moments, which are made after the first step: graphs must leave it.
+    moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)] if graphs and resume is None else []
     passes.capture(train_set, train_batches.lengths(), val_set, val_batches.lengths())
+    del moments
     last = Step(*resume["last"]) if resume else None
     recorder = _Recorder(protocol, total, train_batches.per_epoch, on_steps if rank == 0 else None, last)
     saved_at, saved_step = time.monotonic(), done

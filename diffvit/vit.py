@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffvit.dropout import Dropout
+from diffvit.dropout import Dropout, has_kernels
 from diffvit.protocol import MODELS, Protocol, resolve_model, stable_seed
 
 
@@ -139,7 +139,8 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x_BND = self.embed(images)
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=not self.fused)  # fused, masks need no generator
+        drawn = not has_kernels(x_BND.device, x_BND.shape[-1])  # else masks need no generator
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=drawn)
         run = again if self.recompute and torch.is_grad_enabled() else _call
         if self.fused:
             from diffvit.fused import blocks_but_last

@@ -120,7 +120,8 @@ class DifferentialAttention(nn.Module):
         o_BNPV, norm, factor = o_BND.unflatten(-1, (self.pairs, -1)), self.sub_norm, 1 - self.lambda_init
         # The compiler fuses torch's own; and how our kernel rounds depends on a tile size that was chosen by time.
         others = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
-        if not others and has_kernels(o_BND.device, 2 * self.head_dim):
+        width = 2 * self.head_dim
+        if not (others or width & (width - 1)) and has_kernels(o_BND.device, width):
             from diffvit.fused_triton import head_norm
 
             return head_norm(o_BNPV, norm.weight, norm.eps, factor).flatten(-2)

@@ -112,6 +112,7 @@ BAD_INPUT = [
     ((*TRAIN, "--seed", "-1"), "at least 0"),
     ((*TRAIN, "--precision", "fp16"), "Known: fp32, bf16"),
     ((*TRAIN, "--deterministic", "--fused", "true"), "leave --fused or --deterministic out"),
+    ((*TRAIN, "--compile", "true", "--fused", "true"), "leave --fused or --compile out"),
     ((*TRAIN[:-1], "cuda:7"), "--device cpu"),
     ((*TRAIN[:-1], "meta"), "--device cpu"),
     ((*TRAIN, "--epochs", "9" * 400), "at least 1"),

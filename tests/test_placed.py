@@ -74,6 +74,7 @@ class FakeGPU:
         self.tried: list[int] = []
         monkeypatch.setenv("DIFFVIT_CACHE", str(cache))
         monkeypatch.setattr(placed, "device_memory", lambda device: (self.room + self._others()) / FILLED)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
         monkeypatch.setattr(placed, "measure_peak", self._measure)
         monkeypatch.setattr(placed, "choose", self._choose)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: self.name)
