@@ -191,6 +191,27 @@ def test_where_few_images_fit_blocks_are_recomputed(gpu: FakeGPU) -> None:
     assert not found.model.recompute and found.micro_batch == 4
 
 
+def test_memory_that_does_not_suffice_to_measure_is_too_little(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = gpu._measure
+
+    def short(model: VisionTransformer, protocol: Protocol, precision: str) -> Peak:
+        if not model.recompute:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return measure(model, protocol, precision)
+
+    monkeypatch.setattr(placed, "measure_peak", short)
+    found = gpu.place()
+    assert found.model.recompute and all(recomputed for _, _, recomputed in gpu.measured)
+    assert gpu.place(recompute=False).micro_batch == 1, "training says what does not fit, and what to do"
+    monkeypatch.setattr(placed, "measure_peak", lambda *args: (_ for _ in ()).throw(RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        gpu.place(recompute=False)
+
+
+def test_graphs_are_not_for_worker_groups(gpu: FakeGPU) -> None:
+    assert gpu.place().chosen.graphs and not gpu.place(workers=2).chosen.graphs
+
+
 def test_small_batches_need_no_recomputation(gpu: FakeGPU) -> None:
     gpu.room = 199 * MB
     found = gpu.place("vit_classic_wide_heads", dataclasses.replace(DIGITS, batch_size=3))
