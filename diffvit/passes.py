@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,11 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffvit.dataset import ImageSet, Prepare
-from diffvit.dropout import at_image, seed_masks
+from diffvit.dropout import at_image, has_kernels, seed_masks
 from diffvit.errors import UserError
 from diffvit.evaluation import autocast
 
 T = TypeVar("T")
+
+# A width that dropout's kernels have, wherever they have any.
+_DRAWN_TOGETHER = 8
 
 
 class Passes:
@@ -128,17 +132,32 @@ class Passes:
                 pixels, labels = images.pixels[:1].repeat(length, 1, 1, 1), images.labels[:1].repeat(length)
                 calls.append((work, (pixels, labels, self._count(length)), training))
         try:
-            for run in (self._graphs.warm_up, self._graphs.capture):  # what must be compiled, loaded or tuned must not be so in a capture
-                for work, inputs, training in calls:
-                    self._model.train(training)
-                    run(work, inputs)
+            # All of it first as it is: what must be compiled, loaded or tuned must not be so in a capture.
+            right = [self._outcome(partial(self._graphs.warm_up, work, inputs), training) for work, inputs, training in calls]
+            for work, inputs, training in calls:
+                self._model.train(training)
+                self._graphs.capture(work, inputs)
+            found = [self._outcome(partial(self._graphs.replay, work, inputs), training) for work, inputs, training in calls]
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise UserError(f"CUDA graphs do not work here: {first_line}", "give --graphs false.") from error
+        # Only masks that are functions, not draws, are the same twice.
+        if has_kernels(self._device, _DRAWN_TOGETHER) and not torch.allclose(torch.stack(found), torch.stack(right), 0.02, 1e-4, True):
+            raise UserError("CUDA graphs do not give what they were captured from.", "give --graphs false, and tell us.")
         self._model.train()
         self.zero_gradients()
+
+    def _outcome(self, run: Callable[[], object], training: bool) -> Tensor:
+        """The sums and the gradient's norm that a pass leaves behind."""
+        for sums in (self._train_sums, self._val_sums):
+            sums.zero_()
+        self.zero_gradients()
+        self._model.train(training)
+        run()
+        norm = nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+        return torch.cat([self._train_sums, self._val_sums, norm.view(1)])
 
     # The passes over a micro-batch
 

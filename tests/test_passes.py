@@ -330,6 +330,8 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraphs]:
 def _capture(work: Passes, train_lengths: set[int], val_lengths: set[int]) -> None:
     data = load("digits")
     work.capture(data.train, train_lengths, data.val, val_lengths)
+    for each in FakeGraphs.all[-1:]:
+        each.replayed.clear()  # each graph was tried
 
 
 def test_what_is_captured_is_every_length_that_occurs_and_no_other(graphs: type[FakeGraphs]) -> None:
@@ -350,6 +352,17 @@ def test_graphs_give_what_is_computed_without(graphs: type[FakeGraphs], micro_ba
         found, expected = (_results(each, of, _batch(first=first)) for each, of in ((work, model), (eager, plain)))
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not graphs.all[0].missed and len(graphs.all[0].replayed) == 3 * (-(-IMAGES // micro_batch) + 3)
+
+
+def test_a_graph_that_gives_something_else_is_refused(graphs: type[FakeGraphs], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "has_kernels", lambda *about: True)
+    _capture(_passes(_model(), 8, graphs=True), {IMAGES}, {IMAGES})
+    for lost in ("training", "validation"):
+        with monkeypatch.context() as patch:
+            real = FakeGraphs.replay
+            patch.setattr(FakeGraphs, "replay", lambda self, work, inputs: _name(work, inputs)[0] == lost or real(self, work, inputs))  # noqa: B023
+            with pytest.raises(UserError, match="do not give what they were captured from"):
+                _capture(_passes(_model(), 8, graphs=True), {IMAGES}, {IMAGES})
 
 
 def test_what_was_not_captured_is_computed_all_the_same(graphs: type[FakeGraphs]) -> None:
