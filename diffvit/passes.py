@@ -225,6 +225,7 @@ class _Graphs:
     """
 
     def __init__(self) -> None:
+        self._beside: torch.cuda.Stream | None = None  # one for all, for each keeps memory of its own
         self.forget()
 
     def forget(self) -> None:
@@ -234,11 +235,13 @@ class _Graphs:
 
     def warm_up(self, work: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
         """Run it once as it will be captured: on a stream beside the usual one."""
-        beside = torch.cuda.Stream()
+        beside = self._beside = self._beside or torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            work(*inputs)
-        torch.cuda.current_stream().wait_stream(beside)
+        try:
+            with torch.cuda.stream(beside):
+                work(*inputs)
+        finally:
+            torch.cuda.current_stream().wait_stream(beside)
 
     def capture(self, work: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
         """Capture it with these inputs, which are then the graph's own."""
