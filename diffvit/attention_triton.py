@@ -407,7 +407,8 @@ _HALF = {
 _SINGLE = {
     **{("forward", maps, width): [(64, 32, 4, 2), (128, 32, 8, 2)] for width in (16, 32) for maps in (1, 2)},
     **{("queries", maps, width): [(64, 32, 4, 2), (64, 32, 8, 2)] for width in (16, 32) for maps in (1, 2)},
-    **{("keys", maps, width): [(16, 64, 4, 2), (32, 64, 8, 2)] for width in (16, 32) for maps in (1, 2)},
+    **{("keys", maps, width): [(16, 64, 4, 2), (32, 64, 8, 2)] for width, maps in ((16, 1), (16, 2), (32, 1))},
+    ("keys", 2, 32): [(16, 64, 4, 2)],
 }
 KERNELS = {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
 
