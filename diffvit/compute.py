@@ -118,7 +118,7 @@ def choose(model: VisionTransformer, images: int, precision: str, compute: Compu
         if not compiled:
             _undo_compile(model)
         notes.append(note)
-    model.train(training)  # what failed may have left it otherwise
+    model.train(training)  # as it was before the trials
     graphs = device.type == "cuda" and (model.fused and not compute.deterministic if compute.graphs is None else compute.graphs)
     seconds = time.perf_counter() - start if notes else 0.0
     return Chosen(model.attention_form(autocast_dtype(precision)), model.fused, graphs, compiled, seconds, tuple(notes))
@@ -275,14 +275,12 @@ def _gain_of_fusing(model: VisionTransformer, images: int, precision: str) -> fl
 
     if not has_kernels(device, model.pos_embed.shape[-1]):
         raise NotImplementedError("there are no kernels for this device")
-    training = model.training
     model.eval()  # without dropout
     found, expected = passes(fused), passes(plain)
     model.train()
     if not _alike(found, expected, precision):
         raise ArithmeticError("they do not give what the plain blocks give")
     slow, fast = (_median_seconds(partial(passes, forward), device, 5) for forward in (plain, fused))
-    model.train(training)
     return slow / fast
 
 
@@ -296,7 +294,6 @@ def _gain_of_compiling(model: VisionTransformer, images: int, precision: str) ->
     x_BND.requires_grad_()
     # What earlier runs of this process compiled counts against a limit, beyond which torch silently compiles no more.
     torch.compiler.reset()
-    training = model.training
 
     def run(layer: int, x_BND: Tensor) -> Tensor:
         with autocast(device, precision):
@@ -320,7 +317,6 @@ def _gain_of_compiling(model: VisionTransformer, images: int, precision: str) ->
             run(layer, validated_BND)
         model.train()
     fast = _median_seconds(lambda: work(0), device, 5)
-    model.train(training)
     return slow / fast
 
 

@@ -288,15 +288,13 @@ def _tiles(options: list[dict[str, int]], warps: list[int], stages: int = 2) -> 
 
 
 # What each kernel's autotuner chooses from. Reductions over a row are fastest within a warp.
+_PRODUCT_TILES = [
+    *_tiles([{"R": 128, "C": 128, "K": 64}, {"R": 64, "C": 128, "K": 64}, {"R": 128, "C": 64, "K": 64}], [8, 4, 4], stages=3),
+    *_tiles([{"R": 64, "C": 64, "K": 64}, {"R": 128, "C": 128, "K": 32}], [4, 8], stages=4),
+]
 CONFIGS = {
-    "linear_gelu_dropout": [
-        *_tiles([{"R": 128, "C": 128, "K": 64}, {"R": 64, "C": 128, "K": 64}, {"R": 128, "C": 64, "K": 64}], [8, 4, 4], stages=3),
-        *_tiles([{"R": 64, "C": 64, "K": 64}, {"R": 128, "C": 128, "K": 32}], [4, 8], stages=4),
-    ],
-    "linear_gelu_dropout_backward": [
-        *_tiles([{"R": 128, "C": 128, "K": 64}, {"R": 64, "C": 128, "K": 64}, {"R": 128, "C": 64, "K": 64}], [8, 4, 4], stages=3),
-        *_tiles([{"R": 64, "C": 64, "K": 64}, {"R": 128, "C": 128, "K": 32}], [4, 8], stages=4),
-    ],
+    "linear_gelu_dropout": _PRODUCT_TILES,
+    "linear_gelu_dropout_backward": _PRODUCT_TILES,
     "residual_norm": _tiles([{"R": 1}, {"R": 2}, {"R": 4}, {"R": 8}], [1, 1, 2, 4]),
     "residual_norm_backward": _tiles(
         [{"R": 1, "TILES": 32}, {"R": 2, "TILES": 16}, {"R": 2, "TILES": 32}, {"R": 4, "TILES": 8}], [1, 1, 2, 4]
