@@ -206,8 +206,31 @@ def test_every_supported_python_is_tried() -> None:
 
 def test_the_workflow_runs_what_ci_runs() -> None:
     here = [line for line in (ROOT / ".ci/run").read_text().splitlines() if line.startswith("uv ")]
-    there = [step["run"] for step in steps(ROOT / ".github/workflows/test.yml") if step.get("run", "").startswith("uv ")]
+    there = [
+        step["run"]
+        for name, job in jobs(ROOT / ".github/workflows/test.yml").items()
+        for step in job["steps"]
+        if name != "lowest" and step.get("run", "").startswith("uv ")
+    ]
     assert set(here) == set(there) and len(here) >= 7
+
+
+def test_the_lowest_versions_are_tried_without_the_pins() -> None:
+    runs = [step.get("run") for step in jobs(ROOT / ".github/workflows/test.yml")["lowest"]["steps"]]
+    assert "uv pip install --no-config --resolution lowest-direct --editable . --group dev" in runs
+
+
+def test_every_dependency_has_a_bound_and_a_pin_within_it() -> None:
+    from packaging.requirements import Requirement
+
+    wanted = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["s3"], *PROJECT["dependency-groups"]["dev"]]
+    pins = {pin.name: pin.specifier for pin in map(Requirement, PROJECT["tool"]["uv"]["constraint-dependencies"])}
+    for each in map(Requirement, wanted):
+        if each.name.startswith("types-"):
+            continue
+        assert [bound.operator for bound in each.specifier] == [">="], each
+        version = next(iter(pins[each.name])).version.removesuffix(".*")
+        assert each.specifier.contains(version), (each, version)
 
 
 def test_a_release_can_be_traced() -> None:
