@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 
+# What looks like a secret: the userinfo of an address, with a scheme or without (git's own is none); a token of the hub (no folder or
+# package has such a name) or of another service; what is given under the name of one.
+_SECRETS = [
+    re.compile(pattern)
+    for pattern in (
+        r"(?<=://)(?!git@)(?:[^\s/:@]*:\S*|[^\s/]*)(?=@)",
+        r"(?<![\w/:.+%-])[\w.+%-]+:[^\s/:@'\"]+(?=@[\w.-])",
+        r"(?<![A-Za-z0-9])hf_(?!(?:cache|home|hub\w*|transfer|xet|data\w*|models?|dir|path|endpoint)\b)\w+",
+        r"(?<![A-Za-z0-9])(?:(?:api_org_|gh[pousr]_|github_pat_|sk-)\w{10,}|(?:AKIA|ASIA)[A-Z0-9]{8,}|AIza[\w-]{20,})",
+        r"(?i)(?<=bearer )[^\s'\"]+",
+        r"(?i)(?<=[?&;])(?P<name>(?:sig|key|pwd)=)[^\s&;,'\"]+",
+        r"(?i)(?P<name>(?:token|secret|passw(?:or)?d|signature|credential|(?:access|account|api)[_-]?key)[\w.-]*=)[^\s&;,'\"]+",
+    )
+]
+HIDDEN = "***"
+
+
+def redacted(text: str, *secrets: str | None) -> str:
+    """The text with *** in place of what looks like a secret, and of these. What is printed goes through it."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, HIDDEN)
+    for pattern in _SECRETS:
+        text = pattern.sub(lambda found: found.groupdict().get("name", "") + HIDDEN, text)
+    return text
+
 
 class UserError(Exception):
-    """Bad input. The command line prints it as `error: …` and `hint: …` and exits with `exit_code`.
+    """Bad input. The command line prints it as `error: …` and `hint: …` and exits with `exit_code`. It shows no secrets.
 
     Args:
         message: one sentence that says what is wrong.
@@ -18,9 +44,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, hint: str):
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = redacted(message), redacted(hint)
+        super().__init__(self.message)
 
     def __reduce__(self):
         # Exceptions are rebuilt from their args when they cross processes; ours has two.
@@ -49,15 +74,21 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     return UserError(f"there is no {kind} named {shown(name)}.", hint)
 
 
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = _short.maxlong = 100
-_short.maxlevel = 3
+class _Short(reprlib.Repr):
+    maxstring = maxother = maxlong = 100
+    maxlevel = 3
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(redacted(x), level)  # before it is cut: a part of a secret does not look like one
+
+
+_short = _Short()
 
 
 def shown(value: object) -> str:
-    """A value that somebody gave, for a message: on one line and never long, however long or deeply nested the value is."""
+    """A value that somebody gave, for a message: on one line, without secrets and never long, however long or deeply nested it is."""
     try:
-        text = _short.repr(value)
+        text = redacted(_short.repr(value))
     except ValueError:  # Python writes no number of more than 4300 digits
         return "a number of very many digits"
     return text if len(text) <= 200 else text[:199] + "…"
