@@ -20,6 +20,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -193,6 +194,49 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turns what cannot be read, and a link that leads nowhere, into a UserError by name. What is only missing is for the caller.
+
+    Args:
+        path: what is read inside the block; links may also stand in place of the folders that it is in.
+    """
+    try:
+        yield
+    except OSError as error:
+        if wrong := broken_link(path):
+            raise UserError(wrong, MEND_LINK) from None
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise
+        raise UserError(f"{path} cannot be read: {error.strerror}.", "change its permissions, or move it elsewhere.") from error
+
+
+MEND_LINK = "mend or remove the link; if a disk is not mounted, mount it."
+
+
+def broken_link(path: Path) -> str | None:
+    """A sentence where a path, or a folder that it is in, is a link that leads nowhere; None where there is none."""
+    for link in (path, *path.parents):
+        if os.path.islink(link):
+            try:
+                os.stat(link)
+            except FileNotFoundError:
+                return f"{link} is a link to {os.readlink(link)}, which is not there."
+            except OSError as error:
+                if error.errno == errno.ELOOP:
+                    return f"{link} is a link that leads in a circle."
+    return None
+
+
+def listed(folder: Path) -> list[Path]:
+    """What is in a folder, in order of name; nothing where there is none. Raises UserError as `readable` does."""
+    try:
+        with readable(folder):
+            return sorted(folder / name for name in os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 # What a disk or a file system says when it, and not the program, is at fault.
 _FAULTS_OF_DISKS = {
     errno.ENOSPC,
@@ -209,10 +253,12 @@ _FAULTS_OF_DISKS = {
 
 @contextlib.contextmanager
 def disk_faults(place: Path) -> Iterator[None]:
-    """Turns a full, read-only or failing disk into a StorageError that names the place."""
+    """Turns a full, read-only or failing disk into a StorageError that names the place, and a link that leads nowhere into a UserError."""
     try:
         yield
     except OSError as error:
+        if isinstance(error.filename, str) and (wrong := broken_link(Path(error.filename))):
+            raise UserError(wrong, MEND_LINK) from None
         if error.errno not in _FAULTS_OF_DISKS:
             raise
         raise StorageError(
@@ -431,13 +477,14 @@ def read_result(path: Path) -> dict[str, Any] | None:
     Its names are plain ones, and those of its files are the run's own: they can be used as paths.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged or cannot be read, or is a link that leads nowhere.
     """
     try:
-        result = read_json(path, LONGEST_RESULT)
+        with readable(path):
+            result = read_json(path, LONGEST_RESULT)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is damaged: {error}.", "delete it, and the same command trains the run again.") from error
     if isinstance(result, dict):
         result.setdefault("status", "done")  # results of versions that knew no other end
@@ -490,8 +537,9 @@ def add_evaluation(files: RunFiles, kind: str, findings: Mapping[str, Any]) -> N
 
 
 def result_paths(checkpoints: Path) -> list[Path]:
-    """The result files under a checkpoints folder, in order of path."""
-    return sorted(Path(checkpoints).glob("*/model_*_result.json"))
+    """The result files under a checkpoints folder, in order of path. Raises UserError for a folder that cannot be read."""
+    models = [folder for folder in listed(Path(checkpoints)) if re.fullmatch(NAME, folder.name)]  # not lost+found
+    return [path for folder in models for path in listed(folder) if path.match("model_*_result.json")]
 
 
 def read_results(checkpoints: Path) -> list[dict[str, Any]]:

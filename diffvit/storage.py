@@ -25,7 +25,7 @@ import fsspec
 
 from diffvit.checks import HEX, fault, parse_json, real, record, text, whole
 from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles, files_of_result, read_result, write_atomically
+from diffvit.ledger import MEND_LINK, RunFiles, broken_link, files_of_result, read_result, write_atomically
 from diffvit.saving import is_on_hub
 
 MARKER = ".ok"
@@ -248,6 +248,7 @@ class Storage:
             try:
                 return [path.rsplit("/", 1)[-1] for path in self._fs.ls(self._path(folder), detail=False)]
             except FileNotFoundError:
+                self._check_links(self._path(folder))
                 return []
 
     # How
@@ -258,12 +259,18 @@ class Storage:
     def _open_to_write(self, name: str) -> Any:
         return self._fs.open(self._path(name), "wb")
 
+    def _check_links(self, path: Any) -> None:
+        """Raises StorageError for a folder of a path's storage that is a link and leads nowhere: what is in it is not missing."""
+        if self._is_path and isinstance(path, str) and (wrong := broken_link(Path(path))):
+            raise StorageError(f"the storage {self.url} failed: {wrong}", MEND_LINK)
+
     @contextlib.contextmanager
     def _faults(self, missing_too: bool = False) -> Iterator[None]:
         """Backends raise errors of many kinds; what is missing (unless `missing_too`) or in the way is for the caller."""
         try:
             yield
-        except (FileExistsError, ValueError, NotImplementedError, StorageError):
+        except (FileExistsError, ValueError, NotImplementedError, StorageError) as error:
+            self._check_links(getattr(error, "filename", None))
             raise
         except Exception as error:
             if isinstance(error, FileNotFoundError) and not missing_too:

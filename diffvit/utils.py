@@ -18,17 +18,18 @@ import io
 import os
 import re
 import shutil
+import stat
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from diffvit.checks import parse_json, read_bytes
-from diffvit.errors import StorageError, UserError, shown
-from diffvit.ledger import LONGEST_RESULT
+from diffvit.errors import StorageError, UserError, redacted, shown
+from diffvit.ledger import LONGEST_RESULT, listed, readable
 
 if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
@@ -111,14 +112,43 @@ def _setting(name: str) -> str:
 
 
 def parse_repository(text: str) -> str:
-    """`user/name` from that, or from a link to the repository's page. Raises UserError."""
-    path = re.sub(r"^(https?://)?(www\.)?(huggingface\.co|hf\.co)/", "", text.strip(), flags=re.IGNORECASE)
-    parts = path.strip("/").split("/")
-    if text.strip() != path and parts[2:3] in (["tree"], ["blob"], ["resolve"]):
+    """`user/name` from that, a link to the repository's page, or an address to clone it from. Raises UserError."""
+    scheme, _, address = text.strip().rpartition("://")
+    place = re.sub(r"^[\w.-]+@", "", address)  # without the user's name, or git's
+    user = address.removesuffix(place)
+    if "/" not in place:  # perhaps a token, so it is not shown
+        raise UserError(
+            "what is given as the repository has no / and is not a model repository on the hub.",
+            f"give user/name; if HF_REPOSITORY and HF_TOKEN are swapped, swap them. {_WHERE_TOKENS_BELONG}",
+        )
+    if redacted(user) != user or ("@" in place and redacted(f"://{place}") != f"://{place}"):
+        raise UserError("the address of the repository has a password or token in it.", f"give user/name. {_WHERE_TOKENS_BELONG}")
+    hosts = [r"(?:www\.)?(?:huggingface\.co|hf\.co)", *([re.escape(_address(own))] if (own := os.environ.get("HF_ENDPOINT")) else [])]
+    path = re.sub(rf"^(?:{'|'.join(hosts)})(?::\d+(?=/))?[:/]", "", place, flags=re.IGNORECASE)
+    linked = path != place
+    parts = (re.split("[?#]", path)[0] if linked else path).strip("/").removesuffix(".git").split("/")
+    if kind := _OTHER_KINDS.get(parts[0]):
+        raise UserError(f"{shown(text)} is {kind} on the hub, and not a model repository.", "give user/name of a model repository.")
+    if linked and parts[2:3] and parts[2] in _PAGES:
+        if parts[3:4] not in ([], ["main"]):
+            raise UserError(f"{shown(text)} is not the branch main.", "give user/name; files are sent to and come from main.")
         parts = parts[:2]
-    if len(parts) != 2 or not all(re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,94}[\w])?", part, re.ASCII) and ".." not in part for part in parts):
+    known = linked or (not user and scheme.lower() in ("", "hf"))
+    named = all(re.fullmatch(r"[A-Za-z0-9]([\w.-]{0,94}[\w])?", part, re.ASCII) and ".." not in part for part in parts)
+    if not (known and named and len(parts) == 2):
         raise UserError(f"{shown(text)} is not a model repository on the hub.", "give user/name, or the link of its page.")
     return "/".join(parts)
+
+
+_WHERE_TOKENS_BELONG = "A token belongs into HF_TOKEN; one that others may have seen should be revoked on the hub."
+_OTHER_KINDS = {"datasets": "a data set", "spaces": "a space", "buckets": "a bucket"}
+# Of a repository, under an address that names a branch next.
+_PAGES = ("tree", "blob", "resolve", "raw", "commits")
+
+
+def _address(url: str) -> str:
+    """A URL without its scheme, userinfo and last slash."""
+    return re.sub(r"^([a-z]+://)?([^/]*@)?", "", url.strip(), flags=re.IGNORECASE).rstrip("/")
 
 
 # ------------------------------------------------------------------------------------------------------------- hub
@@ -239,7 +269,7 @@ class Hub:
         text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         server = getattr(error, "server_message", None)
         text = f"{text.rstrip('.: ')}: {server}" if server and server not in text else text
-        return redact(" ".join(text.split()).rstrip("."), self.account.token)[:300]
+        return redacted(" ".join(text.split()).rstrip("."), self.account.token)[:300]
 
     def ensure(self) -> None:
         """Makes the repository, private, where it is missing."""
@@ -318,11 +348,6 @@ class Hub:
 
 class _DamagedTransferError(Exception):
     """What came is not what was listed."""
-
-
-def redact(text: str, token: str | None) -> str:
-    """The text without the token."""
-    return text.replace(token, "***") if token else text
 
 
 def _first(listing: Iterable[Any]) -> list[Any]:
@@ -490,11 +515,16 @@ def _quiet(unless: bool = False) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What became of each file: names on the hub, in order."""
+    """What became of each file: names on the hub, in order.
+
+    Attributes:
+        left: what was not sent on purpose, and why: ".state (hidden)".
+    """
 
     moved: tuple[str, ...]
     skipped: tuple[str, ...]
     bytes: int
+    left: tuple[str, ...] = ()
 
 
 # (bytes done, bytes in all, what is under way)
@@ -504,16 +534,18 @@ Progress = Callable[[int, int, str], None]
 def upload(local: Path, hub_folder: str, hub: Hub, force: bool = False, on_progress: Progress | None = None) -> Transfer:
     """Send a file into a folder of the repository, or a folder's content, without what is hidden; the repository is made if missing.
 
+    Links are followed: what they lead to is sent under the link's name.
+
     Args:
         hub_folder: "" or "." for the repository's top.
         force: replace files that are different there.
 
     Raises:
-        UserError: there is nothing to send, or something different is there already; then nothing is sent.
+        UserError: there is nothing to send, something cannot be sent, or something different is there already; then nothing is sent.
         StorageError: the hub failed; what it has is not sent again.
     """
     folder = _hub_path(hub_folder)
-    sources = _files_to_send(local, folder)
+    sources, left = _files_to_send(local, folder)
     hub.ensure()
     before = hub.files(folder)
     same = {name for name, path in sources.items() if name in before and before[name].is_like(path)}
@@ -534,7 +566,7 @@ def upload(local: Path, hub_folder: str, hub: Hub, force: bool = False, on_progr
             raise StorageError(f"{_some(wrong)} did not arrive as sent.", "send it again; if it changed meanwhile, wait until it does not.")
         if on_progress:
             on_progress(total, total, "")
-    return Transfer(tuple(sizes), tuple(sorted(same)), total)
+    return Transfer(tuple(sizes), tuple(sorted(same)), total, tuple(left))
 
 
 def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progress: Progress | None = None) -> Transfer:
@@ -573,27 +605,42 @@ def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progr
     missing = [name for name in found if name not in same]
     done, total = 0, sum(found[name].size for name in missing)
     local.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(local).free
-    if total > free:
-        raise UserError(f"{hub_path or 'the repository'} takes {total:,} bytes, and {local} has {free:,} left.", "make room.")
-    stage = local / ".diffvit-download"
+    _check_room({targets[name]: found[name].size for name in missing})
     for name in missing:
         if on_progress:
             on_progress(done, total, name)
-        path = hub.bring(found[name], stage, commit)
         targets[name].parent.mkdir(parents=True, exist_ok=True)
+        path = hub.bring(found[name], targets[name].parent / _STAGE, commit)
         os.replace(path, targets[name])
         done += found[name].size
-    shutil.rmtree(stage, ignore_errors=True)
+    for folder in {target.parent for target in targets.values()}:
+        shutil.rmtree(folder / _STAGE, ignore_errors=True)
     if on_progress and missing:
         on_progress(total, total, "")
     return Transfer(tuple(missing), tuple(sorted(same)), total)
 
 
+# Where files are brought to first: beside where they go, since a folder may be a link to another disk.
+_STAGE = ".diffvit-download"
+
+
+def _check_room(sizes: Mapping[Path, int]) -> None:
+    """Raises UserError where a disk has less room than the files that go there take."""
+    disks: dict[int, tuple[Path, int]] = {}
+    for path, size in sizes.items():
+        folder = next(each for each in path.parents if each.is_dir())
+        first, before = disks.get(folder.stat().st_dev, (folder, 0))
+        disks[folder.stat().st_dev] = first, before + size
+    for folder, size in disks.values():
+        free = shutil.disk_usage(folder).free
+        if size > free:
+            raise UserError(f"what is brought to {folder} takes {size:,} bytes, and it has {free:,} left.", "make room.")
+
+
 def _in_the_way(target: Path, local: Path) -> list[Path]:
     """A folder where a file shall be, or a file where a folder shall be."""
     folders = [folder for folder in target.parents if folder == local or local in folder.parents]
-    return [*([target] if target.is_dir() else []), *(folder for folder in folders if folder.exists() and not folder.is_dir())]
+    return [*([target] if target.is_dir() else []), *(each for each in folders if os.path.lexists(each) and not each.is_dir())]
 
 
 def _hub_path(text: str) -> str:
@@ -606,21 +653,60 @@ def _hub_path(text: str) -> str:
     return path
 
 
-def _files_to_send(local: Path, folder: str) -> dict[str, Path]:
-    """Name on the hub -> file."""
-    if local.is_file():
-        sources = {local.name: local}
-    elif local.is_dir():
-        inside = {path.relative_to(local).as_posix(): path for path in sorted(local.rglob("*")) if path.is_file()}
-        sources = {name: path for name, path in inside.items() if not any(part.startswith(_HIDDEN) for part in PurePosixPath(name).parts)}
-    else:
+def _files_to_send(local: Path, folder: str) -> tuple[dict[str, Path], list[str]]:
+    """Name on the hub -> file, and what is left out with the reason. Raises UserError for what cannot be sent, by name."""
+    if not os.path.lexists(local):
         raise UserError(f"there is no file or folder {local}.", "give one that is there.")
+    if local.name.startswith(_HIDDEN) and not local.is_dir():
+        raise UserError(f"{local} is hidden.", "what is hidden is not sent: it may hold secrets; copy it under another name.")
+    left: list[str] = []
+    inside = f"{folder}/" if folder else ""
+    facts = _facts(local)
+    sources = {}
+    for name, path in _files_below(local, inside, facts, (), left) if stat.S_ISDIR(facts.st_mode) else [(inside + local.name, local)]:
+        sources[_sendable(name, path)] = path
+        if len(sources) > _MOST_FILES:
+            raise UserError(f"{local} has more than {_MOST_FILES} files.", "send a folder with fewer.")
     if not sources:
-        raise UserError(f"{local} has no files.", "what is hidden is not sent.")
-    bad = [name for name in sources if not is_safe_name(name)]
-    if bad:
-        raise UserError(f"{bad[0]!r} has a name that not every system can keep.", "rename it.")
-    return {f"{folder}/{name}" if folder else name: path for name, path in sources.items()}
+        raise UserError(f"{local} has no files.", f"this is not sent: {', '.join(left)}." if left else "what is hidden is not sent.")
+    return sources, left
+
+
+def _files_below(folder: Path, inside: str, facts: os.stat_result, above: tuple[Any, ...], left: list[str]) -> Iterator[tuple[str, Path]]:
+    """Name on the hub and path of the files in a folder, its links followed; what is left out is added to `left`."""
+    if any(os.path.samestat(facts, each) for each in above):
+        raise UserError(f"{folder} is a link to a folder that it is in itself.", "remove the link.")
+    entries = listed(folder)
+    if above and not entries:
+        left.append(f"{folder} (empty)")
+    for path in entries:
+        if path.name.startswith(_HIDDEN):
+            left.append(f"{path} (hidden)")
+            continue
+        found = _facts(path)
+        if stat.S_ISDIR(found.st_mode):
+            yield from _files_below(path, f"{_sendable(inside + path.name, path)}/", found, (*above, facts), left)
+        else:
+            yield inside + path.name, path
+
+
+def _facts(path: Path) -> os.stat_result:
+    """Of a folder, or of a file that can be read. Raises UserError for all else."""
+    with readable(path):
+        facts = path.stat()
+        if not stat.S_ISDIR(facts.st_mode):
+            if not stat.S_ISREG(facts.st_mode):
+                raise UserError(f"{path} is a pipe, a socket or a device.", "only files can be sent; move it out of the folder.")
+            with open(path, "rb"):
+                pass
+    return facts
+
+
+def _sendable(name: str, path: Path) -> str:
+    """A name that every system can keep."""
+    if not is_safe_name(name):
+        raise UserError(f"{shown(str(path))} has a name that not every system can keep.", "rename it.")
+    return name
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:

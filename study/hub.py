@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffvit.checks import NAME
 from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles, RunSpec, read_result, read_results
+from diffvit.ledger import RunFiles, RunSpec, read_result, read_results, result_paths
 from diffvit.saving import is_on_hub
 from diffvit.storage import Storage, fetch_run, open_storage, remote_result, settle_run
 from study.table import cell_key
@@ -122,7 +122,7 @@ def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
             return  # somebody's own
         table = run_table(Path(folder))
         contents = read_results(Path(folder))
-    ours = {path.name for path in checkpoints.glob("*/model_*_result.json")}
+    ours = {path.name for path in result_paths(checkpoints)}
     figures = sorted((checkpoints / "figures").glob(f"*{_FIGURE}")) if {path.name for path in results} <= ours else []
     puts: dict[str, Any] = {f"figures/{path.name}": path for path in figures}
     pictures = {name for name in (*puts, *storage.hub.files("figures", head)) if name.endswith(_FIGURE)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from diffvit.errors import UserError
 from diffvit.ledger import (
     RunFiles,
     RunSpec,
+    disk_faults,
     load_weights,
     read_header,
     read_result,
@@ -189,6 +192,52 @@ def test_files_that_do_not_belong_together_are_named(ended: RunFiles, tmp_path: 
         assert any(said in wrong for wrong in verify_run(copy.result)), said
     copy.result.rename(copy.result.with_name("model_0000000000_0.1M_digits_result.json"))
     assert any("another run" in wrong for wrong in verify_run(copy.result.with_name("model_0000000000_0.1M_digits_result.json")))
+
+
+def test_runs_in_a_linked_folder_are_seen_and_a_link_to_nowhere_is_named(ended: RunFiles, tmp_path: Path) -> None:
+    ended.folder.rename(tmp_path / "big")
+    ended.folder.symlink_to(tmp_path / "big")
+    assert [result["run_id"] for result in read_results(ended.checkpoints)] == [ended.run_id] and verify_run(ended.result) == []
+    (tmp_path / "big").rename(tmp_path / "away")
+    for read in (lambda: read_results(ended.checkpoints), lambda: read_result(ended.result)):
+        with pytest.raises(UserError, match=f"{ended.model} is a link to .*big, which is not there"):
+            read()
+    with pytest.raises(UserError, match="which is not there"), disk_faults(tmp_path):
+        write_atomically(ended.log, b"not lost in silence")
+    ended.folder.unlink()
+    ended.folder.symlink_to(ended.folder.name)
+    with pytest.raises(UserError, match="leads in a circle"):
+        read_results(ended.checkpoints)
+
+
+def test_a_result_that_is_a_link_to_nowhere_or_cannot_be_read_is_named(ended: RunFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended.result.rename(ended.folder / "kept")
+    ended.result.symlink_to("gone")
+    with pytest.raises(UserError, match=r"_result\.json is a link to gone"):
+        read_results(ended.checkpoints)
+    ended.result.unlink()
+    ended.result.symlink_to("kept")
+    assert len(read_results(ended.checkpoints)) == 1
+
+    def denied(path: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", denied)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        read_results(ended.checkpoints)
+
+
+def test_a_disks_own_folder_that_cannot_be_read_does_no_harm(ended: RunFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    (ended.checkpoints / "lost+found").mkdir()
+    real = os.listdir
+
+    def denied(path: Path) -> list[str]:
+        if Path(path).name == "lost+found":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "listdir", denied)
+    assert len(read_results(ended.checkpoints)) == 1
 
 
 def test_what_a_killed_writer_left_aside_is_swept(tmp_path: Path) -> None:

@@ -134,6 +134,19 @@ def test_a_storage_that_is_not_known(url: str) -> None:
         Storage(url)
 
 
+def test_a_linked_folder_of_a_storage_is_followed_and_one_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "storage"))
+    (tmp_path / "storage").mkdir()
+    (tmp_path / "big").mkdir()
+    (tmp_path / "storage/vit_classic").symlink_to(tmp_path / "big")
+    storage.put("vit_classic/a", b"content")
+    assert storage.names("vit_classic") == ["vit_classic/a"] and storage.read("vit_classic/a") == b"content"
+    (tmp_path / "big").rename(tmp_path / "away")
+    for act in (lambda: storage.names("vit_classic"), lambda: storage.put("vit_classic/b", b"content")):
+        with pytest.raises(StorageError, match=r"vit_classic is a link to .*big, which is not there"):
+            act()
+
+
 def test_a_storage_that_does_not_let_us_write(s3_port: int, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="s3://no-such-bucket/x failed"):
         Storage("s3://no-such-bucket/x").check()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -239,20 +243,62 @@ def test_what_is_missing(to_hub: Hub, folder: Path, tmp_path: Path) -> None:
     "text",
     [
         "user/repo", " user/repo ", "https://huggingface.co/user/repo", "huggingface.co/user/repo/", "https://hf.co/user/repo",
-        "https://huggingface.co/user/repo/tree/main",
+        "https://huggingface.co/user/repo/tree/main", "huggingface.co/user/repo/tree/main/folder", "https://huggingface.co/user/repo.git",
+        "https://huggingface.co/user/repo.git/", "https://user@huggingface.co/user/repo", "git@hf.co:user/repo.git", "git@hf.co:user/repo",
+        "ssh://git@hf.co/user/repo", "ssh://git@hf.co:22/user/repo.git", "hf://user/repo", "hf://user/repo/", "HTTPS://HuggingFace.co/user/repo",
+        "https://www.huggingface.co/user/repo?library=x#files", "https://mirror.example:8443/hub/user/repo.git", "mirror.example:8443/hub/user/repo",
     ],
 )  # fmt: skip
-def test_repositories_that_are_understood(text: str) -> None:
+def test_repositories_that_are_understood(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example:8443/hub/")
     assert parse_repository(text) == "user/repo"
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "repo", "a/b/c", "https://huggingface.co/datasets/user/repo", "../repo", "user/..", "user/re po", "http://elsewhere/user/repo"],
-)
+    [
+        "", "repo", "a/b/c", "https://huggingface.co/datasets/user/repo", "../repo", "user/..", "user/re po", "http://elsewhere/user/repo",
+        "git@elsewhere:user/repo", "git@user/repo", "ftp://user/repo", "hf://user", "https://huggingface.co/user", "user/.git",
+    ],
+)  # fmt: skip
 def test_repositories_that_are_not(text: str) -> None:
     with pytest.raises(UserError, match="not a model repository"):
         parse_repository(text)
+
+
+@pytest.mark.parametrize(("text", "kind"), [
+    ("https://huggingface.co/datasets/user/x", "is a data set"), ("datasets/user/x", "is a data set"), ("hf://datasets/user/x", "is a data set"),
+    ("git@hf.co:datasets/user/x.git", "is a data set"), ("https://hf.co/spaces/user/x", "is a space"),
+    ("https://huggingface.co/user/x/tree/dev", "is not the branch main"),
+])  # fmt: skip
+def test_links_to_something_else_are_told_apart(text: str, kind: str) -> None:
+    with pytest.raises(UserError, match=kind):
+        parse_repository(text)
+
+
+@pytest.mark.parametrize(
+    "address", ["https://user:{}@huggingface.co/user/repo", "https://{}@hf.co/user/repo.git", "user:{}@hf.co/user/repo"]
+)
+def test_a_repository_with_a_token_in_its_address_is_refused_without_showing_it(cli, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    monkeypatch.setenv("HF_REPOSITORY", address.format("hf_other"))
+    for arguments in (("upload", ".", "."), ("study", "--upload", "true"), ("study", "--storage", f"hf://{address.format('hf_other')}")):
+        refused = cli(*arguments)
+        assert refused.code == 2 and "hf_other" not in refused.err + refused.out
+        assert "password or token" in refused.err and "HF_TOKEN" in refused.err and "revoked" in refused.err
+
+
+@pytest.mark.parametrize("token", ["hf_other", "ABCDEFGHIJKLMNOP"])
+def test_swapped_settings_are_told_without_showing_them(cli, monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    monkeypatch.setenv("HF_TOKEN", "user/repo")
+    monkeypatch.setenv("HF_REPOSITORY", token)
+    refused = cli("upload", ".", ".")
+    assert (
+        refused.code == 2
+        and "HF_REPOSITORY and HF_TOKEN are swapped" in refused.err
+        and token not in refused.err
+        and "user/repo" not in refused.err
+    )
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,6 +387,114 @@ def test_waits_stay_bounded_when_the_client_makes_itself_anew(hub: HubServer, to
     hub.faults.add("GET", "api", hang=30.0)
     with pytest.raises(Exception, match="timed out"):
         to_hub.api.repo_info(NAME)
+
+
+def test_linked_folders_and_files_are_sent(hub: HubServer, to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    big.mkdir()
+    (folder / "vit_classic").rename(big / "vit_classic")
+    (folder / "vit_classic").symlink_to("../big/vit_classic")
+    (folder / "again").symlink_to(big)  # leaves the folder, and leads to the same files
+    (folder / "one.log").symlink_to(big / "vit_classic/a_training.log")
+    sent = upload(folder, "runs", to_hub)
+    names = {f"{inside}vit_classic/{name}" for inside in ("", "again/") for name in ("a.safetensors", "a_training.log")}
+    assert set(sent.moved) == {f"runs/{name}" for name in {*names, "one.log"}} == set(hub.repo(NAME).files()) - {".gitattributes"}
+    assert hub.repo(NAME).files()["runs/vit_classic/a.safetensors"] == (big / "vit_classic/a.safetensors").read_bytes()
+    upload(folder / "vit_classic", "linked", to_hub)
+    assert "linked/a.safetensors" in hub.repo(NAME).files()
+
+
+def test_what_is_left_out_is_said(hub: HubServer, cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_REPOSITORY", NAME)
+    (folder / "vit_classic/.DS_Store").write_text("hidden")
+    (folder / "notes/empty").mkdir(parents=True)
+    (folder / ".gone").symlink_to("nowhere")
+    sent = cli("upload", str(folder), ".")
+    assert sent.code == 0 and "sent 2 files" in sent.out
+    for name in (".state (hidden)", "vit_classic/.DS_Store (hidden)", "notes/empty (empty)", ".gone (hidden)"):
+        assert name in sent.err.partition("not sent: ")[2]
+    (folder / ".env").write_text("HF_TOKEN=hf_write\n")
+    refused = cli("upload", str(folder / ".env"), ".")
+    assert refused.code == 2 and "hidden" in refused.err and ".env" not in hub.repo(NAME).files()
+
+
+def _socket(path: Path) -> None:
+    with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as listening:  # the path to one may have 107 characters at most
+        listening.bind(path.name)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path: path.symlink_to("nowhere"), "is a link to nowhere, which is not there"),
+        (lambda path: path.symlink_to(path.name), "is a link that leads in a circle"),
+        (lambda path: path.symlink_to("."), "is a link to a folder that it is in itself"),
+        (lambda path: path.symlink_to(".."), "is a link to a folder that it is in itself"),
+        (os.mkfifo, "is a pipe, a socket or a device"),
+        (_socket, "is a pipe, a socket or a device"),
+        (lambda path: path.symlink_to("/dev/zero"), "is a pipe, a socket or a device"),
+        (lambda path: path.with_name("it\\b").write_text("x"), "not every system can keep"),
+        (lambda path: path.with_name("it\udcff").write_text("x"), "not every system can keep"),
+        (lambda path: path.with_name("it.").mkdir(), "not every system can keep"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_sent_is_refused_by_name_and_nothing_is_sent(
+    hub: HubServer, to_hub: Hub, folder: Path, make: Callable[[Path], object], sentence: str
+) -> None:
+    make(folder / "vit_classic/it")
+    with pytest.raises(UserError, match=f"vit_classic.*it.*{sentence}"):
+        upload(folder, "", to_hub)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("call", ["os.listdir", "open"])
+def test_a_folder_or_file_that_cannot_be_read_is_refused_by_name(
+    to_hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    real = os.listdir if call == "os.listdir" else open
+
+    def denied(path: Any, *more: Any) -> Any:
+        if str(path).endswith(("vit_classic", ".safetensors")):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *more)
+
+    monkeypatch.setattr(call if call == "os.listdir" else "builtins.open", denied)
+    with pytest.raises(UserError, match=r"vit_classic(/a.safetensors)? cannot be read: Permission denied"):
+        upload(folder, "", to_hub)
+
+
+def test_a_name_too_long_with_its_folder_is_not_sent(to_hub: Hub, folder: Path) -> None:
+    with pytest.raises(UserError, match="not every system can keep"):
+        upload(folder, "/".join(["d" * 245] * 4), to_hub)
+
+
+def test_files_come_into_a_folder_on_another_disk(to_hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload(folder, "", to_hub)
+    back, big = tmp_path / "back", tmp_path / "big"
+    back.mkdir()
+    big.mkdir()
+    (back / "vit_classic").symlink_to(big)
+    rename, stat = os.replace, os.stat
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(source).resolve().is_relative_to(big) != Path(target).resolve().is_relative_to(big):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
+        rename(source, target)
+
+    monkeypatch.setattr("diffvit.utils.os.replace", replace)
+    monkeypatch.setattr(
+        "diffvit.utils.shutil.disk_usage", lambda path: SimpleNamespace(free=10**9 if stat(path).st_ino == stat(big).st_ino else 0)
+    )
+    download("vit_classic", back / "vit_classic", to_hub)
+    assert contents(big) == contents(folder / "vit_classic")
+
+
+def test_a_link_to_nowhere_is_in_the_way_of_a_download(to_hub: Hub, folder: Path, tmp_path: Path) -> None:
+    upload(folder, "", to_hub)
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back/vit_classic").symlink_to("nowhere")
+    with pytest.raises(UserError, match="vit_classic is in the way"):
+        download("", tmp_path / "back", to_hub)
 
 
 def test_what_is_in_the_way(to_hub: Hub, folder: Path, tmp_path: Path) -> None:
