@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import click
 
 from diffvit import __version__
-from diffvit.errors import UserError, shown
+from diffvit.errors import HIDDEN, UserError, redacted, shown
 from diffvit.ledger import disk_faults
 from diffvit.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, HUB_SCHEME, Every, Saving, is_on_hub
 
@@ -196,12 +197,15 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
 def upload(local: Path, hf_dir: str, force: bool) -> None:
     """Send a file, or a folder's content, into a folder of HF_REPOSITORY; . is its top.
 
-    What is there already with the same content is not sent again, and what is different is not replaced.
+    Links are followed. What is hidden (.state, .env) is not sent, which is said. What is there already with the same content is not sent
+    again, and what is different is not replaced.
     """
     from diffvit.utils import upload as send
 
     hub = _hub()
     done = send(local, hf_dir, hub, force=force, on_progress=_say_transfer)
+    if done.left:
+        click.echo(f"not sent: {', '.join(done.left)}", err=True)
     click.echo(f"sent {len(done.moved)} files, {done.bytes:,} bytes, to {hub.repository}; {len(done.skipped)} were there")
 
 
@@ -539,15 +543,17 @@ def _resource(text: str) -> tuple[str, float]:
 
 
 def _own_command() -> str:
-    """The command line as it was given, for `the command that carries on`."""
+    """The command line as it was given but for secrets, for `the command that carries on`."""
     import shlex
 
     runner = "uv run" if "UV" in os.environ or "UV_RUN_RECURSION_DEPTH" in os.environ else "python"
-    return shlex.join([*runner.split(), "run.py", *sys.argv[1:]])
+    given = [redacted(argument) for argument in sys.argv[1:]]
+    command = shlex.join([*runner.split(), "run.py", *given])
+    return command if given == sys.argv[1:] else f"{command} (with the secret in place of {HIDDEN})"
 
 
 def _warn(text: str) -> None:
-    click.secho(f"warning: {text}", err=True, fg="yellow")
+    click.secho(redacted(f"warning: {text}"), err=True, fg="yellow")
 
 
 class _StepProgress:
@@ -599,6 +605,7 @@ def _say_transfer(done: int, total: int, name: str) -> None:
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a run, a disk or a storage failed, 2 bad input, 130 interrupted."""
+    sys.excepthook = lambda *error: click.echo(redacted("".join(traceback.format_exception(*error))), err=True, nl=False)
     try:
         with disk_faults(Path.cwd()):
             code = cli.main(prog_name="run.py", standalone_mode=False)
@@ -620,7 +627,7 @@ def main() -> None:
 
 
 def _fail(message: str, hint: str, code: int = 2) -> None:
-    message = message[:1].lower() + message[1:]
+    message, hint = redacted(message[:1].lower() + message[1:]), redacted(hint)
     click.echo(f"{click.style('error:', fg='red', bold=True)} {message}\n{click.style('hint:', bold=True)} {hint}", err=True)
     sys.exit(code)
 

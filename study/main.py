@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffvit.errors import StorageError, UserError
+from diffvit.errors import StorageError, UserError, redacted
 from diffvit.ledger import RunFiles, RunSpec, check_writable, overrides_text, read_evaluations
 from diffvit.saving import DEFAULT_SAVING, Saving, is_on_hub
 from study.grid import GRIDS, Grid, find_grid
@@ -351,7 +351,7 @@ def rehearse_study(options: StudyOptions) -> int:
         settings = _settings(options, cluster)
         at_once = _slots(cluster, settings)
         _say(f"{len(specs)} cells to rehearse, {at_once} at a time")
-        outcomes = rehearse(specs, settings, lambda each: print(each.line(), flush=True))
+        outcomes = rehearse(specs, settings, lambda each: print(redacted(each.line()), flush=True))
     failed = [each.title for each in outcomes if each.fault]
     if failed:
         _say(f"\nerror: {len(failed)} of {len(outcomes)} cells failed: {', '.join(failed)}\nhint: mend that before the study.")
@@ -804,4 +804,4 @@ def _significant(value: float) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(redacted(text), file=sys.stderr, flush=True)

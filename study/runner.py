@@ -39,7 +39,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import load
-from diffvit.errors import RunIsBusyError, StorageError, UserError
+from diffvit.errors import RunIsBusyError, StorageError, UserError, redacted
 from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec
 from diffvit.log import Step
@@ -162,7 +162,7 @@ def _reports(results: ResultGrid) -> dict[str, dict[str, Any]]:
 
 
 def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(getattr(error, "cause", None) or error).splitlines() if line.strip()]
+    lines = [line.strip() for line in redacted(str(getattr(error, "cause", None) or error)).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
 
 
