@@ -24,7 +24,7 @@ from typing import IO, Any, Literal
 import fsspec
 
 from diffvit.checks import HEX, fault, parse_json, real, record, text, whole
-from diffvit.errors import StorageError, UserError
+from diffvit.errors import StorageError, UserError, redacted
 from diffvit.ledger import MEND_LINK, RunFiles, broken_link, files_of_result, read_result, write_atomically
 from diffvit.saving import is_on_hub
 
@@ -58,14 +58,20 @@ class Storage:
     """Objects under a URL, each valid once its marker is there.
 
     Raises:
-        UserError: the URL's file system is not known here.
+        UserError: the URL's file system is not known here, or does not take a key that is in the URL.
 
     Its methods raise StorageError where the storage does not answer or does not let us in.
     """
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        self._is_path = fsspec.utils.get_protocol(url) in ("file", "local")
+        protocol = fsspec.utils.get_protocol(url)
+        if protocol in ("s3", "s3a", "gs", "gcs") and "@" in url and redacted(url) != url:  # they would take it for the bucket's name
+            raise UserError(
+                f"the storage {url} has a key in its address, where {protocol} does not look for it.",
+                "give the key in the environment, for S3 as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.",
+            )
+        self._is_path = protocol in ("file", "local")
         # Listings must be true now, not as they were when first asked for.
         options: dict[str, Any] = {"auto_mkdir": True} if self._is_path else {"use_listings_cache": False}
         try:

@@ -705,7 +705,7 @@ def _facts(path: Path) -> os.stat_result:
 def _sendable(name: str, path: Path) -> str:
     """A name that every system can keep."""
     if not is_safe_name(name):
-        raise UserError(f"{shown(str(path))} has a name that not every system can keep.", "rename it.")
+        raise UserError(f"{shown(path.name)} in {path.parent} has a name that not every system can keep.", "rename it.")
     return name
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import run as command_line
 from diffvit.errors import StorageError, UserError, redacted, shown, unknown_name
+from diffvit.storage import open_storage
 
 SECRET = "s3cr/et+Value"
 HOLDING = [
@@ -76,6 +77,13 @@ def test_a_storage_that_is_not_known_is_told_without_its_secret(cli) -> None:
     ):
         outcome = cli(*command, "--storage", f"nowhere://key:{SECRET}@bucket/folder")
         assert outcome.code == 2 and "nowhere://***@bucket/folder" in outcome.err and "s3cr" not in outcome.out + outcome.err
+
+
+@pytest.mark.parametrize("url", [f"s3://key:{SECRET}@bucket/x", f"gs://key:{SECRET}@bucket", f"hf://user:{SECRET}@hf.co/user/repo"])
+def test_a_key_in_a_storages_address_is_refused_without_showing_it(url: str) -> None:
+    with pytest.raises(UserError) as refused:
+        open_storage(url)
+    assert "s3cr" not in str(refused.value) and refused.value.hint
 
 
 def test_a_recommended_command_says_that_a_secret_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -282,7 +283,7 @@ def test_links_to_something_else_are_told_apart(text: str, kind: str) -> None:
 def test_a_repository_with_a_token_in_its_address_is_refused_without_showing_it(cli, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     monkeypatch.setenv("HF_REPOSITORY", address.format("hf_other"))
-    for arguments in (("upload", ".", "."), ("study", "--upload", "true"), ("study", "--storage", f"hf://{address.format('hf_other')}")):
+    for arguments in (("upload", ".", "."), ("study", "--upload", "true")):
         refused = cli(*arguments)
         assert refused.code == 2 and "hf_other" not in refused.err + refused.out
         assert "password or token" in refused.err and "HF_TOKEN" in refused.err and "revoked" in refused.err
@@ -442,9 +443,9 @@ def test_what_cannot_be_sent_is_refused_by_name_and_nothing_is_sent(
     hub: HubServer, to_hub: Hub, folder: Path, make: Callable[[Path], object], sentence: str
 ) -> None:
     make(folder / "vit_classic/it")
-    with pytest.raises(UserError, match=f"vit_classic.*it.*{sentence}"):
+    with pytest.raises(UserError, match=sentence) as refused:
         upload(folder, "", to_hub)
-    assert not hub.requests
+    assert re.search(r"vit_classic/it |'it.* in .*vit_classic ", refused.value.message) and not hub.requests
 
 
 @pytest.mark.parametrize("call", ["os.listdir", "open"])
@@ -469,23 +470,24 @@ def test_a_name_too_long_with_its_folder_is_not_sent(to_hub: Hub, folder: Path) 
 
 
 def test_files_come_into_a_folder_on_another_disk(to_hub: Hub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    upload(folder, "", to_hub)
+    upload(folder, "runs", to_hub)
     back, big = tmp_path / "back", tmp_path / "big"
     back.mkdir()
     big.mkdir()
     (back / "vit_classic").symlink_to(big)
-    rename, stat = os.replace, os.stat
+    rename = os.replace
+
+    def is_big(path: Any) -> bool:
+        return Path(path).resolve().is_relative_to(big)
 
     def replace(source: Any, target: Any) -> None:
-        if Path(source).resolve().is_relative_to(big) != Path(target).resolve().is_relative_to(big):
+        if is_big(source) != is_big(target):
             raise OSError(errno.EXDEV, "Invalid cross-device link", str(source))
         rename(source, target)
 
     monkeypatch.setattr("diffvit.utils.os.replace", replace)
-    monkeypatch.setattr(
-        "diffvit.utils.shutil.disk_usage", lambda path: SimpleNamespace(free=10**9 if stat(path).st_ino == stat(big).st_ino else 0)
-    )
-    download("vit_classic", back / "vit_classic", to_hub)
+    monkeypatch.setattr("diffvit.utils.shutil.disk_usage", lambda path: SimpleNamespace(free=10**9 if is_big(path) else 0))
+    download("runs", back, to_hub)
     assert contents(big) == contents(folder / "vit_classic")
 
 
