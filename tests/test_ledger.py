@@ -195,6 +195,7 @@ def test_files_that_do_not_belong_together_are_named(ended: RunFiles, tmp_path: 
 
 
 def test_runs_in_a_linked_folder_are_seen_and_a_link_to_nowhere_is_named(ended: RunFiles, tmp_path: Path) -> None:
+    ended = _copy(ended, tmp_path)
     ended.folder.rename(tmp_path / "big")
     ended.folder.symlink_to(tmp_path / "big")
     assert [result["run_id"] for result in read_results(ended.checkpoints)] == [ended.run_id] and verify_run(ended.result) == []
@@ -210,7 +211,10 @@ def test_runs_in_a_linked_folder_are_seen_and_a_link_to_nowhere_is_named(ended: 
         read_results(ended.checkpoints)
 
 
-def test_a_result_that_is_a_link_to_nowhere_or_cannot_be_read_is_named(ended: RunFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_is_a_link_to_nowhere_or_cannot_be_read_is_named(
+    ended: RunFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = _copy(ended, tmp_path)
     ended.result.rename(ended.folder / "kept")
     ended.result.symlink_to("gone")
     with pytest.raises(UserError, match=r"_result\.json is a link to gone"):
@@ -227,7 +231,8 @@ def test_a_result_that_is_a_link_to_nowhere_or_cannot_be_read_is_named(ended: Ru
         read_results(ended.checkpoints)
 
 
-def test_a_disks_own_folder_that_cannot_be_read_does_no_harm(ended: RunFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disks_own_folder_that_cannot_be_read_does_no_harm(ended: RunFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = _copy(ended, tmp_path)
     (ended.checkpoints / "lost+found").mkdir()
     real = os.listdir
 
