@@ -7,9 +7,10 @@ the forms' times are kept in the cache folder. On a CPU a table says it: docs/pe
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,27 +150,33 @@ def _fastest_form(model: VisionTransformer, images: int, precision: str) -> str 
     shape = f"{images}x{model.tokens}x{model.pos_embed.shape[-1]}"
     key = f"{name}, torch {torch.__version__}, {dtype}, {type(layer).__name__}, {shape}"
     path = cache_folder() / "attention_forms.json"
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-        seconds = {form: float(value) for form, value in known[key].items() if form in forms}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        seconds = {}
+    seconds = {form: value for form, value in recall(path, key).items() if form in forms}
     if not seconds:
         seconds = measure_forms(model, forms, images, precision)
         remember(path, key, seconds)
     return min(seconds, key=seconds.__getitem__, default=None)
 
 
-def remember(path: Path, key: str, values: dict[str, float]) -> None:
-    """Adds to the cache; a cache that cannot be read is begun again, one that cannot be written is done without."""
+def recall(path: Path, key: str) -> dict[str, float]:
+    """What the cache has under a key, without what cannot be, such as negative times; nothing where the cache cannot be read."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+        values = {name: float(value) for name, value in json.loads(path.read_text(encoding="utf-8"))[key].items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}
+    return {name: value for name, value in values.items() if 0 <= value < math.inf}
+
+
+def remember(path: Path, key: str, values: Mapping[str, Any]) -> OSError | None:
+    """Adds to the cache; what is no JSON is begun again. Returns why it was done without: another user's file that cannot be read, say."""
     try:
-        write_atomically(path, json.dumps({**(known if isinstance(known, dict) else {}), key: values}, indent=1).encode())
-    except OSError:
-        return
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            known = {}
+        write_atomically(path, (json.dumps({**(known if isinstance(known, dict) else {}), key: values}, indent=1) + "\n").encode())
+    except OSError as error:
+        return error
+    return None
 
 
 def measure_forms(model: VisionTransformer, forms: Iterable[str], images: int, precision: str, repeats: int = 7) -> dict[str, float]:

@@ -9,15 +9,19 @@ Splits depend on the data only, never on a run's seed: rows are put in order by 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +36,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from diffvit.corruptions import add_gaussian
 from diffvit.errors import UserError
+from diffvit.ledger import write_atomically
 from diffvit.protocol import Protocol, protocol_of, stable_seed
 
 # Raise it when decoding, splitting or resizing changes: cached arrays of other versions are not used.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 _SPLITS = ("train", "val", "test")
 
@@ -186,7 +191,9 @@ def _arrays(name: str, raw: _Raw) -> tuple[dict[str, np.ndarray], dict[str, Any]
     for split in _SPLITS:
         try:
             arrays[f"{split}_pixels"] = np.ascontiguousarray(raw.decode(raw.rows[split]))
-        except Exception as error:  # decoders raise errors of many kinds
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file of the data set shows itself in many ways
             raise UserError(
                 f"an image of {name}'s {split} split cannot be decoded: {_first_sentence(error)}.", "download the data again."
             ) from error
@@ -219,31 +226,51 @@ def cache_folder() -> Path:
 def _cached_arrays(name: str, raw: _Raw) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The decoded splits, memory-mapped, so that runs on one machine share them."""
     folder = cache_folder() / f"{name}-{raw.cache_key}-v{_CACHE_VERSION}"
-    if not (folder / "facts.json").is_file():
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
-        except OSError as error:
-            raise UserError(f"the cache folder {folder.parent} cannot be written: {error.strerror}.", "set DIFFVIT_CACHE.") from error
-        try:
-            arrays, facts = _arrays(name, raw)
-            for key, array in arrays.items():
-                np.save(aside / f"{key}.npy", array)
-            (aside / "facts.json").write_text(json.dumps(facts))
-            aside.rename(folder)
-        except OSError as error:
-            if not (folder / "facts.json").is_file():  # else another process was first, which is as good
-                raise UserError(
-                    f"{name} cannot be kept in {folder.parent}: {error.strerror}.", "set DIFFVIT_CACHE to a folder with room."
-                ) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    # "c" is copy-on-write: torch wants writable memory, and the file stays as it is.
-    arrays = {
-        key: np.load(folder / f"{key}.npy", mmap_mode="c")
-        for key in (f"{split}_{part}" for split in _SPLITS for part in ("pixels", "labels"))
-    }
-    return arrays, json.loads((folder / "facts.json").read_text())
+    if not os.path.lexists(folder):
+        _fill_cache(name, raw, folder)
+    try:
+        # "c" is copy-on-write: torch wants writable memory, and the file stays as it is.
+        arrays = {
+            key: np.load(folder / f"{key}.npy", mmap_mode="c")
+            for key in (f"{split}_{part}" for split in _SPLITS for part in ("pixels", "labels"))
+        }
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        facts = {"fingerprint": str(facts["fingerprint"]), **{key: [float(value) for value in facts[key]] for key in ("mean", "std")}}
+        for split in _SPLITS:
+            pixels, labels = arrays[f"{split}_pixels"], arrays[f"{split}_labels"]
+            if pixels.dtype != np.uint8 or len(pixels) != len(labels) or not np.array_equal(labels, raw.labels[raw.rows[split]]):
+                raise ValueError(f"its {split} split is another one")
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or _first_sentence(error)
+        raise UserError(
+            f"the decoded images of {name} in {folder} cannot be used: {why}.",
+            "delete that folder, or set DIFFVIT_CACHE.",
+        ) from error
+    return arrays, facts
+
+
+def _fill_cache(name: str, raw: _Raw, folder: Path) -> None:
+    """Decodes the images into a new folder of the cache."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError(f"the cache folder {folder.parent} cannot be written: {error.strerror}.", "set DIFFVIT_CACHE.") from error
+    try:
+        arrays, facts = _arrays(name, raw)
+        filled = aside / "filled"  # a temporary folder is its maker's alone; this one is for all who share the cache
+        filled.mkdir()
+        for key, array in arrays.items():
+            write_atomically(filled / f"{key}.npy", functools.partial(np.save, arr=array))
+        write_atomically(filled / "facts.json", json.dumps(facts).encode())
+        filled.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another process was first, which is as good
+            raise UserError(
+                f"{name} cannot be kept in {folder.parent}: {error.strerror}.", "set DIFFVIT_CACHE to a folder with room."
+            ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the data sets
@@ -254,23 +281,24 @@ def _cifar100(data_root: Path | None) -> _Raw:
     """uoft-cs/cifar100: 50 of each class's 500 training images become validation."""
     parts = _load_hub("uoft-cs/cifar100", data_root, columns={"img", "fine_label"})
     train, test = parts["train"], parts["test"]
-    labels = np.concatenate([np.asarray(part["fine_label"], dtype=np.int64) for part in (train, test)])
+    (train_labels, names), (test_labels, test_names) = (_labels(part, "fine_label", classes=100) for part in (train, test))
+    if names != test_names or len(names or range(100)) != 100:
+        raise UserError("the labels of uoft-cs/cifar100 have not the same 100 names in both splits.", "download it again.")
+    labels = np.concatenate([train_labels, test_labels])
     train_rows, val_rows = split_rows(labels[: len(train)], [0.9, 0.1], salt="CIFAR-100")
     test_rows = np.arange(len(train), len(labels))
 
     def decode(rows: np.ndarray) -> np.ndarray:
-        from torchvision.io import ImageReadMode, decode_image
-
         part, first = (test, len(train)) if rows[0] >= len(train) else (train, 0)
-        encoded = part.with_format("arrow")[:]["img"].combine_chunks().field("bytes")
         out = np.empty((len(rows), 3, 32, 32), dtype=np.uint8)
-        for i, row in enumerate(rows):
-            buffer = np.frombuffer(encoded[int(row) - first].as_buffer(), dtype=np.uint8).copy()
-            out[i] = decode_image(torch.from_numpy(buffer), ImageReadMode.RGB).numpy()
+        for i, image in enumerate(_decoded(part, "img", rows - first)):
+            if image.size != (32, 32):
+                raise UserError(f"an image of CIFAR-100 has {image.width} x {image.height} pixels, not 32 x 32.", "it is another data set.")
+            out[i] = np.asarray(image).transpose(2, 0, 1)
         return out
 
     return _Raw(
-        classes=train.features["fine_label"].names,
+        classes=names or [str(label) for label in range(100)],
         labels=labels,
         rows={"train": train_rows, "val": val_rows, "test": test_rows},
         decode=decode,
@@ -292,12 +320,16 @@ def _bach(data_root: Path | None) -> _Raw:
     patients, are taken off the rest for validation.
     """
     part = _load_hub("1aurent/BACH", data_root, columns={"image", "label"}, splits=("train",))["train"]
-    names = part.features["label"].names
-    stored = np.asarray(part["label"])
-    known = np.asarray([names[label] in _BACH_CLASSES for label in stored])
+    stored, names = _labels(part, "label", classes=len(_BACH_CLASSES))
+    if names is None:
+        raise UserError(
+            "the labels of 1aurent/BACH are numbers without names, and nothing says which is which class.",
+            f"give them as text ({', '.join(_BACH_CLASSES)}), or write the Parquet with the `datasets` library, which keeps the names.",
+        )
+    known = np.asarray([names[label] in _BACH_CLASSES for label in stored], dtype=bool)
     part_rows = np.flatnonzero(known)
     labels = np.asarray([_BACH_CLASSES.index(names[label]) for label in stored[part_rows]], dtype=np.int64)
-    paths = part.with_format("arrow")[:]["image"].combine_chunks().field("path").to_pylist()  # the images stay on disk
+    paths = _image_fields(part, "image", "path").to_pylist()  # the images stay on disk
     files = [Path(paths[row] or "").name for row in part_rows]
 
     notes = []
@@ -316,16 +348,12 @@ def _bach(data_root: Path | None) -> _Raw:
     size = protocol_of("BACH").image_size
 
     def decode(rows: np.ndarray) -> np.ndarray:
-        import io
-
-        from PIL import Image
+        from PIL.Image import Resampling
 
         out = np.empty((len(rows), 3, size, size), dtype=np.uint8)
-        for i, row in enumerate(rows):
+        for i, image in enumerate(_decoded(part, "image", part_rows[rows])):
             # The whole slide, squeezed to a square: its label holds for all of it, so nothing is cropped away.
-            with Image.open(io.BytesIO(part[int(part_rows[row])]["image"]["bytes"])) as image:
-                resized = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-            out[i] = np.asarray(resized).transpose(2, 0, 1)
+            out[i] = np.asarray(image.resize((size, size), Resampling.BILINEAR)).transpose(2, 0, 1)
         return out
 
     return _Raw(
@@ -387,18 +415,154 @@ def _load_hub(name: str, data_root: Path | None, columns: set[str], splits: Sequ
         if not Path(path).is_dir():
             raise UserError(f"there is no data set folder {path}.", f"put {name} there, or leave out --data_root to load it from the hub.")
     datasets.disable_progress_bars()
+    unreachable = None if data_root else _why_unreachable(name)
     try:
-        parts = datasets.load_dataset(path)
+        with _client_kept_quiet(offline=unreachable is not None):
+            parts = datasets.load_dataset(path)
     except Exception as error:  # the client's errors are of many kinds: network, Parquet, schema
-        hint = "download it again." if data_root else "check the connection, or give a local copy with --data_root."
-        raise UserError(f"{name} cannot be loaded from {path}: {_first_sentence(error)}.", hint) from error
+        raise _loading_failed(name, path, error, unreachable) from error
     for split in splits:
         if split not in parts or not columns <= set(parts[split].column_names):
+            found = f"columns {', '.join(sorted(parts[split].column_names))}" if split in parts else f"splits {', '.join(sorted(parts))}"
             raise UserError(
-                f"{path} has no split {split!r} with columns {', '.join(sorted(columns))}.", f"it must be in the schema of {name}."
+                f"{path} has no split {split!r} with columns {', '.join(sorted(columns))}: it has {found}.",
+                f"it must be in the schema of {name}.",
             )
     image_column = next(iter(columns - {"label", "fine_label"}))
-    return {split: parts[split].cast_column(image_column, datasets.Image(decode=False)) for split in splits}
+    try:
+        return {split: parts[split].cast_column(image_column, datasets.Image(decode=False)) for split in splits}
+    except Exception as error:  # Arrow's, of several kinds
+        found = str(parts[splits[0]].features[image_column])[:100]
+        raise UserError(
+            f"the column {image_column} of {path} holds no encoded images but {found}.", f"it must be in the schema of {name}."
+        ) from error
+
+
+_PATIENCE = 5.0  # seconds for the hub's first answer
+
+
+def _why_unreachable(name: str) -> str | None:
+    """Asks the hub for a data set, once. Returns why there is no answer, or None if there is one: an error of the hub's is one too."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    answer: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().dataset_info(name, timeout=_PATIENCE)
+        except Exception as error:  # of the client, and of the library below it, which changes with its version
+            answer.append(None if getattr(error, "response", None) is not None else _first_sentence(error))
+        else:
+            answer.append(None)
+
+    # A thread, for the client bounds neither the search for the host's address nor the number of addresses that it tries.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    return answer[0] if answer else f"no answer within {_PATIENCE:g} s"
+
+
+@contextlib.contextmanager
+def _client_kept_quiet(offline: bool) -> Iterator[None]:
+    """No raw lines of the hub's clients on stderr inside; offline, they try no network and take what they have kept."""
+    import datasets
+    from huggingface_hub import constants
+
+    loggers = [logging.getLogger(library) for library in ("datasets", "huggingface_hub")]
+    levels, before = [logger.level for logger in loggers], (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
+    if offline:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # what fails is raised too
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _loading_failed(name: str, path: str, error: BaseException, unreachable: str | None) -> UserError:
+    """What a user can do about a data set that cannot be loaded."""
+    import datasets
+
+    from diffvit.images import is_lfs_pointer, lfs_pointer
+
+    kept = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        kept.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=kept):
+            pass
+    except OSError as fault:
+        return UserError(
+            f"the Hugging Face cache {kept}, which {name} is unpacked into, cannot be written: {fault.strerror}.",
+            "set HF_HOME to a folder that can be written and has room.",
+        )
+    fault = error
+    while fault is not None:  # a full disk, or another user's files, which are locked for reading too
+        if isinstance(fault, OSError) and (fault.errno == errno.ENOSPC or str(fault.filename).startswith(f"{kept}{os.sep}")):
+            return UserError(
+                f"{name} cannot be unpacked into the Hugging Face cache {kept}: {fault.strerror}.",
+                "set HF_HOME to a folder of your own with room.",
+            )
+        fault = fault.__cause__ or fault.__context__
+    if unreachable is not None:
+        return UserError(
+            f"{name} is not on this machine, and the Hugging Face hub cannot be reached: {unreachable}.",
+            "check the connection, the proxy and HF_HUB_OFFLINE, or give a local copy with --data_root.",
+        )
+    for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else ():
+        with contextlib.suppress(OSError), open(file, "rb") as opened:
+            if is_lfs_pointer(opened.read(100)):
+                return lfs_pointer(str(file))
+    return UserError(f"{name} cannot be loaded from {path}: {_first_sentence(error)}.", "download it again.")
+
+
+def _labels(part: Any, column: str, classes: int) -> tuple[np.ndarray, list[str] | None]:
+    """A column of labels as int64 and the classes' names, None where they are numbers without names.
+
+    Args:
+        classes: how many there are, where they have no names.
+    """
+    values, names = part.with_format("arrow")[:][column], getattr(part.features[column], "names", None)
+    if values.null_count:
+        raise UserError(f"{values.null_count} of {len(values)} labels in the column {column} are missing.", "download the data set again.")
+    numbers = values.to_numpy()
+    if numbers.dtype.kind == "O" and all(isinstance(value, str) for value in numbers):
+        texts, numbers = np.unique(numbers.astype(str), return_inverse=True)
+        names = texts.tolist()
+    classes = len(names) if names is not None else classes
+    if numbers.dtype.kind not in "iuf" or not ((numbers >= 0) & (numbers < classes) & (numbers == np.floor(numbers))).all():
+        raise UserError(
+            f"the labels in the column {column} are not whole numbers from 0 to {classes - 1} or names of classes.",
+            "download the data set again.",
+        )
+    return numbers.astype(np.int64), names
+
+
+def _image_fields(part: Any, column: str, field: str) -> Any:
+    """A field of all rows' images, "bytes" or "path", as an Arrow column, in chunks: together they may exceed what one array can hold."""
+    import pyarrow.compute
+
+    return pyarrow.compute.struct_field(part.with_format("arrow")[:][column], field)
+
+
+def _decoded(part: Any, column: str, rows: np.ndarray) -> Iterator[Any]:
+    """The images of some rows, each as an RGB image of Pillow. Raises UserError, which names the file."""
+    from diffvit.images import decode_rgb
+
+    contents, paths = (_image_fields(part, column, field) for field in ("bytes", "path"))
+    for row in map(int, rows):
+        content, path = contents[row].as_py(), paths[row].as_py()
+        file = path or f"the image in row {row} of the {part.split} split"
+        if content is None:
+            try:
+                content = Path(path or "").read_bytes()
+            except OSError as error:
+                raise UserError(f"{file} cannot be read: {error.strerror}.", "download the data again.") from error
+        yield decode_rgb(content, file)
 
 
 def _first_sentence(error: BaseException) -> str:

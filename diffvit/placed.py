@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from diffvit.compute import Chosen, Compute, autocast_dtype, choose, remember, set_matmul_precision
+from diffvit.compute import Chosen, Compute, autocast_dtype, choose, recall, remember, set_matmul_precision
 from diffvit.dataset import cache_folder
 from diffvit.memory import FILLED, Peak, device_memory, evaluation_bytes, even_split, measure_peak, micro_batch_within, parameter_bytes
 from diffvit.passes import is_out_of_memory
@@ -94,10 +94,8 @@ def _peak(name: str, size: str, protocol: Protocol, like: VisionTransformer, pre
         f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {precision}, {name} depth {protocol.depths[size]} "
         f"{tokens}x{width}, dropout {protocol.dropout:g}, {how}"
     )
-    try:
-        return Peak(**json.loads(path.read_text(encoding="utf-8"))[key])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    with contextlib.suppress(TypeError):  # where it is not known, or kept by another version
+        return Peak(**recall(path, key))
     model = like
     if like.attention_class is not build_model(name, size, protocol, "meta").attention_class:
         model = build_model(name, size, protocol, device)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,16 +143,26 @@ def measurements_file() -> Path:
 
 
 def read_machines() -> list[Machine]:
-    """All machines in the measurements' file; none where it is missing. One that cannot be read is as good as missing."""
+    """All machines in the measurements' file; none where it is missing. What cannot be read is as good as missing."""
     try:
         found = json.loads(measurements_file().read_text(encoding="utf-8")).values()
-        return [_machine(values) for values in found]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+    except (OSError, ValueError, AttributeError):
         return []
+    return [machine for values in found if (machine := _machine(values))]
 
 
-def _machine(values: dict[str, Any]) -> Machine:
-    return Machine(**{**values, "cells": {cell: CellRate(**rate) for cell, rate in values["cells"].items()}})
+def _machine(values: Any) -> Machine | None:
+    """A machine as it was kept; None for one of another version, or with something else than finite numbers."""
+    try:
+        machine = Machine(**{**values, "cells": {cell: CellRate(**rate) for cell, rate in values["cells"].items()}})
+        rates = [rate for cell in machine.cells.values() for rate in (cell.train, cell.evaluate, cell.images, cell.flops)]
+        times = [machine.start, *machine.load.values(), *(cell.start for cell in machine.cells.values())]
+        texts = [machine.device_name, machine.device, machine.precision, machine.computing, *(cell.date for cell in machine.cells.values())]
+        sound = all(0 < rate < math.inf for rate in (*rates, machine.threads, machine.at_once, machine.memory))
+        sound = sound and all(0 <= seconds < math.inf for seconds in times) and all(isinstance(text, str) for text in texts)
+        return machine if sound else None
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def how(compute: Compute) -> str:
@@ -178,14 +190,16 @@ def find_machine(names: str, precision: str, threads: int, compute: Compute) -> 
     return max(fitting, key=lambda machine: max(rate.date for rate in machine.cells.values()), default=None)
 
 
-def keep_machine(machine: Machine) -> Machine:
-    """Adds a machine's measurements to the file, over older ones of the same cells. Returns the machine with all of its cells."""
-    from diffvit.ledger import write_atomically
+def keep_machine(machine: Machine, on_warning: Callable[[str], None] = lambda text: None) -> Machine:
+    """Adds a machine's measurements to the file, over older ones of the same cells. Returns the machine with all of its cells.
 
-    machines = {each.key: each for each in read_machines()}
-    if older := machines.get(machine.key):
+    Args:
+        on_warning: hears of a file that cannot be written.
+    """
+    from diffvit.compute import remember
+
+    if older := next((each for each in read_machines() if each.key == machine.key), None):
         machine = dataclasses.replace(machine, load={**older.load, **machine.load}, cells={**older.cells, **machine.cells})
-    machines[machine.key] = machine
-    content = {key: dataclasses.asdict(each) for key, each in machines.items()}
-    write_atomically(measurements_file(), (json.dumps(content, indent=1) + "\n").encode())
+    if fault := remember(measurements_file(), machine.key, dataclasses.asdict(machine)):
+        on_warning(f"the measurements cannot be kept in {measurements_file()}: {fault.strerror}; DIFFVIT_CACHE names another folder")
     return machine

@@ -146,7 +146,8 @@ def probe_machine(options: StudyOptions, seconds: float) -> Machine:
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
         begun += time.monotonic() - loading  # it may be the first time; what it takes later is measured where runs are
         runs = plan_runs(specs, options.checkpoints, fingerprints)
-        return keep_machine(probe(runs, _settings(options, cluster), cluster, begun, seconds, _say))
+        machine = probe(runs, _settings(options, cluster), cluster, begun, seconds, _say)
+        return keep_machine(machine, lambda text: _say(f"warning: {text}"))
 
 
 def _known_machine(options: StudyOptions, names: str, precision: str) -> Machine | None:
@@ -191,6 +192,7 @@ def run_study(options: StudyOptions) -> int:
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
         cluster = None
+        _check_storage(options)
         precision = _local_precision(options)
         if _may_join(options):
             cluster = _connect(stack, options)
@@ -342,6 +344,7 @@ def rehearse_study(options: StudyOptions) -> int:
     Raises:
         UserError: bad input, or data that cannot be loaded.
     """
+    _check_storage(options)
     with contextlib.ExitStack() as stack:
         cluster = _connect(stack, options)
         from study.rehearsal import cells, rehearse
@@ -360,6 +363,14 @@ def rehearse_study(options: StudyOptions) -> int:
     return 0
 
 
+def _check_storage(options: StudyOptions) -> None:
+    """Raises UserError where the storage cannot be used, before anything that takes long: data may have to be downloaded."""
+    if options.saving.storage:
+        from diffvit.storage import open_storage
+
+        open_storage(options.saving.storage).check()
+
+
 def _exchange(options: StudyOptions, runs: list[PlannedRun], strict: bool = True) -> list[str]:
     """With a storage: brings ended runs that are only there, and sends those that are only here.
 
@@ -374,8 +385,6 @@ def _exchange(options: StudyOptions, runs: list[PlannedRun], strict: bool = True
     from diffvit.storage import open_storage, settle_run
 
     storage, unsent = open_storage(options.saving.storage), []
-    if strict:
-        storage.check()
     for run in runs:
         try:
             settle_run(storage, RunFiles.of(options.checkpoints, run.spec, str(run.run_id)))
