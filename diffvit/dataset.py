@@ -320,12 +320,8 @@ def _bach(data_root: Path | None) -> _Raw:
     patients, are taken off the rest for validation.
     """
     part = _load_hub("1aurent/BACH", data_root, columns={"image", "label"}, splits=("train",))["train"]
-    stored, names = _labels(part, "label", classes=len(_BACH_CLASSES))
-    if names is None:
-        raise UserError(
-            "the labels of 1aurent/BACH are numbers without names, and nothing says which is which class.",
-            f"give them as text ({', '.join(_BACH_CLASSES)}), or write the Parquet with the `datasets` library, which keeps the names.",
-        )
+    stored, names = _labels(part, "label")
+    assert names
     known = np.asarray([names[label] in _BACH_CLASSES for label in stored], dtype=bool)
     part_rows = np.flatnonzero(known)
     labels = np.asarray([_BACH_CLASSES.index(names[label]) for label in stored[part_rows]], dtype=np.int64)
@@ -500,14 +496,14 @@ def _loading_failed(name: str, path: str, error: BaseException, unreachable: str
             f"the Hugging Face cache {kept}, which {name} is unpacked into, cannot be written: {fault.strerror}.",
             "set HF_HOME to a folder that can be written and has room.",
         )
-    fault = error
-    while fault is not None:  # a full disk, or another user's files, which are locked for reading too
-        if isinstance(fault, OSError) and (fault.errno == errno.ENOSPC or str(fault.filename).startswith(f"{kept}{os.sep}")):
+    cause: BaseException | None = error
+    while cause is not None:  # a full disk, or another user's files, which are locked for reading too
+        if isinstance(cause, OSError) and (cause.errno == errno.ENOSPC or str(cause.filename).startswith(f"{kept}{os.sep}")):
             return UserError(
-                f"{name} cannot be unpacked into the Hugging Face cache {kept}: {fault.strerror}.",
+                f"{name} cannot be unpacked into the Hugging Face cache {kept}: {cause.strerror}.",
                 "set HF_HOME to a folder of your own with room.",
             )
-        fault = fault.__cause__ or fault.__context__
+        cause = cause.__cause__ or cause.__context__
     if unreachable is not None:
         return UserError(
             f"{name} is not on this machine, and the Hugging Face hub cannot be reached: {unreachable}.",
@@ -520,11 +516,11 @@ def _loading_failed(name: str, path: str, error: BaseException, unreachable: str
     return UserError(f"{name} cannot be loaded from {path}: {_first_sentence(error)}.", "download it again.")
 
 
-def _labels(part: Any, column: str, classes: int) -> tuple[np.ndarray, list[str] | None]:
+def _labels(part: Any, column: str, classes: int = 0) -> tuple[np.ndarray, list[str] | None]:
     """A column of labels as int64 and the classes' names, None where they are numbers without names.
 
     Args:
-        classes: how many there are, where they have no names.
+        classes: how many there are, where they may be numbers without names.
     """
     values, names = part.with_format("arrow")[:][column], getattr(part.features[column], "names", None)
     if values.null_count:
@@ -533,7 +529,12 @@ def _labels(part: Any, column: str, classes: int) -> tuple[np.ndarray, list[str]
     if numbers.dtype.kind == "O" and all(isinstance(value, str) for value in numbers):
         texts, numbers = np.unique(numbers.astype(str), return_inverse=True)
         names = texts.tolist()
-    classes = len(names) if names is not None else classes
+    if names is None and not classes:
+        raise UserError(
+            f"the labels in the column {column} have no names, and nothing says which is which class.",
+            "give the names as text, or write the Parquet with the `datasets` library, which keeps them.",
+        )
+    classes = classes if names is None else len(names)
     if numbers.dtype.kind not in "iuf" or not ((numbers >= 0) & (numbers < classes) & (numbers == np.floor(numbers))).all():
         raise UserError(
             f"the labels in the column {column} are not whole numbers from 0 to {classes - 1} or names of classes.",

@@ -72,14 +72,14 @@ def _rgb(image: Image.Image, content: bytes) -> Image.Image:
         image = Image.fromarray(np.rint(255 * share).astype(np.uint8))
     elif image.mode in _WITH_ALPHA or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             raise _RefusedError("parts of it are transparent, and nothing says what lies behind them")
     elif image.mode not in _CONVERTED:
         raise _RefusedError(f"there is no rule for its colours, {image.mode}")
     elif image.mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:  # Pillow takes it for one of Adobe's
         raise _RefusedError("nothing says whether its CMYK colours are inverted")
     image = image.convert("RGB")
-    if bits > 8 and max(high for _, high in image.getextrema()) <= _DARK:
+    if bits > 8 and np.asarray(image).max() <= _DARK:
         raise _RefusedError(f"its values use no more than a sixteenth of their {bits} bits, so that it would be black")
     return ImageOps.invert(image) if numbers and inverted else image  # Pillow inverts what has 8 bits by itself
 

@@ -143,6 +143,17 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
     assert compute._fastest_form(_model(), 4, "fp32") in differential_forms.CANDIDATES
 
 
+def test_a_cache_that_cannot_be_read_is_left_to_its_owner(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = cache / "attention_forms.json"
+    compute.remember(path, "theirs", {"maps": 1.0})
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+        assert compute.recall(path, "theirs") == {}
+        assert compute._fastest_form(_model(), 4, "fp32") in differential_forms.CANDIDATES
+    assert path.read_bytes() == before and compute.recall(path, "theirs") == {"maps": 1.0}
+
+
 @pytest.mark.parametrize(("name", "form", "forms"), [("vit_classic", "sdpa", ["sdpa"]), ("vit_differential_v2", None, [])])
 def test_where_there_is_no_choice_there_is_no_doubt(name: str, form: str | None, forms: list[str], cache: Path) -> None:
     model = _model(name)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHARED, needs_cifar, needs_tissue
@@ -287,5 +295,327 @@ def test_another_schema_is_found(tmp_path: Path) -> None:
     folder = tmp_path / "uoft-cs/cifar100"
     folder.mkdir(parents=True)
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(folder / "train.parquet")
-    with pytest.raises(UserError, match="no split"):
+    with pytest.raises(UserError, match="no split 'train' with columns fine_label, img: it has columns text"):
         load("CIFAR-100", tmp_path)
+
+
+# ------------------------------------------------------------------------------- Parquet as pandas, polars or duckdb write it
+
+
+def _png(number: int, size: int = 32) -> bytes:
+    """An image whose top left pixel says which it is."""
+    pixels = np.random.RandomState(number).randint(0, 256, (size, size, 3)).astype(np.uint8)
+    pixels[0, 0] = number
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _write_cifar100(root: Path, labels: Callable[[list[int]], list | pa.Array], images: Callable[[list[bytes]], list | pa.Array]) -> None:
+    folder = root / "uoft-cs/cifar100"
+    folder.mkdir(parents=True)
+    for split, rows in (("train", 1000), ("test", 100)):
+        numbers = [row % 100 for row in range(rows)]
+        table = {"img": images([_png(number) for number in numbers]), "fine_label": labels(numbers), "beside": numbers}
+        pq.write_table(pa.table(table), folder / f"{split}.parquet")
+
+
+def _structs(images: list[bytes]) -> list:
+    return [{"bytes": image, "path": None} for image in images]
+
+
+def _few(monkeypatch: pytest.MonkeyPatch, name: str, images: tuple[int, int, int]) -> None:
+    monkeypatch.setitem(PROTOCOLS, name, dataclasses.replace(PROTOCOLS[name], images=images))
+
+
+LABELS = {
+    "int64": lambda numbers: numbers,
+    "uint8": lambda numbers: pa.array(numbers, pa.uint8()),
+    "float": lambda numbers: [float(number) for number in numbers],
+    "text": lambda numbers: [f"class {number:02}" for number in numbers],
+    "large text": lambda numbers: pa.array([f"class {number:02}" for number in numbers], pa.large_string()),
+    "dictionary": lambda numbers: pa.array([f"class {number:02}" for number in numbers]).dictionary_encode(),
+}
+IMAGES = {
+    "structs": _structs,
+    "structs without path": lambda images: [{"bytes": image} for image in images],
+    "structs, fields the other way round": lambda images: [{"path": "a.png", "bytes": image} for image in images],
+    "binary": lambda images: images,
+    "large binary": lambda images: pa.array(images, pa.large_binary()),
+    "large binary in structs": lambda images: pa.array(
+        _structs(images), pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
+    ),
+}
+
+
+@pytest.mark.parametrize(("labels", "images"), [*((each, "structs") for each in LABELS), *(("int64", each) for each in IMAGES)])
+def test_cifar100_needs_no_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str, images: str) -> None:
+    _few(monkeypatch, "CIFAR-100", (900, 100, 100))
+    _write_cifar100(tmp_path, LABELS[labels], IMAGES[images])
+    data = load("CIFAR-100", tmp_path)
+    assert data.test.labels.tolist() == list(range(100)) == data.test.pixels[:, 0, 0, 0].tolist()
+    assert data.train.labels.tolist() == data.train.pixels[:, 2, 0, 0].tolist()
+    assert data.classes[7] == ("7" if labels in ("int64", "uint8", "float") else "class 07")
+
+
+WRONG_LABELS = {
+    "missing": (lambda numbers: [None, *numbers[1:]], "1 of 1000 labels in the column fine_label are missing"),
+    "out of range": (lambda numbers: [100, *numbers[1:]], "whole numbers from 0 to 99"),
+    "negative": (lambda numbers: [-1, *numbers[1:]], "whole numbers from 0 to 99"),
+    "fractions": (lambda numbers: [0.5, *numbers[1:]], "whole numbers from 0 to 99"),
+    "no number": (lambda numbers: [float("nan"), *numbers[1:]], "whole numbers from 0 to 99"),
+    "truth values": (lambda numbers: [bool(number) for number in numbers], "whole numbers from 0 to 99"),
+    "lists": (lambda numbers: [[number] for number in numbers], "whole numbers from 0 to 99"),
+    "too few names": (lambda numbers: [str(number // 2) for number in numbers], "100 names"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_LABELS)
+def test_labels_that_are_none_are_one_sentence(tmp_path: Path, kind: str) -> None:
+    labels, why = WRONG_LABELS[kind]
+    _write_cifar100(tmp_path, labels, _structs)
+    with pytest.raises(UserError, match=why):
+        load("CIFAR-100", tmp_path)
+
+
+WRONG_IMAGES = {
+    "numbers": (lambda images: [1] * len(images), "holds no encoded images"),
+    "lists": (lambda images: [[1, 2]] * len(images), "holds no encoded images|row 0 of the train split cannot be used"),
+    "paths to nothing": (lambda images: ["nowhere/1.png"] * len(images), "nowhere/1.png cannot be read: No such file"),
+    "a missing one": (lambda images: [None, *_structs(images)[1:]], "row 0 of the train split cannot be read"),
+    "an empty one": (lambda images: [b"", *images[1:]], "row 0 of the train split cannot be decoded"),
+    "another size": (lambda images: [_png(0, 33), *images[1:]], "33 x 33 pixels"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_IMAGES)
+def test_images_that_are_none_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    _few(monkeypatch, "CIFAR-100", (900, 100, 100))
+    images, why = WRONG_IMAGES[kind]
+    _write_cifar100(tmp_path, LABELS["int64"], images)
+    with pytest.raises(UserError, match=why):
+        load("CIFAR-100", tmp_path)
+
+
+def test_a_data_set_without_rows_is_one_sentence(tmp_path: Path) -> None:
+    folder = tmp_path / "1aurent/BACH"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.string())}), folder / "train.parquet")
+    with pytest.raises(UserError, match=r"0 training, 0 validation and 0 test images|cannot be loaded"):
+        load("BACH", tmp_path)
+
+
+@pytest.mark.parametrize("labels", ["text", "numbers"])
+def test_bach_needs_names_and_takes_them_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str) -> None:
+    _few(monkeypatch, "BACH", (24, 4, 12))
+    monkeypatch.setitem(PROTOCOLS, "BACH", dataclasses.replace(PROTOCOLS["BACH"], image_size=8))
+    folder, rows = tmp_path / "1aurent/BACH", [row % 5 for row in range(50)]
+    folder.mkdir(parents=True)
+    named = [BACH_NAMES[label] for label in rows] if labels == "text" else rows
+    pq.write_table(pa.table({"image": [_png(label, 8) for label in rows], "label": named}), folder / "train.parquet")
+    if labels == "numbers":
+        with pytest.raises(UserError, match="have no names") as refused:
+            load("BACH", tmp_path)
+        assert "as text" in refused.value.hint
+        return
+    data = load("BACH", tmp_path)
+    assert data.train.labels.tolist() == data.train.pixels[:, 0, 0, 0].tolist() and len(data.train) == 24
+
+
+@needs_tissue
+def test_a_16_bit_bach_keeps_its_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tissue at 8 and at 16 bits gives the same pixels; of numbers of an unknown range the file is named."""
+    monkeypatch.setitem(PROTOCOLS, "BACH", dataclasses.replace(PROTOCOLS["BACH"], image_size=32))
+    tissue = np.asarray(Image.open(min((SHARED / "data/breakhis").glob("*.png"))).convert("L"))[:64, :64]
+    found = []
+    for kind in (tissue, tissue.astype(np.uint16) * 257, tissue.astype(np.float32)):
+        buffer = io.BytesIO()
+        Image.fromarray(kind).save(buffer, "TIFF")
+        rows = [(f"{BACH_PREFIXES[label]}{number:03}.tif", BACH_NAMES[label]) for label in range(4) for number in range(1, 101)]
+        folder = tmp_path / str(kind.dtype) / "1aurent/BACH"
+        folder.mkdir(parents=True)
+        images = [{"bytes": buffer.getvalue(), "path": name} for name, _ in rows]
+        pq.write_table(pa.table({"image": images, "label": [label for _, label in rows]}), folder / "train.parquet")
+        if kind.dtype == np.float32:
+            with pytest.raises(UserError, match=r"^(b|is|iv|n)\d{3}\.tif cannot be used: it holds numbers from"):
+                load("BACH", tmp_path / str(kind.dtype))
+        else:
+            found.append(load("BACH", tmp_path / str(kind.dtype)))
+    assert torch.equal(found[0].train.pixels, found[1].train.pixels) and found[0].fingerprint == found[1].fingerprint
+    assert found[0].train.pixels.float().std() > 10
+
+
+def test_an_image_folder_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _few(monkeypatch, "BACH", (24, 4, 12))
+    monkeypatch.setitem(PROTOCOLS, "BACH", dataclasses.replace(PROTOCOLS["BACH"], image_size=8))
+    for label, name in enumerate(BACH_NAMES[:4]):
+        folder = tmp_path / "1aurent/BACH/train" / name
+        folder.mkdir(parents=True)
+        for number in range(10):
+            (folder / f"{BACH_PREFIXES[label]}{number}.png").write_bytes(_png(label, 8))
+    data = load("BACH", tmp_path)
+    assert data.train.labels.tolist() == data.train.pixels[:, 0, 0, 0].tolist()
+    (tmp_path / "1aurent/BACH/train/Normal/n3.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    dataset._load.cache_clear()
+    with pytest.raises(UserError, match=r"Normal/n3\.png is a Git LFS pointer"):
+        load("BACH", tmp_path)
+
+
+# --------------------------------------------------------------------------------------------- decoded images that are kept
+
+
+@pytest.fixture
+def decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a small CIFAR-100 in the cache."""
+    _few(monkeypatch, "CIFAR-100", (900, 100, 100))
+    _write_cifar100(tmp_path, LABELS["int64"], _structs)
+    load("CIFAR-100", tmp_path)
+    dataset._load.cache_clear()
+    (folder,) = (tmp_path / "cache").iterdir()
+    return folder
+
+
+def test_what_is_decoded_is_for_all_who_share_the_cache(decoded: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    assert decoded.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {path.stat().st_mode & 0o777 for path in decoded.iterdir()} == {0o666 & ~umask}
+    assert len(list(decoded.iterdir())) == 7
+
+
+def test_decoded_images_are_used_again(decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "_arrays", lambda *_: pytest.fail("decoded again"))
+    assert len(load("CIFAR-100", tmp_path).train) == 900
+
+
+def _unreadable(path: Path) -> None:
+    """Cannot be read by anybody, also where the tests run as root."""
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE = {
+    "unreadable pixels": lambda folder: _unreadable(folder / "train_pixels.npy"),
+    "unreadable facts": lambda folder: _unreadable(folder / "facts.json"),
+    "no facts": lambda folder: (folder / "facts.json").unlink(),
+    "facts that are cut": lambda folder: (folder / "facts.json").write_text('{"mean"'),
+    "facts that are none": lambda folder: (folder / "facts.json").write_text("[]"),
+    "facts of text": lambda folder: (folder / "facts.json").write_text('{"mean": ["a"], "std": [1], "fingerprint": ""}'),
+    "facts in another encoding": lambda folder: (folder / "facts.json").write_bytes(b"\xff\xfe{\0"),
+    "no pixels": lambda folder: (folder / "val_pixels.npy").unlink(),
+    "pixels that are cut": lambda folder: os.truncate(folder / "train_pixels.npy", 5000),
+    "empty pixels": lambda folder: os.truncate(folder / "test_pixels.npy", 0),
+    "pixels of another data set": lambda folder: (folder / "test_pixels.npy").write_bytes((folder / "train_pixels.npy").read_bytes()),
+    "pixels of another type": lambda folder: np.save(folder / "test_pixels.npy", np.zeros((100, 3, 32, 32))),
+    "other labels": lambda folder: np.save(folder / "test_labels.npy", np.zeros(100, dtype=np.int64)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_decoded_images_that_cannot_be_used_are_one_sentence(decoded: Path, tmp_path: Path, kind: str) -> None:
+    DAMAGE[kind](decoded)
+    with pytest.raises(UserError, match=r"the decoded images of CIFAR-100 in .* cannot be used: ") as refused:
+        load("CIFAR-100", tmp_path)
+    assert "DIFFVIT_CACHE" in refused.value.hint
+
+
+# ------------------------------------------------------------------------------------------------------ the hub, out of reach
+
+
+@pytest.fixture
+def away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No network, and an empty Hugging Face cache: its folder for unpacked data sets."""
+    import datasets
+    import huggingface_hub
+
+    kept = tmp_path / "huggingface/datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", kept)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "huggingface/hub"))
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    huggingface_hub.close_session()
+    yield kept
+    huggingface_hub.close_session()
+
+
+@contextlib.contextmanager
+def _silent_server() -> Iterator[str]:
+    """Takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+WAYS = {
+    "offline": "HF_HUB_OFFLINE is set",
+    "dead proxy": "Connection refused",
+    "SOCKS proxy": "SOCKS|Connection refused",
+    "no such proxy": "proxy",
+    "silent proxy": "no answer within 0.5 s|timed out",
+}
+
+
+@contextlib.contextmanager
+def _out_of_reach(way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(dataset, "_PATIENCE", 0.5)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", way == "offline")
+    with _silent_server() as silent:
+        address = {"offline": "", "SOCKS proxy": "socks5://127.0.0.1:9", "no such proxy": "nonsense://x:1", "silent proxy": silent}
+        if proxy := address.get(way, "http://127.0.0.1:9"):
+            monkeypatch.setenv("all_proxy", proxy)
+        yield
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hub_out_of_reach_is_one_sentence_at_once(
+    away: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, way: str
+) -> None:
+    from huggingface_hub.utils import _http
+
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: pytest.fail("the client tries again"))
+    with _out_of_reach(way, monkeypatch), pytest.raises(UserError, match="the Hugging Face hub cannot be reached: ") as refused:
+        load("CIFAR-100")
+    assert re.search(WAYS[way], refused.value.message), refused.value.message
+    assert "HF_HUB_OFFLINE" in refused.value.hint and "--data_root" in refused.value.hint
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("way", ["offline", "dead proxy", "SOCKS proxy"])
+def test_what_the_hub_gave_once_is_used_without_it(
+    away: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, way: str
+) -> None:
+    import datasets
+
+    _few(monkeypatch, "CIFAR-100", (900, 100, 100))
+    _write_cifar100(tmp_path, LABELS["int64"], _structs)
+    datasets.load_dataset(str(tmp_path / "uoft-cs/cifar100"))
+    (away / "cifar100").rename(away / "uoft-cs___cifar100")
+    capfd.readouterr()
+    with _out_of_reach(way, monkeypatch):
+        assert len(load("CIFAR-100").train) == 900
+    assert capfd.readouterr() == ("", "")
+    assert datasets.config.HF_HUB_OFFLINE is False
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_a_hugging_face_cache_that_cannot_be_written_is_named(
+    away: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    away.parent.write_text("a file in its place")
+    _write_cifar100(tmp_path, LABELS["int64"], _structs)
+    with _out_of_reach("dead proxy", monkeypatch), pytest.raises(UserError, match=r"Hugging Face cache .* cannot be written") as refused:
+        load("CIFAR-100", tmp_path if local else None)
+    assert "HF_HOME" in refused.value.hint
+
+
+def test_pointers_instead_of_parquet_say_what_to_do(away: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    folder = tmp_path / "uoft-cs/cifar100"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        (folder / f"{split}.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    with pytest.raises(UserError, match=r"test\.parquet is a Git LFS pointer") as refused:
+        load("CIFAR-100", tmp_path)
+    assert "git lfs pull" in refused.value.hint
+    assert capfd.readouterr() == ("", "")

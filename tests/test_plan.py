@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,40 @@ def test_measurements_are_kept_and_found_again(tmp_path: Path, monkeypatch: pyte
     measurements_file().write_text("{")
     assert find_machine("Some CPU", "fp32", 1, DEFAULT_COMPUTE) is None
     assert keep_machine(_machine(runs[:1])).cells.keys() == {cell_of(runs[0].spec)}
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 7, {}, {"cells": {}}, {"start": "4"}, {"start": -1.0}, {"memory": float("nan")}, {"load": {"digits": None}},
+              {"cells": {"a": {"train": 0.0}}}, {"cells": {"a": {"train": "x"}}}, {"of_a_later_version": 1}],
+)  # fmt: skip
+def test_a_measurement_that_cannot_be_is_left_alone_and_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: Any) -> None:
+    monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path))
+    machine = _machine(plan_runs(GRIDS["digits"].runs(), Path("nowhere"), {}))
+    keep_machine(machine)
+    kept = json.loads(measurements_file().read_text())
+    (sound,) = kept.values()
+    if isinstance(wrong, dict) and "cells" in wrong:
+        wrong = {"cells": {cell: {**next(iter(sound["cells"].values())), **rate} for cell, rate in wrong["cells"].items()}}
+    content = {"theirs": {**sound, "device_name": "Theirs", **wrong} if isinstance(wrong, dict) and wrong else wrong, **kept}
+    measurements_file().write_text(json.dumps(content))
+    assert find_machine("Some CPU", "fp32", 1, DEFAULT_COMPUTE) == machine
+    assert find_machine("Theirs", "fp32", 1, DEFAULT_COMPUTE) is None
+    keep_machine(machine)
+    assert json.loads(measurements_file().read_text()).keys() == content.keys()
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_measurements_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """The file, or the cache folder, cannot be read or written: another user's, say."""
+    monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path / "cache"))
+    if place == "file":
+        measurements_file().mkdir(parents=True)
+    else:
+        (tmp_path / "cache").write_text("")
+    machine, heard = _machine(plan_runs(GRIDS["digits"].runs(), Path("nowhere"), {})), []
+    assert find_machine("Some CPU", "fp32", 1, DEFAULT_COMPUTE) is None
+    assert keep_machine(machine, heard.append) == machine
+    assert len(heard) == 1 and str(measurements_file()) in heard[0] and "DIFFVIT_CACHE" in heard[0]
 
 
 def test_data_sheets_give_sane_times() -> None:
