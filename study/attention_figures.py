@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import study.drawing  # noqa: F401  (first: it sees to how matplotlib is imported)
+
+# isort: split
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize

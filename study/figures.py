@@ -8,13 +8,14 @@ has figures of its own. Colours differ in lightness too, so that grey prints wor
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from study.drawing import our_style, save  # first: it sees to how matplotlib is imported
+
+# isort: split
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -35,21 +36,6 @@ _MODEL_STYLES: dict[str, dict[str, Any]] = {
     "vit_differential_v2": {"color": "#B0413E", "marker": "v", "linestyle": (0, (2, 1))},
 }
 _OTHER_STYLE: dict[str, Any] = {"color": "#6B7A89", "marker": "D", "linestyle": ":"}
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E4E7EB",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#8A94A0",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "diffvit",
-}
 _LOSSES = {"train_loss": "training", "val_loss": "validation"}
 
 
@@ -65,7 +51,7 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path) -> list[Pat
     """
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    with rc_context(STYLE):
+    with our_style():
         for (dataset, condition), of_dataset in runs.groupby(["dataset", pd.Series(conditions(runs), index=runs.index)], sort=False):
             figures: dict[str, Figure] = {}
             models = [model for model in MODELS if (of_dataset["model"] == model).any()]
@@ -286,11 +272,3 @@ def model_style(model: str) -> dict[str, Any]:
 def model_title(model: str) -> str:
     """An architecture's name for a person."""
     return MODEL_TITLES.get(model, model)
-
-
-def save(figure: Figure, stem: Path) -> Iterable[Path]:
-    """PNG and SVG, without a date, so that the same data give the same file."""
-    png, svg = stem.with_name(stem.name + ".png"), stem.with_name(stem.name + ".svg")
-    figure.savefig(png, dpi=160)
-    figure.savefig(svg, metadata={"Date": None})
-    return [png, svg]

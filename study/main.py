@@ -223,7 +223,7 @@ def run_study(options: StudyOptions) -> int:
                 else:
                     runs = _left_by_others(options, every, tried)
                     tried += runs
-    _report(options, specs, draw=signal_code is None)
+    drawn = _report(options, specs, draw=signal_code is None)
     if signal_code is None:
         _publish(options, unsent)
     ended = sum(_has_result(run, options) for run in tried)
@@ -241,7 +241,7 @@ def run_study(options: StudyOptions) -> int:
         return 1
     if options.shard:
         _say(f"\nshard {options.shard}: {ended} of {len(every)} runs of the grid are done here; `study --collect` brings all together")
-    return 0
+    return 0 if drawn else 1
 
 
 def _here_or(runs: list[PlannedRun], every: list[PlannedRun]) -> list[PlannedRun]:
@@ -312,7 +312,7 @@ def collect_study(options: StudyOptions) -> int:
     storage = open_storage(options.saving.storage)
     brought = collect(storage, specs, options.checkpoints)
     _say(f"brought {len(brought)} runs from {options.saving.storage}")
-    _report(options, specs, draw=True)
+    drawn = _report(options, specs, draw=True)
     _publish(options, [])
     missing = missing_runs(options.checkpoints, specs)
     if missing:
@@ -323,7 +323,7 @@ def collect_study(options: StudyOptions) -> int:
         return 1
     forget_shards(storage, specs)
     storage.tidy()
-    return 0
+    return 0 if drawn else 1
 
 
 def _publish(options: StudyOptions, unsent: list[str]) -> None:
@@ -537,24 +537,31 @@ def warmup_warnings(specs: list[RunSpec]) -> list[str]:
     return [f"{dataset}: {warning}" for dataset, warning in found if warning]
 
 
-def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> None:
-    """The table to stdout and as CSV, and the figures."""
+def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> bool:
+    """The table to stdout and as CSV, then the figures. Returns False where these failed, which has been said."""
     from study.table import run_table, step_table, write_csv, write_step_csv
 
     table = run_table(options.checkpoints, specs)
     if table.empty:
-        return
+        return True
     print(table_text(table))
     write_csv(table, options.checkpoints / f"{options.grid.name}_runs.csv")
     write_step_csv(options.checkpoints, table, options.checkpoints / f"{options.grid.name}_steps.csv")
     out = options.checkpoints / "figures"
     drawn, now = _drawn_file(options.checkpoints), "\n".join(table["run_id"])
     if draw and not (drawn.is_file() and drawn.read_bytes() == now.encode()):
-        from study.figures import draw_figures
+        try:
+            from study.figures import draw_figures
 
-        draw_figures(table, step_table(options.checkpoints, table), out)
-        _note_drawn(options.checkpoints, table)
+            draw_figures(table, step_table(options.checkpoints, table), out)
+            _note_drawn(options.checkpoints, table)
+        except Exception as error:  # the training is done and shall not be lost for a picture
+            _say(f"\ntable    {options.checkpoints / (options.grid.name + '_runs.csv')}")
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            _say(f"error: the figures could not be drawn: {reason}\nhint: the same command draws them again: {options.command}")
+            return False
     _say(f"\ntable    {options.checkpoints / (options.grid.name + '_runs.csv')}\nfigures  {out}")
+    return True
 
 
 def _drawn_file(checkpoints: Path) -> Path:

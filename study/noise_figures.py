@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import study.drawing  # noqa: F401  (first: it sees to how matplotlib is imported)
+
+# isort: split
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import rc_context
 
 from diffvit.corruptions import CORRUPTIONS
 from diffvit.errors import UserError
@@ -24,7 +23,8 @@ from diffvit.robustness import right_answers, summarise
 from study import scaling, verdict
 from study.attention_figures import attention_curves, attention_pictures
 from study.document import Block, Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
-from study.figures import STYLE, draw_figures, figure_stem, model_title, save, wilson
+from study.drawing import our_style, save
+from study.figures import draw_figures, figure_stem, model_title, wilson
 from study.noise_figures import noise_figure
 from study.scaling import Cells, Estimate, Ratio
 from study.table import comparable, conditions, files_of, step_table, wrong_answers
@@ -214,7 +214,7 @@ def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
     corrupted = {run_id: found["corruptions"] for run_id, found in analysis.findings.items() if "corruptions" in found}
     attended = {run_id: found["attention"] for run_id, found in analysis.findings.items() if "attention" in found}
     written: list[Path] = []
-    with rc_context(STYLE):
+    with our_style():
         for part in analysis.subjects:
             stem = figure_stem(part.dataset, part.condition)
             if part.table["run_id"].isin(list(corrupted)).any():

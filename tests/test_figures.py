@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import rc_context, rcParams
 from tables import study_table
 
+from diffvit.corruptions import CORRUPTIONS
 from diffvit.protocol import MODELS, PROTOCOLS
+from study.attention_figures import attention_curves
+from study.drawing import our_style, save
 from study.figures import _MODEL_STYLES, draw_figures, loss_figure, scaling_figure, wilson
+from study.noise_figures import noise_figure
 from study.table import COLUMNS
 
 
@@ -171,3 +179,75 @@ def test_a_cell_that_was_trained_in_two_precisions_is_still_drawn(tmp_path: Path
     runs = study_table()
     again = runs.assign(precision="fp32", run_id=runs["run_id"] + "again")
     assert "diverged" not in scaling_figure(pd.concat([runs, again.iloc[:6]], ignore_index=True)).get_supxlabel()
+
+
+# A user's settings, as far from ours as they go.
+_ODD = {
+    "text.usetex": True, "font.family": "serif", "font.size": 22, "figure.dpi": 37, "figure.constrained_layout.use": False, "lines.linewidth": 9,
+    "savefig.bbox": "tight", "savefig.transparent": True, "savefig.dpi": 20, "svg.hashsalt": "mine", "svg.fonttype": "path",
+    "path.simplify": False, "axes.unicode_minus": False, "xtick.direction": "in", "image.cmap": "jet", "patch.linewidth": 5,
+}  # fmt: skip
+
+
+def _every_kind(out: Path) -> list[bytes]:
+    """A figure of each module that draws, as `study` and `report` make them."""
+    runs, steps = _tables(("digits",))
+    severities = [{"corruption": "clean", "severity": 0, "accuracy": 0.9}]
+    severities += [{"corruption": name, "severity": level, "accuracy": 0.9 - level / 10} for name in CORRUPTIONS for level in range(1, 6)]
+    layers = [{"entropy": 1.0 / (i + 1), "signal_share": {"noise": 0.2 * i}} for i in range(4)]
+    attention = {"layers": layers, "uniform_entropy": 1.4, "signal_area": 0.3, "images": 64}
+    with our_style():
+        noise = noise_figure(runs, {run_id: {"conditions": severities} for run_id in runs["run_id"]}, "digits")
+        curves = attention_curves([("vit_classic", "0.1M", attention)], "digits")
+        paths = [*save(noise, out / "noise"), *save(curves, out / "attention")]
+    paths += draw_figures(runs[runs["model"] == "vit_classic"], steps, out)
+    return [path.read_bytes() for path in paths]
+
+
+def test_the_users_settings_change_nothing(tmp_path: Path) -> None:
+    usual = _every_kind(tmp_path / "usual")
+    with rc_context(_ODD):
+        assert _every_kind(tmp_path / "odd") == usual
+        assert rcParams["font.size"] == 22  # and are as they were
+
+
+@pytest.mark.parametrize("settings", ["a backend that is not installed", "a damaged settings file", "no folder of its own", "a file here"])
+def test_matplotlib_is_imported_whatever_the_users_settings(settings: str, tmp_path: Path) -> None:
+    odd = "\n".join(f"{key}: {value}" for key, value in _ODD.items()) + "\nno.such.key: 1\nno colon\nbackend: abacus\n"
+    changed: dict[str, str] = {}
+    if settings == "a backend that is not installed":
+        changed["MPLBACKEND"] = "module://no_such_module.backend_inline"
+    elif settings == "a damaged settings file":
+        (tmp_path / "damaged").write_bytes(b"text.usetex: \xff\xfe")
+        changed |= {"MATPLOTLIBRC": str(tmp_path / "damaged"), "MPLBACKEND": "abacus"}
+    elif settings == "no folder of its own":
+        (tmp_path / "file").touch()
+        changed["MPLCONFIGDIR"] = str(tmp_path / "file" / "below")
+    else:
+        (tmp_path / "matplotlibrc").write_text(odd)
+    tests = Path(__file__).parent
+    code = "import sys; from pathlib import Path; from test_figures import _every_kind; _every_kind(Path('drawn'))"
+    # Tests import pytest, whose plugins may import matplotlib: the module that draws comes first, as in a command.
+    done = subprocess.run([sys.executable, "-c", f"import study.figures; {code}"], cwd=tmp_path, capture_output=True, text=True, check=False,
+                          env={**os.environ, **changed, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"})  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    _every_kind(tmp_path / "usual")
+    drawn, usual = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("drawn", "usual"))
+    assert drawn == usual
+
+
+def test_figures_that_fail_do_not_lose_a_study(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.yaml").write_text("datasets: [digits]\nsizes: [small]\nmodels: [vit_classic]\noverrides: {max_steps: 2}\n")
+    assert cli("train", "--model", "vit_classic", "--size", "small", "--dataset", "digits", "--max_steps", "2", "--device", "cpu").code == 0
+    study = ("study", "--grid", "one.yaml", "--address", "local", "--gpus_per_run", "0", "--precision", "fp32")
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no ink")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("study.figures.draw_figures", fails)
+        outcome = cli(*study)
+    assert outcome.code == 1 and "vit_classic" in outcome.out and (tmp_path / "checkpoints/one_runs.csv").is_file()
+    assert "could not be drawn: RuntimeError: no ink" in outcome.err and "run.py study --grid one.yaml" in outcome.err
+    assert "figures  " not in outcome.err
+    assert cli(*study).code == 0 and len(list((tmp_path / "checkpoints/figures").iterdir())) == 6
