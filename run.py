@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -393,7 +394,7 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
         from diffvit.ledger import write_atomically
 
         write_atomically(json_path, (json.dumps(forecast_json(forecast), indent=1) + "\n").encode())
-    click.echo(forecast_text(forecast))
+    click.echo(forecast_text(forecast, _terminal_width()))
 
 
 @cli.command()
@@ -556,18 +557,25 @@ def _warn(text: str) -> None:
     click.secho(redacted(f"warning: {text}"), err=True, fg="yellow")
 
 
+def _terminal_width() -> int | None:
+    """Of stdout, up to 100 columns; None where that is a pipe or a file, in which nothing is folded."""
+    return min(100, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+
+
 class _StepProgress:
     """A progress bar of steps on stderr; away from a terminal, a line every ten seconds."""
 
     def __init__(self, title: str):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self.steps = 0
         self._last_line = 0.0
         self._console = Console(stderr=True)
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
+            TextColumn("{task.description}", table_column=Column()),  # what a narrow terminal wraps
+            *([BarColumn()] if self._console.width >= 120 else []), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"), console=self._console, transient=True, disable=not self._console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task(title, total=None, losses="")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,13 @@ _RUNNING = ("training", "compiling")
 # Compiling that takes no longer is not worth a line.
 _BRIEF_SECONDS = 5.0
 
+_BAR_WIDTH = 12
+_NUMBERS = ("step", "train loss", "val loss", "images/s", "test")
+# Columns that a narrow terminal does without, the first one first.
+_DISPENSABLE = ("images/s", "train loss", "val loss", "test")
+
 # A run's speed is not believed before it has done so much of its work in this study.
-_LEAST_SHARE = 0.02
+_LEAST_SHARE = 0.05
 
 
 @dataclass
@@ -76,6 +82,7 @@ class StudyDisplay(Callback):
         # Worth a column only where they tell runs apart.
         self._conditions = len({overrides_text(run.spec.overrides) for run in runs}) > 1
         self._start = self._beat = time.monotonic()
+        self._slots = 1
         self._live: Live | None = None
 
     def __enter__(self) -> StudyDisplay:
@@ -104,10 +111,10 @@ class StudyDisplay(Callback):
         for row in self._rows.values():
             if row.state == "compiling" and row.since is not None and now - row.since > _BRIEF_SECONDS:
                 row.since = None
-                self.console.print(f"compiling  {row.run.spec.title}", highlight=False)
+                self._say(f"compiling  {row.run.spec.title}")
         if now - self._beat > _HEARTBEAT_SECONDS:
             self._beat = now
-            self.console.print(self._summary(), highlight=False)
+            self._say(self._summary())
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         row = self._row(trial)
@@ -133,7 +140,7 @@ class StudyDisplay(Callback):
         if (trial.last_result or {}).get("status") == "diverged":
             row.state = "diverged"
             if not self._live:
-                self.console.print(f"diverged  {row.run.spec.title} at step {row.step}", highlight=False)
+                self._say(f"diverged  {row.run.spec.title} at step {row.step}")
             return
         if row.accuracy is None:  # stopped, or another study trains it
             row.state = "waiting"
@@ -141,40 +148,64 @@ class StudyDisplay(Callback):
         row.state, row.step = "done", row.run.steps
         if not self._live:
             accuracy = f"test accuracy {100 * row.accuracy:.1f} %" if row.accuracy is not None else ""
-            self.console.print(f"done    {row.run.spec.title}: {accuracy}", highlight=False)
+            self._say(f"done    {row.run.spec.title}: {accuracy}")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         row = self._row(trial)
         row.state = "failed"
         if not self._live:
-            self.console.print(f"failed  {row.run.spec.title}", highlight=False)
+            self._say(f"failed  {row.run.spec.title}")
 
     def _row(self, trial: Any) -> _Row:
         return self._rows[_key(RunSpec(**trial.config["run"]["spec"]))]
 
+    def _say(self, line: str) -> None:
+        """Off a terminal, where a width is nobody's."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
     # The picture
 
     def _draw(self) -> Group:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for header in ("model", "size", "data set", "seed", *(["overrides"] if self._conditions else [])):
-            table.add_column(header, no_wrap=True)
-        table.add_column("progress", width=16)
-        for header in ("step", "train loss", "val loss", "images/s", "test"):
-            table.add_column(header, justify="right", no_wrap=True)
-        for row in self._rows.values():
-            table.add_row(*self._cells(row), style="dim" if row.state == "waiting" or row.state.endswith("before") else None)
-        return Group(table, Text(self._summary()))
+        """The table, without the columns that are least needed where the terminal is narrow, and without runs that are not under way
+        where it is low."""
+        rows, room = list(self._rows.values()), self.console.height - 3
+        if len(rows) > room:
+            ranks = {"waiting": 1, "done": 2}
+            shown = sorted(rows, key=lambda row: ranks.get(row.state.split()[0], 0))[: max(1, room)]
+            rows = [row for row in rows if row in shown]
+        unlimited = self.console.options.update(width=10_000)
+        tables = (self._table(rows, without=_DISPENSABLE[:number]) for number in range(len(_DISPENSABLE) + 1))
+        for table in tables:
+            if self.console.measure(table, options=unlimited).maximum <= self.console.width:
+                break
+        hidden = len(self._rows) - len(rows)
+        return Group(table, Text(self._summary() + (f"; {hidden} runs not shown" if hidden else "")))
 
-    def _cells(self, row: _Row) -> list[Any]:
+    def _table(self, rows: list[_Row], without: Sequence[str] = ()) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        cells = [self._cells(row) for row in rows]
+        headers = [header for header in cells[0] if header not in without]
+        for header in headers:
+            layout: dict[str, Any] = {"justify": "right"} if header in _NUMBERS else {}
+            table.add_column(header, no_wrap=header != "overrides", overflow="fold", **layout)
+        for row, of_row in zip(rows, cells, strict=True):
+            style = "dim" if row.state == "waiting" or row.state.endswith("before") else None
+            table.add_row(*(of_row[header] for header in headers), style=style)
+        return table
+
+    def _cells(self, row: _Row) -> dict[str, Any]:
         spec, steps = row.run.spec, row.run.steps
         done = row.state.startswith("done")
         bar: Any = Text(row.state, style="red" if row.state in ("failed", "diverged") else "")
         if row.state == "training":
-            bar = ProgressBar(total=steps, completed=row.step, width=16)
-        test = "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %"
-        shown = [_number(row.train_loss, ".4f"), _number(row.val_loss, ".4f"), _number(row.pace, ",.0f")]
-        named = [spec.model, spec.size, spec.dataset, str(spec.seed), *([overrides_text(spec.overrides)] if self._conditions else [])]
-        return [*named, bar, f"{steps if done else row.step}/{steps}", *shown, test]
+            bar = ProgressBar(total=steps, completed=row.step, width=_BAR_WIDTH)
+        return {
+            "model": spec.model, "size": spec.size, "data set": spec.dataset, "seed": str(spec.seed),
+            **({"overrides": overrides_text(spec.overrides)} if self._conditions else {}),
+            "progress": bar, "step": f"{steps if done else row.step}/{steps}",
+            "train loss": _number(row.train_loss, ".4f"), "val loss": _number(row.val_loss, ".4f"), "images/s": _number(row.pace, ",.0f"),
+            "test": "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
+        }  # fmt: skip
 
     def _summary(self) -> str:
         rows = list(self._rows.values())
@@ -191,13 +222,22 @@ class StudyDisplay(Callback):
 
     def _seconds_left(self) -> float | None:
         """From the training that was seen in this study; None until there is something to go by."""
-        rows = self._rows.values()
-        work, seconds = (sum(each) for each in zip(*(row.seen() for row in rows), strict=True))
-        if not seconds:
+        running = [row for row in self._rows.values() if row.state in _RUNNING]
+        waiting = sorted((row for row in self._rows.values() if row.state == "waiting"), key=lambda row: row.left, reverse=True)
+        self._slots = max(self._slots, len(running))  # a slot may be free for a moment
+        if not any(row.seen()[1] for row in self._rows.values()):
             return None
-        running = [row.left for row in rows if row.state in _RUNNING]
-        waiting = sorted((row.left for row in rows if row.state == "waiting"), reverse=True)
-        return makespan([flops * seconds / work for flops in (*running, *waiting)], max(1, len(running)))
+        return makespan([row.left * self._pace(row) for row in (*running, *waiting)], self._slots)
+
+    def _pace(self, row: _Row) -> float:
+        """Seconds a FLOP, from what is most like the run of what was seen: itself, its cell, its architecture, anything."""
+        spec = row.run.spec
+        for alike in ({"title": spec.title}, {"model": spec.model, "size": spec.size, "dataset": spec.dataset}, {"model": spec.model}, {}):
+            rows = (other for other in self._rows.values() if all(getattr(other.run.spec, key) == value for key, value in alike.items()))
+            work, seconds = (sum(each) for each in zip(*(other.seen() for other in rows), strict=True))
+            if seconds:
+                return seconds / work
+        raise AssertionError("nothing was seen")
 
 
 def _key(spec: RunSpec) -> str:

@@ -40,6 +40,8 @@ SHEET_STUDY_START = 30.0
 SHEET_FIRST_RUN = 37.0  # more than for later runs of the same process, which find compiled code
 SHEET_RUN_START = 3.0
 
+_WIDER_THAN_ANY = 10_000  # columns: of tables and lines that are not folded
+
 MEASURED, SCALED, SHEET = "measured", "scaled", "sheet"
 _TO_BE_MEASURED = "the truth may be half or twice that, and --probe on the machine measures it"
 
@@ -288,8 +290,8 @@ def measured_place(machine: Machine, runs: Iterable[PlannedRun], devices: int, c
 # ---------------------------------------------------------------------------------------------------------- for a person
 
 
-def forecast_text(forecast: StudyForecast, width: int = 100) -> str:
-    """The forecast as a table and the sentences that belong to it."""
+def forecast_text(forecast: StudyForecast, width: int | None = None) -> str:
+    """The forecast as a table and the sentences that belong to it: folded at a terminal's width, where one is given."""
     from rich.console import Console
     from rich.table import Table
 
@@ -315,11 +317,11 @@ def forecast_text(forecast: StudyForecast, width: int = 100) -> str:
             *([f"{forecast.price(each.seconds):,.2f}"] if priced else []), each.rate.source, each.state,
         )  # fmt: skip
     out = io.StringIO()
-    console = Console(file=out, width=width, no_color=True, highlight=False, legacy_windows=False)
+    console = Console(file=out, width=_WIDER_THAN_ANY, no_color=True, highlight=False, legacy_windows=False)
     console.print(table)
     lines = [*(line.rstrip() for line in out.getvalue().splitlines()), ""]
     for sentence in _sentences(forecast):
-        lines += textwrap.wrap(sentence, width, subsequent_indent=10 * " ", break_on_hyphens=False, drop_whitespace=True)
+        lines += textwrap.wrap(sentence, width or _WIDER_THAN_ANY, subsequent_indent=10 * " ", break_on_hyphens=False)
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from diffvit.ledger import RunSpec
 from diffvit.log import Step
 from study import display as displays
 from study import runner
@@ -33,8 +34,8 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 class Study:
     """A display off a terminal, and the events that Tune would send it."""
 
-    def __init__(self, runs: int = 2):
-        self.runs: list[PlannedRun] = plan_runs(Grid("some", ("digits",)).runs()[:runs], Path("nowhere"), {})
+    def __init__(self, specs: list[RunSpec] | None = None):
+        self.runs: list[PlannedRun] = plan_runs(specs or Grid("some", ("digits",)).runs()[:2], Path("nowhere"), {})
         self.console = Console(width=200, record=True, file=io.StringIO())
         self.display = StudyDisplay(self.runs, self.console)
         self.trials = [SimpleNamespace(config={"run": {"spec": dataclasses.asdict(run.spec)}}, last_result={}) for run in self.runs]
@@ -150,6 +151,66 @@ def test_time_left_at_the_end_and_without_steps() -> None:
     elsewhere.start(0)
     elsewhere.end(0, seconds=100.0, run_seconds=1.0)  # another machine has trained it
     assert elsewhere.left() == ", estimating the time left"
+
+
+def test_lines_off_a_terminal_are_not_folded(now: SimpleNamespace) -> None:
+    study = Study()
+    study.console.width = 30
+    study.start(0)
+    study.report(0, preparing=True)
+    now.seconds += 31
+    first, second = study.tick().splitlines()
+    assert first == f"compiling  {study.runs[0].spec.title}" and second.endswith("estimating the time left")
+
+
+@pytest.mark.parametrize("conditions", [({},), ({}, {"label_noise": 0.4, "input_noise": 0.25})])
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_narrow_and_low_terminal_shows_what_matters_uncut(width: int, conditions: tuple[dict[str, float], ...]) -> None:
+    grid = Grid("some", ("digits-noisy",), seeds=tuple(range(20)), conditions=conditions)
+    study = Study(grid.runs())
+    study.console.width, study.console.height = width, 24
+    last = len(study.runs) - 1
+    study.start(last)
+    study.steps(last, 0.5, 5.0)
+    lines = study.table().splitlines()
+    assert len(lines) <= 24 + len(conditions) and max(map(len, lines)) <= width
+    (row,) = [line for line in lines if "300/600" in line]
+    assert row.startswith("vit_differential  0.4M  digits-noisy  19 ") and "━" in row
+    assert "…" not in "".join(lines) and f"0 of {last + 1} runs done" in "".join(lines)
+    assert ("val loss" in lines[0]) == (width == 120)
+
+
+def test_a_run_is_forecast_from_what_is_most_like_it() -> None:
+    """Seconds a FLOP differ between architectures and sizes; a run's own say most."""
+    study = Study(Grid("some", ("digits",), sizes=("small", "medium"), seeds=(0, 1)).runs())
+    numbers = {(run.spec.model, run.spec.size, run.spec.seed): number for number, run in enumerate(study.runs)}
+    seconds = {
+        ("vit_classic", "0.1M"): 30.0,
+        ("vit_differential", "0.1M"): 60.0,
+        ("vit_classic", "0.2M"): 80.0,
+        ("vit_differential", "0.2M"): 200.0,
+    }
+    for (model, size), of_run in seconds.items():
+        number = numbers[model, size, 0]
+        study.start(number)
+        study.end(number, seconds=of_run, run_seconds=of_run)
+    assert study.left() == ", about 6:10 left"  # the second seeds, one after the other
+    own = numbers["vit_differential", "0.2M", 1]
+    study.start(own)
+    study.steps(own, 0.0, 0.0)
+    study.steps(own, 0.5, 50.0)  # twice as fast as the first seed
+    assert study.left() == ", about 3:40 left"
+
+
+def test_a_slot_that_is_free_for_a_moment_is_counted() -> None:
+    study = Study(Grid("some", ("digits",), models=("vit_classic",), sizes=("small",), seeds=(0, 1, 2, 3)).runs())
+    for number in (0, 1):
+        study.start(number)
+        study.steps(number, 0.0, 0.0)
+        study.steps(number, 0.5, 50.0)
+    assert study.left() == ", about 2:30 left"
+    study.end(0, seconds=100.0)
+    assert study.left() == ", about 2:30 left"  # 50 and 100 beside 100: the other slot is about to be taken
 
 
 @pytest.mark.parametrize("workers", [1, 2])
