@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from diffvit import __version__
+from diffvit.checks import usable_path
 from diffvit.errors import HIDDEN, UserError, redacted, shown
 from diffvit.ledger import disk_faults
 from diffvit.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, HUB_SCHEME, Every, Saving, is_on_hub
@@ -30,7 +31,37 @@ _SETTINGS = {
 }
 
 
-@click.group(context_settings=_SETTINGS)
+class _Command(click.Command):
+    """A command that refuses what would vanish: options given twice, of which click keeps the last, and those with an empty value."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given, _, order = self.make_parser(ctx).parse_args(list(args))
+        for param in self.params:
+            is_option = isinstance(param, click.Option)
+            name = param.opts[0] if is_option else param.human_readable_name
+            if given.get(param.name) == "":
+                raise click.UsageError(f"{name} is empty.", ctx)
+            is_switch = is_option and param.is_flag and not param.secondary_opts
+            if is_option and not param.multiple and not is_switch and order.count(param) > 1:
+                raise click.UsageError(f"{name} is given more than once.", ctx)
+        return super().parse_args(ctx, args)
+
+
+class _Group(click.Group):
+    command_class = _Command
+
+
+class _Path(click.Path):
+    """A path as a shell reads it, ~ included, which quotes and --option=~ keep from the shell. A str, or what `path_type` says."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(str(usable_path(value)), param, ctx)
+
+
+_FOLDER = _Path(file_okay=False, path_type=Path)
+
+
+@click.group(context_settings=_SETTINGS, cls=_Group)
 @click.version_option(__version__, prog_name="diffvit")
 def cli() -> None:
     """Does a Differential Vision Transformer scale better than a classic ViT?
@@ -38,6 +69,11 @@ def cli() -> None:
     `run.py study` trains a grid of both, `run.py plot` draws it. The same command carries on after an interruption.
     Options may be written with - or with _.
     """
+    from diffvit.utils import check_env_file
+
+    check_env_file()
+    if cache := os.environ.get("DIFFVIT_CACHE"):
+        os.environ["DIFFVIT_CACHE"] = str(usable_path(cache).absolute())  # workers have folders of their own
 
 
 def _options(*options: Callable) -> Callable:
@@ -53,13 +89,14 @@ def _options(*options: Callable) -> Callable:
 
 _checkpoints_option = click.option(
     "--checkpoints",
-    type=click.Path(path_type=Path),
+    type=_FOLDER,
     default=Path("checkpoints"),
     show_default=True,
     help="The ledger: where runs are kept.",
 )
 _data_option = click.option(
     "--data_root",
+    type=_Path(file_okay=False),
     metavar="DIR",
     envvar="DIFFVIT_DATA",
     help="Folder with hub data sets as user/name. [env: DIFFVIT_DATA; default: the hub]",
@@ -98,8 +135,9 @@ _saving_options = _options(
     click.option("--storage", envvar="DIFFVIT_STORAGE", metavar="URL",
                  help="Path or fsspec URL (s3://…) off this machine: runs are copied there and can be taken over from there. "
                       "[env: DIFFVIT_STORAGE]"),
-    click.option("--sync_every", default=f"{DEFAULT_SAVING.sync_every:g}s", show_default=True, metavar="TIME",
-                 help="How often the state is copied to the storage: what the loss of this machine costs at most."),
+    click.option("--sync_every", metavar="TIME",
+                 help="How often the state is copied to the storage: what the loss of this machine costs at most. "
+                      f"[default: {DEFAULT_SAVING.sync_every:g}s]"),
     click.option("--lease", metavar="TIME",
                  help="How long after this machine's last sign of life another one may take its runs over. "
                       f"[default: {DEFAULT_SAVING.lease_seconds:g}s; on the hub {HUB_LEASE_SECONDS:g}s]"),
@@ -138,13 +176,14 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_root: str | None, checkpoints: Path, precision: str,
           micro_batch: int | None, fused: bool | None, graphs: bool | None, compile: bool | None, recompute: bool | None,
           deterministic: bool, save_every: str, storage: str | None,
-          sync_every: str, lease: str | None, device: str | None, **overrides: Any) -> None:  # fmt: skip
+          sync_every: str | None, lease: str | None, device: str | None, **overrides: Any) -> None:  # fmt: skip
     """Train one model and measure its test accuracy.
 
     A run that is done already is not done again; one that was interrupted goes on where its state was last saved.
     """
     from diffvit.ledger import RunSpec
 
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
     saving = _saving(save_every, storage, sync_every, lease, upload)
     from diffvit.compute import Compute
@@ -192,7 +231,7 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
 
 
 @cli.command()
-@click.argument("local", metavar="LOCAL", type=click.Path(path_type=Path))
+@click.argument("local", metavar="LOCAL", type=_Path(path_type=Path))
 @click.argument("hf_dir", metavar="HF_DIR")
 @click.option("--force", is_flag=True, help="Replace what is different there.")
 def upload(local: Path, hf_dir: str, force: bool) -> None:
@@ -212,7 +251,7 @@ def upload(local: Path, hf_dir: str, force: bool) -> None:
 
 @cli.command()
 @click.argument("hf_path", metavar="HF_PATH")
-@click.argument("local", metavar="LOCAL_DIR", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("local", metavar="LOCAL_DIR", type=_FOLDER)
 @click.option("--force", is_flag=True, help="Replace what is different here.")
 def download(hf_path: str, local: Path, force: bool) -> None:
     """Bring a file, or a folder's content, of HF_REPOSITORY to a local folder; . is all of it.
@@ -318,8 +357,8 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_compute_options
 @_saving_options
 def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, dry_run: bool, rehearse: bool, upload: bool,
-          checkpoints: Path, save_every: str, storage: str | None, sync_every: str, lease: str | None, shard: str | None, collect: bool,
-          resource: tuple[str, ...], **options: Any) -> None:  # fmt: skip
+          checkpoints: Path, save_every: str, storage: str | None, sync_every: str | None, lease: str | None, shard: str | None,
+          collect: bool, resource: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
 
     Finished runs are skipped, so the same command carries on. Without arguments: both architectures in three sizes on two
@@ -332,6 +371,8 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
         raise UserError(f"{alone[0]} and {alone[1]} exclude each other.", "give one of both.")
     if collect and shard:
         raise UserError("--collect and --shard exclude each other.", "--collect brings the runs of all boxes.")
+    if dry_run and options["price"]:
+        raise UserError("--dry_run trains nothing that --price could be for.", "`run.py plan --price P` says what a study will cost.")
     chosen = find_grid(grid, dataset)
     chosen.runs(seeds=seeds, overrides={"epochs": epochs})  # names and values first
     saving = _saving(save_every, storage, sync_every, lease, upload)
@@ -341,9 +382,12 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     from study.main import StudyOptions, collect_study, dry_run_table, rehearse_study, run_study
     from study.shard import Shard
 
+    part = Shard.parse(shard) if shard else None
+    if part and not saving.storage:
+        raise UserError("--shard has no place where the parts come together.", "give --upload true, or a --storage that all boxes reach.")
     settings = StudyOptions(
         grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources,
-        shard=Shard.parse(shard) if shard else None, command=_own_command(), **options,
+        shard=part, command=_own_command(), **options,
     )  # fmt: skip
     if dry_run:
         click.echo(dry_run_table(settings))
@@ -360,15 +404,15 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="How many of them; on a CPU, machines.")
 @click.option("--price", type=click.FloatRange(min=0, min_open=True), metavar="P", help="Dollars an hour of one of them.")
 @click.option("--probe", is_flag=True, help="Measure the machine at hand first, and keep what was measured.")
-@click.option("--probe_seconds", type=click.FloatRange(min=0, min_open=True), default=5.0, show_default=True, metavar="S",
-              help="How long --probe measures each cell, about.")  # fmt: skip
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), metavar="PATH", help="Write it as JSON too.")
+@click.option("--probe_seconds", type=click.FloatRange(min=0, min_open=True), metavar="S",
+              help="How long --probe measures each cell, about. [default: 5]")  # fmt: skip
+@click.option("--json", "json_path", type=_Path(path_type=Path, dir_okay=False), metavar="PATH", help="Write it as JSON too.")
 @_place_options
 @_data_option
 @_checkpoints_option
 @_compute_options
 def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, gpu: str | None, gpus: int, price: float | None,
-         probe: bool, probe_seconds: float, json_path: Path | None, **options: Any) -> None:  # fmt: skip
+         probe: bool, probe_seconds: float | None, json_path: Path | None, **options: Any) -> None:  # fmt: skip
     """Say what a study will take before it starts: parameters, FLOPs, memory, time and money of each run, and when the last ends.
 
     Numbers are measured on the machine at hand (--probe), were measured there earlier, or are estimated from a data sheet (--gpu);
@@ -382,12 +426,16 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
         from study.devices import find_sheet
 
         find_sheet(gpu)
+    measures = {"--probe_seconds": probe_seconds, "--address": options["address"], "--gpus_per_run": options["gpus_per_run"]}
+    for name, value in measures.items():
+        if value and not probe:  # 0 GPUs are this machine's CPU, whose earlier measurements there may be
+            raise UserError(f"{name} says how --probe measures, and without it changes nothing.", f"give --probe, or leave {name} out.")
     if json_path and not os.access(json_path.resolve().parent, os.W_OK):
         raise UserError(f"{json_path} cannot be written.", "give --json a file in a folder that is there.")
     from study.main import StudyOptions, plan_study
 
     settings = StudyOptions(grid=chosen, seeds=seeds, epochs=epochs, command=_own_command(), **options)
-    forecast = plan_study(settings, gpu, gpus, price, probe_seconds if probe else None)
+    forecast = plan_study(settings, gpu, gpus, price, (probe_seconds or 5.0) if probe else None)
     from study.forecast import forecast_json, forecast_text
 
     if json_path:
@@ -401,7 +449,7 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
 @click.option("--grid", metavar=_GRIDS, help="Which runs to draw. [default: the built-in grids that have finished runs]")
 @_DATASET_OF_GRID
 @_EPOCHS
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: figures in the checkpoints folder]")
+@click.option("--out", type=_FOLDER, metavar="DIR", help="[default: figures in the checkpoints folder]")
 @_checkpoints_option
 def plot(grid: str | None, dataset: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
     """Draw the losses and the scaling of finished runs: seven figures for each data set and condition, as PNG and SVG."""
@@ -415,7 +463,7 @@ def plot(grid: str | None, dataset: str | None, epochs: int | None, out: Path | 
 @click.option("--grid", metavar="NAME|FILE", help="Which runs to report. [default: the built-in grids that have finished runs]")
 @_DATASET_OF_GRID
 @_EPOCHS
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: report in the checkpoints folder]")
+@click.option("--out", type=_FOLDER, metavar="DIR", help="[default: report in the checkpoints folder]")
 @_checkpoints_option
 def report(grid: str | None, dataset: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
     """Write the verdict, with its intervals and all that it rests on, as one HTML page and as Markdown."""
@@ -504,10 +552,13 @@ def _files(checkpoints: Path, result: dict[str, Any]) -> Any:
     return RunFiles(checkpoints, result["model"], result["run_id"], result["size"], result["dataset"])
 
 
-def _saving(save_every: str, storage: str | None, sync_every: str, lease: str | None, upload: bool) -> Saving:
+def _saving(save_every: str, storage: str | None, sync_every: str | None, lease: str | None, upload: bool) -> Saving:
     if upload:
         if storage:
-            raise UserError("--upload and --storage exclude each other.", "with --upload true the hub is the storage.")
+            raise UserError(
+                "--upload and --storage exclude each other.",
+                "with --upload true the hub is the storage; leave --storage and DIFFVIT_STORAGE out.",
+            )
         from diffvit.utils import find_account
 
         storage = f"{HUB_SCHEME}{find_account().repository}"
@@ -517,12 +568,18 @@ def _saving(save_every: str, storage: str | None, sync_every: str, lease: str | 
 
         os.environ["HF_TOKEN"] = find_token() or ""  # workers have other working directories, without .env
     if storage and "://" not in storage:
-        try:
-            storage = str(Path(storage).expanduser().resolve())  # workers have folders of their own
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"the storage {shown(storage)} cannot be: {error}.", "give a path or a URL.") from None
+        storage = str(usable_path(storage).resolve())  # workers have folders of their own
+    if not storage and (sync_every or lease):
+        raise UserError(
+            f"{'--sync_every' if sync_every else '--lease'} is given without a storage.", "give --storage URL or --upload true too."
+        )
     usual = HUB_LEASE_SECONDS if on_hub else DEFAULT_SAVING.lease_seconds
-    return Saving(Every.parse(save_every), storage or None, _seconds(sync_every), _seconds(lease) if lease else usual)
+    return Saving(
+        Every.parse(save_every),
+        storage or None,
+        _seconds(sync_every) if sync_every else DEFAULT_SAVING.sync_every,
+        _seconds(lease) if lease else usual,
+    )
 
 
 def _seconds(text: str) -> float:

@@ -5,6 +5,8 @@ A check is a function that returns None for a value as it should be, and otherwi
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import json
 import math
 import re
@@ -12,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffvit.errors import shown
+from diffvit.errors import UserError, shown
 
 Check = Callable[[Any], str | None]
 
@@ -47,6 +49,47 @@ def read_bytes(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise ValueError(f"it is longer than {most:,} bytes")
     return content
+
+
+# What the first bytes of a file say of its encoding; UTF-32 before UTF-16, whose mark begins its own.
+_OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+
+
+def read_text(path: Path, most: int) -> str:
+    """The text of a file in UTF-8, with or without a mark at its beginning. Raises ValueError or OSError."""
+    content = read_bytes(path, most)
+    for mark, encoding in _OTHER_ENCODINGS.items():
+        if content.startswith(mark):
+            raise ValueError(f"it is in {encoding} and must be in UTF-8")
+    if b"\0" in content:
+        raise ValueError("it has null bytes, as UTF-16 has, and must be text in UTF-8")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is not in UTF-8, but perhaps in Latin-1 or Windows-1252") from None
+
+
+def usable_path(given: str | Path) -> Path:
+    """A path that a user gave, where ~ is the home folder as in a shell; what it names may be missing.
+
+    Raises:
+        UserError: nothing can be there, such as behind a link to nothing, or its name cannot be printed.
+    """
+    try:
+        if not str(given).isprintable():
+            raise ValueError("it has characters that cannot be printed")
+        path = Path(given).expanduser()
+        with contextlib.suppress(FileNotFoundError):
+            if not path.exists() and path.is_symlink():
+                raise ValueError(f"it is a link to {shown(str(path.readlink()))}, which is not there or is a link to itself")
+            path.stat()
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        raise UserError(f"{shown(str(given))} cannot be read and cannot be written: {reason}.", "give another path.") from None
 
 
 def check_depth(value: Any, deepest: int) -> None:

@@ -108,7 +108,7 @@ class Protocol:
         reached = 100 * total_steps / self.warmup_steps
         return (
             f"warm-up ({self.warmup_steps} steps) is not shorter than the run ({total_steps} steps): the learning rate only ramps, "
-            f"reaches {reached:.0f} % of {self.lr:g} and never decays; --warmup_steps overrides"
+            f"reaches {reached:.0f} % of {self.lr:g} and never decays; `train --warmup_steps`, or overrides in a grid file, change that"
         )
 
     def identity(self, size: str) -> dict[str, Any]:
@@ -187,7 +187,10 @@ def check_override(name: str, value: Any) -> Any:
     if not in_range or (kind is int and value != int(value)):
         bound = f"{'at least' if closed else 'above'} {low:g}" + (f" and at most {high:g}" if high is not None else "")
         noun = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name} is {shown(value)}.", f"give {noun} {bound}.")
+        if value is None:
+            raise UserError(f"{name} has no value.", f"give {noun} {bound}, or leave it out.")
+        written = (", in plain digits such as 10" if kind is int else ", such as 0.2 or 3e-4") if isinstance(value, str) else ""
+        raise UserError(f"{name} is {shown(value)}.", f"give {noun} {bound}{written}.")
     return kind(value)
 
 

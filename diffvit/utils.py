@@ -13,6 +13,7 @@ is in no message.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import io
 import os
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from diffvit.checks import parse_json, read_bytes
+from diffvit.checks import parse_json, read_text
 from diffvit.errors import StorageError, UserError, redacted, shown
 from diffvit.ledger import LONGEST_RESULT, listed, readable
 
@@ -98,17 +99,71 @@ def find_token() -> str | None:
 
 
 def _setting(name: str) -> str:
-    from dotenv import dotenv_values
-
     if found := os.environ.get(name):
         return found.strip()
+    found, near = "", None
     try:
-        content = read_bytes(Path(".env"), _LONGEST_ENV).decode()
-    except FileNotFoundError:
-        return ""
+        for line, key, value, whole in _env_lines():
+            if key == name and not whole:
+                raise UserError(f"line {line} of .env, which is for {name}, cannot be read.", "write it as .env.example shows.")
+            if key == name and value and found and value != found:
+                raise UserError(f".env has {name} a second time in line {line}, with another value.", "take one of both out.")
+            if key == name:
+                found = found or value
+            elif _is_misspelt(key, name):
+                raise UserError(f".env has {shown(key)} in line {line}, which nothing reads.", f"did you mean {name}?")
+            elif re.fullmatch(_ALIASES[name], key):
+                near = near or key
     except (OSError, ValueError) as error:
         raise UserError(f"the file .env cannot be read: {error}.", "write it as plain text in UTF-8 (see .env.example).") from None
-    return (dotenv_values(stream=io.StringIO(content), interpolate=False).get(name) or "").strip()
+    if near and not found:
+        raise UserError(f".env has {shown(near)}, which is not read here, and no {name}.", f"did you mean {name}?")
+    return found
+
+
+# What other tools call these settings. Such a name is theirs where ours is there too.
+_ALIASES = {
+    "HF_TOKEN": "(HF|HUGGING_?FACE)(_HUB)?(_API|_ACCESS|_USER|_READ|_WRITE)?_(TOKEN|KEY)",
+    "HF_REPOSITORY": "(HF|HUGGING_?FACE)(_HUB|_MODEL)?_REPO(SITORY)?(_ID|_NAME|_URL)?",
+}
+
+
+def _is_misspelt(key: str, name: str) -> bool:
+    """Whether a name is one of ours but for a few letters; GH_TOKEN is not, and HF_TOKEN_OLD is meant as it stands."""
+    letters = key.upper()
+    if letters == name:
+        return True
+    return letters.startswith(("HF", "HUG")) and name not in letters and difflib.SequenceMatcher(None, letters, name).ratio() > 0.85
+
+
+def _env_lines() -> Iterator[tuple[int, str, str, bool]]:
+    """Line, name and value of what .env says, and whether it is whole; where it is not, the name is its first word."""
+    from dotenv.parser import parse_stream
+
+    try:
+        text = read_text(Path(".env"), _LONGEST_ENV)
+    except FileNotFoundError:
+        return
+    for binding in parse_stream(io.StringIO(text)):
+        said = binding.original.string
+        line = binding.original.line + len(said[: len(said) - len(said.lstrip())].splitlines())
+        if whole := binding.value is not None:
+            yield line, binding.key or "", binding.value.strip(), whole
+        elif first := re.match(r"\s*(?:export\s+)?[\"']?(\w+)", said):
+            yield line, first[1], "", whole
+
+
+def check_env_file() -> None:
+    """Raises UserError for a DIFFVIT_ name in .env that is not in the environment: from there alone it is read.
+
+    A file that cannot be read is not an error here: it may be another tool's.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        for line, key, _, _ in _env_lines():
+            if key.upper().startswith("DIFFVIT_") and not os.environ.get(key):
+                raise UserError(
+                    f".env has {shown(key)} in line {line}, which is read from the environment only.", f"export {key} in the shell."
+                )
 
 
 def parse_repository(text: str) -> str:

@@ -15,21 +15,24 @@ The last three may be given for single data sets. Those not named get one seed, 
     seeds: {digits: 5}
     overrides: {epochs: 5, digits: {epochs: 8}}
     conditions: {digits: [{}, {lr: 1e-3}]}
+
+What a file says is used or refused: names and runs that stand there twice, values that are missing, numbers as only YAML 1.1 reads them.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffvit.checks import check_depth, read_bytes
+from diffvit.checks import check_depth, read_text, usable_path
 from diffvit.errors import UserError, shown, unknown_name
 from diffvit.ledger import RunSpec
-from diffvit.protocol import ARMS, protocol_of, resolve_dataset
+from diffvit.protocol import ARMS, check_override, protocol_of, resolve_dataset
 
 _ALL_SIZES = ("small", "medium", "large")
 _ONE_SEED = (0,)
@@ -56,14 +59,14 @@ class Grid:
     conditions: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]] = _ONE_CONDITION
 
     def runs(self, precision: str = "fp32", seeds: int | None = None, overrides: Mapping[str, Any] | None = None) -> list[RunSpec]:
-        """The grid's runs, each once, by data set, condition, size, model and seed.
+        """The grid's runs, by data set, condition, size, model and seed.
 
         Args:
             seeds: if given, seeds 0 … seeds-1 in place of the grid's own.
             overrides: on top of the grid's own.
 
         Raises:
-            UserError: a name or a value that does not exist, or more runs than a study can have.
+            UserError: a name or a value that does not exist, a run that is asked for twice, or more runs than a study can have.
         """
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         unique: dict[str, RunSpec] = {}
@@ -78,7 +81,16 @@ class Grid:
                 raise UserError(f"the grid {self.name} has more than {_MOST_RUNS:,} runs.", "give fewer seeds, or fewer conditions.")
             for condition, size, model, seed in itertools.product(conditions, self.sizes, self.models, chosen):
                 spec = RunSpec.of(model, size, dataset, seed, precision, {**common, **own, **condition, **given})
-                unique.setdefault(repr(spec.identity("")), spec)  # an override that says what the protocol says makes no other run
+                # An override that says what the protocol says makes no other run.
+                if (first := unique.setdefault(repr(spec.identity("")), spec)) is not spec:
+                    named = (
+                        f"{spec.title} twice" if first.title == spec.title else f"{first.title}, and for {spec.title}, which is the same"
+                    )
+                    raise UserError(
+                        f"the grid {self.name} asks for {named}.",
+                        "name models, sizes, datasets and seeds once, and conditions that differ from each other and from the protocol; "
+                        "conditions may be given for single data sets.",
+                    )
         return list(unique.values())
 
 
@@ -140,7 +152,7 @@ def find_grid(name: str, dataset: str | None = None) -> Grid:
         return _OF_A_DATASET[name](f"{name}-{dataset}", dataset)
     if name in GRIDS:
         return GRIDS[name]
-    path = Path(name)
+    path = usable_path(name)
     if path.suffix.lower() not in (".yaml", ".yml", ".toml"):
         raise unknown_name("grid", name, [*GRIDS, "a .yaml or .toml file"])
     return read_grid(path)
@@ -149,7 +161,7 @@ def find_grid(name: str, dataset: str | None = None) -> Grid:
 def read_grid(path: Path) -> Grid:
     """The grid of a file. Raises UserError for a file that cannot be read or says something else."""
     try:
-        content = _parse(path, read_bytes(path, _LONGEST_FILE).decode())
+        content = _parse(path, read_text(path, _LONGEST_FILE))
     except OSError as error:
         raise UserError(f"the grid file {path} cannot be read: {error.strerror}.", f"built-in grids are {', '.join(GRIDS)}.") from error
     except ValueError as error:
@@ -161,6 +173,8 @@ def read_grid(path: Path) -> Grid:
     for key in content:
         if key not in _FILE_KEYS:
             raise unknown_name(f"key in {path}", key, _FILE_KEYS)
+        if content[key] is None:
+            raise UserError(f"{key} in {path} has no value.", "give it one, or take it out.")
     if "datasets" not in content:
         raise UserError(f"the grid file {path} names no datasets.", "add a line such as `datasets: [digits]`.")
     return Grid(
@@ -198,9 +212,45 @@ def _parse_yaml(text: str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST + 1:
                 raise ValueError("it is nested too deeply")
-        return yaml.safe_load(text)
+        return yaml.load(text, _yaml_loader())
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+
+
+# A decimal number as everybody reads it. To YAML 1.1 010 is 8, 1:30 is 90, yes is true and 1e-3 is text; none of that holds here.
+_NUMBER = re.compile(r"[-+]?(?:(?P<whole>0|[1-9][0-9]*)|(?:0|[1-9][0-9]*|(?=\.[0-9]))(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)\Z")
+
+
+def _yaml_loader() -> Any:
+    """A loader that knows numbers, text and nothing, and refuses a key that stands twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (as the base class has it)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            found: dict[Any, Any] = {}
+            for key_node, _ in node.value:
+                key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+                if isinstance(key, (int, float)):  # from 0,2 in braces
+                    raise ValueError(f"line {line} has {shown(key_node.value)} for a name; a decimal has a point and no comma, such as 0.2")
+                if isinstance(key, str) and found.setdefault(key, key_node) is not key_node:
+                    raise ValueError(f"line {line} gives {shown(key)} a second time")
+            return super().construct_mapping(node, deep)
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z"), None)
+    Loader.add_implicit_resolver(_TAG, _NUMBER, None)
+    Loader.add_constructor(_TAG, lambda loader, node: _number(loader.construct_scalar(node)))
+    return Loader
+
+
+_TAG = "number"
+
+
+def _number(text: str) -> Any:
+    """A number where the text is one."""
+    match = _NUMBER.match(text)
+    return text if not match else int(text) if match["whole"] else float(text)
 
 
 def _names(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:
@@ -216,15 +266,20 @@ def _per_dataset(path: Path, content: dict[str, Any], key: str, default: Any, re
     value = content.get(key, default)
     if not isinstance(value, dict):
         return read(path, value)
-    return {_dataset_of(path, content, key, name): read(path, entry) for name, entry in value.items()}
+    return {dataset: read(path, entry) for dataset, entry in _by_dataset(path, content, key, value).items()}
 
 
-def _dataset_of(path: Path, content: dict[str, Any], key: str, name: Any) -> str:
-    """The data set that a value is meant for, which must be one of the grid's."""
-    dataset = resolve_dataset(name)
-    if dataset not in map(resolve_dataset, _names(path, content, "datasets")):
-        raise UserError(f"{key} in {path} names {dataset}, which is not in its datasets.", "add it to datasets, or take it out.")
-    return dataset
+def _by_dataset(path: Path, content: dict[str, Any], key: str, values: dict[Any, Any]) -> dict[str, Any]:
+    """Data set -> the value that is meant for it; each must be one of the grid's, and named once."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        dataset = resolve_dataset(name)
+        if dataset not in map(resolve_dataset, _names(path, content, "datasets")):
+            raise UserError(f"{key} in {path} names {dataset}, which is not in its datasets.", "add it to datasets, or take it out.")
+        if dataset in found:
+            raise UserError(f"{key} in {path} names {dataset} twice.", "take one of both out.")
+        found[dataset] = value
+    return found
 
 
 def _conditions(path: Path, value: Any) -> tuple[dict[str, Any], ...]:
@@ -236,11 +291,9 @@ def _conditions(path: Path, value: Any) -> tuple[dict[str, Any], ...]:
 def _all_overrides(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Overrides for all runs, and by data set those whose value is a table itself."""
     value = _overrides(path, content.get("overrides", {}))
-    return {
-        _dataset_of(path, content, "overrides", name) if isinstance(entry, dict) else name:
-        _overrides(path, entry) if isinstance(entry, dict) else entry
-        for name, entry in value.items()
-    }  # fmt: skip
+    tables = {name: entry for name, entry in value.items() if isinstance(entry, dict)}
+    common = {name: check_override(name, entry) for name, entry in value.items() if name not in tables}
+    return common | {dataset: _overrides(path, entry) for dataset, entry in _by_dataset(path, content, "overrides", tables).items()}
 
 
 def _seeds(path: Path, value: Any) -> tuple[int, ...]:
@@ -255,12 +308,4 @@ def _seeds(path: Path, value: Any) -> tuple[int, ...]:
 def _overrides(path: Path, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"overrides in {path} is {shown(value)}.", "give names and values, such as {epochs: 5}.")
-    return {name: _number(entry) for name, entry in value.items()}
-
-
-def _number(entry: Any) -> Any:
-    """YAML reads 1e-3 as text."""
-    try:
-        return float(entry) if isinstance(entry, str) else entry
-    except ValueError:
-        return entry
+    return {name: _number(entry) if isinstance(entry, str) else entry for name, entry in value.items()}  # "3" is 3
