@@ -183,7 +183,6 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
     """
     from diffvit.ledger import RunSpec
 
-    overrides = {name: value for name, value in overrides.items() if value is not None}
     RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
     saving = _saving(save_every, storage, sync_every, lease, upload)
     from diffvit.compute import Compute
@@ -374,7 +373,7 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     if dry_run and options["price"]:
         raise UserError("--dry_run trains nothing that --price could be for.", "`run.py plan --price P` says what a study will cost.")
     chosen = find_grid(grid, dataset)
-    chosen.runs(seeds=seeds, overrides={"epochs": epochs})  # names and values first
+    chosen.runs(seeds=seeds, overrides={"epochs": epochs}, on_same=_warn)  # names and values first
     saving = _saving(save_every, storage, sync_every, lease, upload)
     resources = dict(_resource(text) for text in resource)
     if collect and not saving.storage:
@@ -421,14 +420,13 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
     from study.grid import find_grid
 
     chosen = find_grid(grid, dataset)
-    chosen.runs(seeds=seeds, overrides={"epochs": epochs})  # names and values first
+    chosen.runs(seeds=seeds, overrides={"epochs": epochs}, on_same=_warn)  # names and values first
     if gpu:
         from study.devices import find_sheet
 
         find_sheet(gpu)
-    measures = {"--probe_seconds": probe_seconds, "--address": options["address"], "--gpus_per_run": options["gpus_per_run"]}
-    for name, value in measures.items():
-        if value and not probe:  # 0 GPUs are this machine's CPU, whose earlier measurements there may be
+    for name, value in (("--probe_seconds", probe_seconds), ("--gpus_per_run", options["gpus_per_run"])):
+        if not probe and (value or (gpu and value == 0)):  # without --gpu, 0 GPUs choose what was measured on the CPU
             raise UserError(f"{name} says how --probe measures, and without it changes nothing.", f"give --probe, or leave {name} out.")
     if json_path and not os.access(json_path.resolve().parent, os.W_OK):
         raise UserError(f"{json_path} cannot be written.", "give --json a file in a folder that is there.")
@@ -569,17 +567,14 @@ def _saving(save_every: str, storage: str | None, sync_every: str | None, lease:
         os.environ["HF_TOKEN"] = find_token() or ""  # workers have other working directories, without .env
     if storage and "://" not in storage:
         storage = str(usable_path(storage).resolve())  # workers have folders of their own
+    saving = Saving(
+        Every.parse(save_every), storage or None, _seconds(sync_every) if sync_every else DEFAULT_SAVING.sync_every,
+        _seconds(lease) if lease else HUB_LEASE_SECONDS if on_hub else DEFAULT_SAVING.lease_seconds,
+    )  # fmt: skip
     if not storage and (sync_every or lease):
-        raise UserError(
-            f"{'--sync_every' if sync_every else '--lease'} is given without a storage.", "give --storage URL or --upload true too."
-        )
-    usual = HUB_LEASE_SECONDS if on_hub else DEFAULT_SAVING.lease_seconds
-    return Saving(
-        Every.parse(save_every),
-        storage or None,
-        _seconds(sync_every) if sync_every else DEFAULT_SAVING.sync_every,
-        _seconds(lease) if lease else usual,
-    )
+        name = "--sync_every" if sync_every else "--lease"
+        raise UserError(f"{name} is given without a storage.", "give --storage URL or --upload true too.")
+    return saving
 
 
 def _seconds(text: str) -> float:

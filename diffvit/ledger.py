@@ -82,7 +82,7 @@ class RunSpec:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise UserError(f"seed is {shown(seed)}.", "give a whole number of at least 0 and less than 2**63.")
         dataset = resolve_dataset(dataset)
-        given = dict(overrides or {})
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
         protocol_of(dataset).with_overrides(given)
         return RunSpec(resolve_model(model), resolve_size(size, dataset), dataset, seed, precision, given)
 

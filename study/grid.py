@@ -31,7 +31,7 @@ from typing import Any
 
 from diffvit.checks import check_depth, read_text, usable_path
 from diffvit.errors import UserError, shown, unknown_name
-from diffvit.ledger import RunSpec
+from diffvit.ledger import RunSpec, overrides_text
 from diffvit.protocol import ARMS, check_override, protocol_of, resolve_dataset
 
 _ALL_SIZES = ("small", "medium", "large")
@@ -58,18 +58,21 @@ class Grid:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     conditions: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]] = _ONE_CONDITION
 
-    def runs(self, precision: str = "fp32", seeds: int | None = None, overrides: Mapping[str, Any] | None = None) -> list[RunSpec]:
-        """The grid's runs, by data set, condition, size, model and seed.
+    def runs(self, precision: str = "fp32", seeds: int | None = None, overrides: Mapping[str, Any] | None = None,
+             on_same: Callable[[str], None] | None = None) -> list[RunSpec]:  # fmt: skip
+        """The grid's runs, each once, by data set, condition, size, model and seed.
 
         Args:
             seeds: if given, seeds 0 … seeds-1 in place of the grid's own.
             overrides: on top of the grid's own.
+            on_same: hears of conditions that say what the protocol says, and so make no runs of their own.
 
         Raises:
             UserError: a name or a value that does not exist, a run that is asked for twice, or more runs than a study can have.
         """
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         unique: dict[str, RunSpec] = {}
+        same: dict[str, None] = {}
         asked = 0
         for dataset in map(resolve_dataset, self.datasets):
             common = {name: value for name, value in self.overrides.items() if not isinstance(value, Mapping)}
@@ -81,16 +84,16 @@ class Grid:
                 raise UserError(f"the grid {self.name} has more than {_MOST_RUNS:,} runs.", "give fewer seeds, or fewer conditions.")
             for condition, size, model, seed in itertools.product(conditions, self.sizes, self.models, chosen):
                 spec = RunSpec.of(model, size, dataset, seed, precision, {**common, **own, **condition, **given})
-                # An override that says what the protocol says makes no other run.
-                if (first := unique.setdefault(repr(spec.identity("")), spec)) is not spec:
-                    named = (
-                        f"{spec.title} twice" if first.title == spec.title else f"{first.title}, and for {spec.title}, which is the same"
-                    )
-                    raise UserError(
-                        f"the grid {self.name} asks for {named}.",
-                        "name models, sizes, datasets and seeds once, and conditions that differ from each other and from the protocol; "
-                        "conditions may be given for single data sets.",
-                    )
+                if (first := unique.setdefault(repr(spec.identity("")), spec)) is spec:
+                    continue
+                if first.title == spec.title:
+                    hint = "name each model, size, data set, seed and condition once; an option may have made two conditions one."
+                    raise UserError(f"the grid {self.name} asks for {spec.title} twice.", hint)
+                texts = [overrides_text(each.overrides) or "the protocol" for each in (spec, first)]
+                same[f"{dataset}: {texts[0]} is the same as {texts[1]}, and makes no runs of its own"] = None
+        if on_same:
+            for sentence in same:
+                on_same(sentence)
         return list(unique.values())
 
 
@@ -292,7 +295,7 @@ def _all_overrides(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Overrides for all runs, and by data set those whose value is a table itself."""
     value = _overrides(path, content.get("overrides", {}))
     tables = {name: entry for name, entry in value.items() if isinstance(entry, dict)}
-    common = {name: check_override(name, entry) for name, entry in value.items() if name not in tables}
+    common = {name: entry for name, entry in value.items() if name not in tables}
     return common | {dataset: _overrides(path, entry) for dataset, entry in _by_dataset(path, content, "overrides", tables).items()}
 
 
@@ -308,4 +311,7 @@ def _seeds(path: Path, value: Any) -> tuple[int, ...]:
 def _overrides(path: Path, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"overrides in {path} is {shown(value)}.", "give names and values, such as {epochs: 5}.")
-    return {name: _number(entry) if isinstance(entry, str) else entry for name, entry in value.items()}  # "3" is 3
+    return {
+        name: entry if isinstance(entry, dict) else check_override(name, _number(entry) if isinstance(entry, str) else entry)  # "3" is 3
+        for name, entry in value.items()
+    }

@@ -66,7 +66,7 @@ def dry_run_table(options: StudyOptions) -> str:
     """The runs of a study with their costs, as text. Data sets need not be at hand."""
     specs = options.runs(_local_precision(options))
     fingerprints = load_fingerprints(specs, options.data_root, required=False)
-    runs = plan_runs(specs, options.checkpoints, fingerprints)
+    runs = _share(plan_runs(specs, options.checkpoints, fingerprints), options)
     header = (
         "model", "size", "data set", "seed", "run_id", "parameters", "batch", "steps", "GFLOP/image", "train EFLOP", "state", "overrides",
     )  # fmt: skip
@@ -240,7 +240,8 @@ def run_study(options: StudyOptions) -> int:
         _say(f"hint: the same command trains only what is missing: {options.command}")
         return 1
     if options.shard:
-        _say(f"\nshard {options.shard}: {ended} of {len(every)} runs of the grid are done here; `study --collect` brings all together")
+        collect = re.sub(r"--shard[ =]\S+", "--collect", options.command)
+        _say(f"\nshard {options.shard}: {ended} of {len(every)} runs of the grid are done here\nhint: bring all together with {collect}")
     return 0 if drawn else 1
 
 

@@ -222,10 +222,10 @@ def test_grids() -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("a.yaml", "models: [vit_classic]\nsizes: [small, 0.1M, large]\ndatasets: [digits]\nseeds: [3, 4]\noverrides: {epochs: 2}\n"),
+        ("a.yaml", "models: [vit_classic]\nsizes: [small, 0.4M]\ndatasets: [digits]\nseeds: [3, 4]\noverrides: {epochs: 2}\n"),
         (
             "a.toml",
-            'models = ["vit_classic"]\nsizes = ["small", "0.1M", "large"]\ndatasets = ["digits"]\nseeds = [3, 4]\noverrides = {epochs = 2}\n',
+            'models = ["vit_classic"]\nsizes = ["small", "0.4M"]\ndatasets = ["digits"]\nseeds = [3, 4]\noverrides = {epochs = 2}\n',
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_full_plus_has_more_of_bach() -> None:
     counts = pd.Series([(spec.dataset, str(spec.overrides)) for spec in find_grid("full-plus").runs()]).value_counts()
     assert counts.to_dict() == {("CIFAR-100", "{}"): 6, ("BACH", "{}"): 30, ("BACH", "{'warmup_steps': 100}"): 30}
     assert len(find_grid("full-plus").runs(seeds=3)) == 6 * 3 * 3
-    assert find_grid("full-plus").runs(overrides={"warmup_steps": 7})[-1].overrides == {"warmup_steps": 7}
+    assert find_grid("full-plus").runs(overrides={"epochs": 7})[-1].overrides == {"warmup_steps": 100, "epochs": 7}
 
 
 @pytest.mark.parametrize("name", ["full", "digits", "full-plus", "a.yaml"])
@@ -272,8 +272,10 @@ def test_grid_files_by_data_set(tmp_path: Path) -> None:
         "models: [vit_classic]\nsizes: [small]\ndatasets: [digits, digits-noisy]\nseeds: {digits: 2}\n"
         "overrides: {epochs: 5, Digits-Noisy: {epochs: 8, dropout: 0.1}}\nconditions: {digits: [{}, {lr: 1e-3}, {lr: 3e-3}]}\n"
     )
-    specs = [(spec.dataset, spec.seed, spec.overrides) for spec in find_grid(str(path)).runs()]
+    said: list[str] = []
+    specs = [(spec.dataset, spec.seed, spec.overrides) for spec in find_grid(str(path)).runs(on_same=said.append)]
     # The protocol's own learning rate makes no run beside the plain one.
+    assert said == ["digits: epochs=5 lr=0.003 is the same as epochs=5, and makes no runs of its own"]
     assert specs == [
         ("digits", 0, {"epochs": 5}), ("digits", 1, {"epochs": 5}),
         ("digits", 0, {"epochs": 5, "lr": 1e-3}), ("digits", 1, {"epochs": 5, "lr": 1e-3}),
