@@ -37,12 +37,11 @@ class _Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given, _, order = self.make_parser(ctx).parse_args(list(args))
         for param in self.params:
-            is_option = isinstance(param, click.Option)
-            name = param.opts[0] if is_option else param.human_readable_name
-            if given.get(param.name) == "":
+            name = param.opts[0] if isinstance(param, click.Option) else f"argument {param.human_readable_name}"
+            if given.get(str(param.name)) == "":
                 raise click.UsageError(f"{name} is empty.", ctx)
-            is_switch = is_option and param.is_flag and not param.secondary_opts
-            if is_option and not param.multiple and not is_switch and order.count(param) > 1:
+            once = isinstance(param, click.Option) and not param.multiple and (not param.is_flag or bool(param.secondary_opts))
+            if once and order.count(param) > 1:
                 raise click.UsageError(f"{name} is given more than once.", ctx)
         return super().parse_args(ctx, args)
 
@@ -52,10 +51,15 @@ class _Group(click.Group):
 
 
 class _Path(click.Path):
-    """A path as a shell reads it, ~ included, which quotes and --option=~ keep from the shell. A str, or what `path_type` says."""
+    """A path as a shell reads it, ~ included, which quotes or a = before it keep from the shell. A str, or what `path_type` says."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return super().convert(str(usable_path(value)), param, ctx)
+        try:
+            path = usable_path(value)
+        except UserError as error:
+            names = (*param.opts[:1], param.envvar) if isinstance(param, click.Option) else ("the argument",)
+            raise UserError(error.message, f"give another path for {' or '.join(str(name) for name in names if name)}.") from None
+        return super().convert(str(path), param, ctx)
 
 
 _FOLDER = _Path(file_okay=False, path_type=Path)

@@ -243,7 +243,7 @@ def _yaml_loader() -> Any:
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z"), None)
     Loader.add_implicit_resolver(_TAG, _NUMBER, None)
-    Loader.add_constructor(_TAG, lambda loader, node: _number(loader.construct_scalar(node)))
+    Loader.add_constructor(_TAG, lambda loader, node: _number(node.value))
     return Loader
 
 

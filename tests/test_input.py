@@ -221,7 +221,7 @@ def test_a_setting_that_env_cannot_make_is_refused(cli, monkeypatch: pytest.Monk
         (("plan", "--recompute", "--no-recompute"), "--recompute is given more than once"),
         (("study", "--storage", ""), "--storage is empty"),
         (("study", "--checkpoints="), "--checkpoints is empty"),
-        (("upload", "", "."), "LOCAL is empty"),
+        (("upload", "", "."), "argument LOCAL is empty"),
         (("study", "--dry_run", "--price", "2"), "run.py plan --price P"),
         (("study", "--dry_run", "--sync_every", "5m"), "--sync_every is given without a storage"),
         (("study", "--dry_run", "--lease", "5m"), "--lease is given without a storage"),
@@ -319,7 +319,12 @@ def test_home_and_odd_names_work_in_a_real_command(cli, monkeypatch: pytest.Monk
     assert "1 of 1 runs done" in cli("list", *ledger).out
     drawn = cli("plot", "--grid", "~/a b [x]#%.yaml", *ledger, "--out", "~/fig [x]")
     assert drawn.code == 0 and list((tmp_path / "fig [x]").glob("*.png"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a b [x]#%.yaml", "ck [x] #%", "fig [x]", "st [x] #%"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == [
+        "a b [x]#%.yaml",
+        "ck [x] #%",
+        "fig [x]",
+        "st [x] #%",
+    ]
     assert list((tmp_path / "st [x] #%").rglob("*_result.json"))
     os.symlink(tmp_path / "ck [x] #%", tmp_path / "link")
     assert "1 of 1 runs done" in cli("list", "--checkpoints", "link").out
@@ -341,6 +346,7 @@ def test_a_path_that_cannot_be_is_one_sentence(cli) -> None:
             assert outcome.code == 2, (command, given)
             assert len(outcome.err.strip().splitlines()) == 2 and "hint: " in outcome.err, outcome.err
             assert outcome.out == ""
+    assert "--checkpoints" in cli("list", "--checkpoints", "loop").err and "DIFFVIT_DATA" in cli("list", "--data_root", "loop").err
     for command in (("list", "--checkpoints"), ("report", "--out"), ("download", "."), ("study", "--dry_run", "--data_root")):
         outcome = cli(*command, "file")
         assert outcome.code == 2 and "file" in outcome.err and len(outcome.err.strip().splitlines()) == 2
