@@ -1,8 +1,8 @@
 """The user's figures: loss per batch, accuracy over size, and both architectures in one picture. PNG and SVG.
 
 For each data set: training and validation loss per step for each architecture, all sizes in one plot; test accuracy over
-model size for each architecture; and one overlay of all. Where a data set's runs differ in overrides, each such condition
-has figures of its own. Colours differ in lightness too, so that grey prints work, and lines are named at their end.
+model size for each architecture; and one overlay of all. Runs under overrides have figures of their own, whose names
+and titles say them. Colours differ in lightness too, so that grey prints work, and lines are named at their end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, protocol_of
 from study import scaling
-from study.table import comparable, conditions
+from study.table import all_overrides, comparable, file_stem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,12 +39,13 @@ _OTHER_STYLE: dict[str, Any] = {"color": "#6B7A89", "marker": "D", "linestyle": 
 _LOSSES = {"train_loss": "training", "val_loss": "validation"}
 
 
-def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path) -> list[Path]:
+def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path, prefix: str = "") -> list[Path]:
     """All figures of all data sets in the tables.
 
     Args:
         runs: a run table, steps: its step table (see table.py).
-        out: folder for {data set}_{what}.png and .svg, or {data set}_{condition}_{what} (see conditions in table.py); created if missing.
+        out: folder for {data set}_{what}.png and .svg, or {data set}_{overrides}_{what} (see file_stem in table.py); created if missing.
+        prefix: what their names begin with.
 
     Returns:
         The files written.
@@ -52,34 +53,29 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path) -> list[Pat
     out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     with our_style():
-        for (dataset, condition), of_dataset in runs.groupby(["dataset", pd.Series(conditions(runs), index=runs.index)], sort=False):
+        for (dataset, overrides), of_dataset in runs.groupby(["dataset", pd.Series(all_overrides(runs), index=runs.index)], sort=False):
             figures: dict[str, Figure] = {}
             models = [model for model in MODELS if (of_dataset["model"] == model).any()]
             have_accuracy = []
             for model in models:
                 of_model = of_dataset[of_dataset["model"] == model]
                 for loss in _LOSSES:
-                    figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss, condition)
+                    figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss, overrides)
                 if (of_model["status"] == "done").any():
                     have_accuracy.append(model)
-                    figures[f"{model}_scaling"] = scaling_figure(of_model, of_dataset, condition)
+                    figures[f"{model}_scaling"] = scaling_figure(of_model, of_dataset, overrides)
             if len(have_accuracy) > 1:
-                figures["scaling_overlay"] = scaling_figure(of_dataset, condition=condition)
+                figures["scaling_overlay"] = scaling_figure(of_dataset, overrides=overrides)
             for name, figure in figures.items():
-                written += save(figure, out / f"{figure_stem(str(dataset), str(condition))}_{name}")
+                written += save(figure, out / f"{prefix}{file_stem(str(dataset), str(overrides))}_{name}")
     return written
 
 
-def figure_stem(dataset: str, condition: str) -> str:
-    """What the files of a data set's figures under a condition begin with."""
-    return "_".join([dataset, *condition.replace("=", "-").split()])
-
-
-def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, condition: str = "") -> Figure:
+def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, overrides: str = "") -> Figure:
     """Loss per batch of one architecture on one data set: the raw curve thin, its running mean on top, a colour a size.
 
     Args:
-        condition: a second line of the title.
+        overrides: a second line of the title.
     """
     model, dataset = runs["model"].iloc[0], runs["dataset"].iloc[0]
     figure, axes = _axes()
@@ -102,7 +98,7 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, condition: s
     axes.set_xlim(left=0)
     axes.set_xlabel("training step (one batch each)")
     axes.set_ylabel("cross-entropy (nats), log scale")
-    axes.set_title(f"{model_title(model)} on {dataset}: {_LOSSES[loss]} loss per batch" + _second_line(condition))
+    axes.set_title(f"{model_title(model)} on {dataset}: {_LOSSES[loss]} loss per batch" + _second_line(overrides))
     _name_ends(axes, ends)
     seeds = runs["seed"].nunique()
     batch = "each step's own batch, before its update" if loss == "train_loss" else "one validation batch after each step"
@@ -112,14 +108,14 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, condition: s
     return figure
 
 
-def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, condition: str = "") -> Figure:
+def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, overrides: str = "") -> Figure:
     """Test accuracy in % over model size in millions of parameters, a line an architecture, with 95 % Wilson intervals.
 
     Runs that diverged have no accuracy and are named in the caption.
 
     Args:
         scale_like: runs whose accuracies set the vertical range, so that two figures can be compared.
-        condition: a second line of the title.
+        overrides: a second line of the title.
     """
     dataset = runs["dataset"].iloc[0]
     diverged = runs[runs["status"] == "diverged"]
@@ -149,7 +145,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, c
     _size_axis(axes, runs)
     axes.set_ylabel("test accuracy (%)")
     title = model_title(models[0]) if not several else "Both architectures" if len(models) == 2 else f"{len(models)} architectures"
-    axes.set_title(f"{title} on {dataset}: test accuracy over model size" + _second_line(condition))
+    axes.set_title(f"{title} on {dataset}: test accuracy over model size" + _second_line(overrides))
     axes.set_ylim(*_accuracy_range(runs if scale_like is None else scale_like[scale_like["status"] == "done"]))
     if several:
         right = max(x for x, *_ in ends)  # beside all intervals, on top of none
@@ -186,8 +182,8 @@ def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
     return ""
 
 
-def _second_line(condition: str) -> str:
-    return f"\n{condition}" if condition else ""
+def _second_line(overrides: str) -> str:
+    return f"\n{overrides}" if overrides else ""
 
 
 def _axes() -> tuple[Figure, Axes]:

@@ -26,7 +26,7 @@ from diffvit.protocol import images_in_steps
 from diffvit.state import StateFolder
 from diffvit.vit import VisionTransformer, build_model
 from study.devices import SHEETS, Machine, Sheet
-from study.plan import PlannedRun
+from study.plan import PlannedRun, precision_notes
 
 # The model of a GPU of which only the data sheet is known, for fused or compiled blocks: a pass takes its products at a share of
 # the peak, and the bytes that its blocks move at a share of the bandwidth. Both add up. `python -m bench.fit_sheet` fits the shares to
@@ -341,6 +341,7 @@ def _sentences(forecast: StudyForecast) -> list[str]:
     lines += _sources(forecast)
     if any(each.run.run_id is None for each in forecast.runs):
         lines.append("note      data that are not here: whether their runs are done cannot be seen")
+    lines += [f"note      {note}" for note in precision_notes([each.run for each in forecast.runs])]
     if not all(each.fits for each in pending):
         lines.append("warning   ! does not fit into memory: lower --micro_batch, or give --recompute")
     return lines

@@ -48,6 +48,7 @@ class Grid:
         seeds: for all data sets, or data set -> seeds; a data set that is not named gets seed 0.
         overrides: protocol values for all runs; under the name of a data set, values for its runs on top of them.
         conditions: sets of overrides under each of which every run is made, on top of `overrides`; or data set -> such sets.
+        prefix: what the names of its figures begin with. A file may have some sizes only: its figures are not those of a built-in grid.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Grid:
     seeds: Sequence[int] | Mapping[str, Sequence[int]] = _ONE_SEED
     overrides: Mapping[str, Any] = field(default_factory=dict)
     conditions: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]] = _ONE_CONDITION
+    prefix: str = ""
 
     def runs(self, precision: str = "fp32", seeds: int | None = None, overrides: Mapping[str, Any] | None = None,
              on_same: Callable[[str], None] | None = None) -> list[RunSpec]:  # fmt: skip
@@ -180,14 +182,16 @@ def read_grid(path: Path) -> Grid:
             raise UserError(f"{key} in {path} has no value.", "give it one, or take it out.")
     if "datasets" not in content:
         raise UserError(f"the grid file {path} names no datasets.", "add a line such as `datasets: [digits]`.")
+    name = path.stem if path.stem not in GRIDS else f"{path.stem}-file"
     return Grid(
-        path.stem if path.stem not in GRIDS else f"{path.stem}-file",
+        name,
         datasets=_names(path, content, "datasets"),
         models=_names(path, content, "models") if "models" in content else ARMS,
         sizes=_names(path, content, "sizes") if "sizes" in content else _ALL_SIZES,
         seeds=_per_dataset(path, content, "seeds", 1, _seeds),
         overrides=_all_overrides(path, content),
         conditions=_per_dataset(path, content, "conditions", [{}], _conditions),
+        prefix=f"{name}_",
     )
 
 

@@ -18,7 +18,7 @@ from diffvit.errors import StorageError, UserError, redacted
 from diffvit.ledger import RunFiles, RunSpec, check_writable, overrides_text, read_evaluations
 from diffvit.saving import DEFAULT_SAVING, Saving, is_on_hub
 from study.grid import GRIDS, Grid, find_grid
-from study.plan import PlannedRun, load_fingerprints, plan_runs
+from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, run_ids_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +61,20 @@ class StudyOptions:
         """The grid's runs with this command's overrides."""
         return self.grid.runs(precision, self.seeds, {"epochs": self.epochs})
 
+    @property
+    def name(self) -> str:
+        """What the study's tables are called: its grid and this command's overrides. Not its seeds, since the tables have all there are."""
+        return _named_after(self.grid.name, [self.grid], self.epochs)
+
+
+def _named_after(name: str, grids: list[Grid], epochs: int | None) -> str:
+    """A name with the command line's overrides, if they change any run of the grids: "digits_epochs-3"."""
+    from study.table import file_stem
+
+    overrides = {"epochs": epochs}
+    plain, asked = ([run.protocol for grid in grids for run in grid.runs(seeds=1, overrides=each)] for each in ({}, overrides))
+    return file_stem(name, overrides_text(overrides)) if plain != asked else name
+
 
 def dry_run_table(options: StudyOptions) -> str:
     """The runs of a study with their costs, as text. Data sets need not be at hand."""
@@ -74,15 +88,15 @@ def dry_run_table(options: StudyOptions) -> str:
         (
             run.spec.model, run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "data not here",
             f"{run.parameters:,}", str(run.spec.protocol.batch_size), f"{run.steps:,}",
-            _significant(run.forward_flops / 1e9), _significant(run.train_flops / 1e18), run.status or "to do",
+            _significant(run.forward_flops / 1e9), _significant(run.train_flops / 1e18), run.status or run.elsewhere or "to do",
             overrides_text(run.spec.overrides),
         )
         for run in runs
     ]  # fmt: skip
     total = sum(run.train_flops for run in runs)
     lines = [_columns([header, *rows], right=range(5, 10)), ""]
-    lines += [f"note: {warning}" for warning in warmup_warnings(specs)]
-    ended = sum(run.ended for run in runs)
+    lines += [f"note: {note}" for note in (*warmup_warnings(specs), *precision_notes(runs))]
+    ended = sum(run.ended or bool(run.elsewhere) for run in runs)
     return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {_significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
 
 
@@ -205,6 +219,8 @@ def run_study(options: StudyOptions) -> int:
         unsent = _exchange(options, _here_or(own, every))
         for warning in warmup_warnings(specs):
             _say(f"warning: {warning}")
+        for note in precision_notes(own):
+            _say(f"note: {note}")
         tried = [*own]
         failures: list[tuple[str, str]] = []
         with _alive(options, every) as undone:
@@ -539,41 +555,49 @@ def warmup_warnings(specs: list[RunSpec]) -> list[str]:
 
 
 def _report(options: StudyOptions, specs: list[RunSpec], draw: bool) -> bool:
-    """The table to stdout and as CSV, then the figures. Returns False where these failed, which has been said."""
-    from study.table import run_table, step_table, write_csv, write_step_csv
+    """The table to stdout and as CSV, then the figures. Returns False where these failed, which has been said.
+
+    Of all seeds and precisions that there are, so that nothing is taken off them.
+    """
+    from study.table import run_table, write_csv, write_step_csv
 
     table = run_table(options.checkpoints, specs)
     if table.empty:
         return True
     print(table_text(table))
-    write_csv(table, options.checkpoints / f"{options.grid.name}_runs.csv")
-    write_step_csv(options.checkpoints, table, options.checkpoints / f"{options.grid.name}_steps.csv")
-    out = options.checkpoints / "figures"
-    drawn, now = _drawn_file(options.checkpoints), "\n".join(table["run_id"])
-    if draw and not (drawn.is_file() and drawn.read_bytes() == now.encode()):
-        try:
-            from study.figures import draw_figures
+    runs, steps = (options.checkpoints / f"{options.name}_{what}.csv" for what in ("runs", "steps"))
+    write_csv(table, runs)
+    write_step_csv(options.checkpoints, table, steps)
+    _say(f"\ntable    {runs}")
+    drawn = not draw or _draw(options, table)
+    gone = [path for files, run in zip(_files(options.checkpoints, table), table.itertuples(), strict=True)
+            for path in _kept_files(files, run.status) if not path.is_file()]  # fmt: skip
+    if gone:
+        _say(f"warning: files of finished runs are gone: {', '.join(map(str, gone))}")
+        _say("hint: delete the _result.json of such a run, and the same command trains it again.")
+    return drawn
 
-            draw_figures(table, step_table(options.checkpoints, table), out)
-            _note_drawn(options.checkpoints, table)
-        except Exception as error:  # the training is done and shall not be lost for a picture
-            _say(f"\ntable    {options.checkpoints / (options.grid.name + '_runs.csv')}")
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            _say(f"error: the figures could not be drawn: {reason}\nhint: the same command draws them again: {options.command}")
-            return False
-    _say(f"\ntable    {options.checkpoints / (options.grid.name + '_runs.csv')}\nfigures  {out}")
+
+def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
+    """The figures. Returns False where they failed, which has been said: training that is done shall not be lost for a picture."""
+    from study.table import step_table
+
+    out = options.checkpoints / "figures"
+    try:
+        from study.figures import draw_figures
+
+        draw_figures(table, step_table(options.checkpoints, table), out, options.grid.prefix)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        _say(f"error: the figures could not be drawn: {reason}\nhint: the same command draws them again: {options.command}")
+        return False
+    _say(f"figures  {out}")
     return True
 
 
-def _drawn_file(checkpoints: Path) -> Path:
-    """Says which runs a study's figures were last drawn of."""
-    return checkpoints / ".state" / "drawn"
-
-
-def _note_drawn(checkpoints: Path, table: pd.DataFrame) -> None:
-    drawn = _drawn_file(checkpoints)
-    drawn.parent.mkdir(exist_ok=True)
-    drawn.write_text("\n".join(table["run_id"]))
+def _kept_files(files: RunFiles, status: str) -> list[Path]:
+    """What an ended run must have."""
+    return [files.weights, files.log, files.predictions, files.result] if status == "done" else [files.log, files.result]
 
 
 def table_text(table: pd.DataFrame) -> str:
@@ -613,11 +637,13 @@ def table_text(table: pd.DataFrame) -> str:
     return "\n".join([_columns([header, *rows], right=range(5, 13)), *flags, *diverged])
 
 
-def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None = None, dataset: str | None = None) -> list[Path]:
+def plot_grid(
+    checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None
+) -> list[Path]:
     """Draw the finished runs of a grid, or of the built-in grids that have any. Returns the files.
 
     Args:
-        dataset: as find_grid takes it.
+        out: None: where a study draws. dataset: as find_grid takes it.
 
     Raises:
         UserError: there is nothing to draw, or the folder cannot be written.
@@ -625,23 +651,27 @@ def plot_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None
     from study.figures import draw_figures
     from study.table import step_table
 
-    table = _finished(checkpoints, grid, epochs, dataset)
+    table, grids = _finished(checkpoints, grid, epochs, dataset)
+    out = out or checkpoints / "figures"
     check_writable(out)
-    paths = draw_figures(table, step_table(checkpoints, table), out)
-    if out == checkpoints / "figures":
-        _note_drawn(checkpoints, table)
-    return paths
+    return draw_figures(table, step_table(checkpoints, table), out, grids[0].prefix if grid else "")
 
 
-def report_grid(checkpoints: Path, grid: str | None, out: Path, epochs: int | None = None, dataset: str | None = None) -> list[Path]:
+def report_grid(
+    checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None
+) -> list[Path]:
     """Write the report of a grid's finished runs, or of the built-in grids' that have any. Returns the files.
+
+    Args:
+        out: None: report in the checkpoints folder, with the overrides in its name. dataset: as find_grid takes it.
 
     Raises:
         UserError: nothing is finished, or the folder cannot be written.
     """
     from study.report import write_report
 
-    table = _finished(checkpoints, grid, epochs, dataset)
+    table, grids = _finished(checkpoints, grid, epochs, dataset)
+    out = out or checkpoints / _named_after("report", grids, epochs)
     check_writable(out)
     return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset))
 
@@ -676,15 +706,15 @@ def _files(checkpoints: Path, table: pd.DataFrame) -> list[RunFiles]:
 
 def finished_checkpoints(checkpoints: Path, grid: str, epochs: int | None = None, dataset: str | None = None) -> list[Path]:
     """The weights of a grid's finished runs. Raises UserError where there are none."""
-    table = _finished(checkpoints, grid, epochs, dataset)
+    table, _ = _finished(checkpoints, grid, epochs, dataset)
     done = table[table["status"] == "done"]
     if done.empty:
         raise UserError(f"all finished runs of {grid} have diverged.", "there are no weights to evaluate.")
     return [files.weights for files in _files(checkpoints, done)]
 
 
-def _finished(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> pd.DataFrame:
-    """The run table of a grid, or of all built-in ones; UserError where none of its runs is finished."""
+def _finished(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> tuple[pd.DataFrame, list[Grid]]:
+    """The run table of a grid, or of all built-in ones, and those grids; UserError where none of its runs is finished."""
     from study.table import run_table
 
     _check_dataset(grid, dataset)
@@ -696,7 +726,7 @@ def _finished(checkpoints: Path, grid: str | None, epochs: int | None, dataset: 
         raise UserError(
             f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid."
         )
-    return table
+    return table, grids
 
 
 def _check_dataset(grid: str | None, dataset: str | None) -> None:
@@ -733,13 +763,7 @@ def ledger_rows(
     table = run_table(checkpoints, specs)
     rows = []
     for run in table.itertuples():
-        files = files_of(checkpoints, run)
-        paths = [
-            *([files.weights] if run.status == "done" else []),
-            files.log,
-            *([files.predictions] if run.status == "done" else []),
-            files.result,
-        ]
+        paths = _kept_files(files_of(checkpoints, run), run.status)
         row = {"state": run.status, **{key: getattr(run, key) for key in ("run_id", "model", "size", "dataset", "seed", "overrides")}}
         row |= {"test_accuracy": run.test_accuracy if run.status == "done" else None, "finished": run.finished}
         rows.append(
@@ -750,15 +774,17 @@ def ledger_rows(
         cells_done = {cell(*(row[key] for key in ("model", "size", "dataset", "seed", "overrides"))) for row in rows}
         ids_done = {row["run_id"] for row in rows}
         for spec in specs:
-            run_id = spec.run_id(fingerprints[spec.dataset]) if spec.dataset in fingerprints else None
-            # Without the data at hand, a run of the cell counts; with them, only this very run.
+            # In whatever precision: the machine that trained may have another than this one. Without the data at hand, a run of the
+            # cell counts; with them, only this very run.
+            run_ids = list(run_ids_of(spec, fingerprints[spec.dataset]).values()) if spec.dataset in fingerprints else []
             of_spec = cell(spec.model, spec.size, spec.dataset, spec.seed, overrides_text(spec.overrides))
-            if run_id in ids_done if run_id else of_spec in cells_done:
+            if ids_done.intersection(run_ids) if run_ids else of_spec in cells_done:
                 continue
-            started = bool(run_id) and RunFiles.of(checkpoints, spec, str(run_id)).log.is_file()
+            started = [run_id for run_id in run_ids if RunFiles.of(checkpoints, spec, run_id).log.is_file()]
             rows.append(
                 {
-                    "state": "unfinished" if started else "to do", "run_id": run_id, "model": spec.model, "size": spec.size,
+                    "state": "unfinished" if started else "to do", "run_id": next(iter(started or run_ids), None),
+                    "model": spec.model, "size": spec.size,
                     "dataset": spec.dataset, "seed": spec.seed, "overrides": overrides_text(spec.overrides),
                     "test_accuracy": None, "finished": None, "files": [], "missing": [],
                 }

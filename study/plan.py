@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffvit.ledger import RunFiles, RunSpec, read_result
+from diffvit.ledger import PRECISIONS, RunFiles, RunSpec, read_result
 from diffvit.protocol import Protocol, images_in_steps
 
 
@@ -21,6 +23,7 @@ class PlannedRun:
         train_flops: of the whole run: three forward passes' worth for each training image (one forward, one backward of twice that),
             one for each image of the validation batches, of the final validation and test, and for each false label.
         status: of a run that has ended: "done" or "diverged".
+        elsewhere: of a run that has ended in another precision only: "done in bf16". In its own it is still to be trained.
     """
 
     spec: RunSpec
@@ -30,6 +33,7 @@ class PlannedRun:
     steps: int
     train_flops: float
     status: str | None
+    elsewhere: str | None
 
     @property
     def ended(self) -> bool:
@@ -53,10 +57,27 @@ def _plan(spec: RunSpec, checkpoints: Path, fingerprint: str | None) -> PlannedR
     protocol = spec.protocol
     parameters, forward = _model_cost(spec.model, spec.size, spec.dataset)
     steps = protocol.total_steps()
-    run_id = spec.run_id(fingerprint) if fingerprint else None
-    result = read_result(RunFiles.of(checkpoints, spec, run_id).result) if run_id else None
-    status = result["status"] if result else None
-    return PlannedRun(spec, run_id, parameters, forward, steps, forward * _image_passes(protocol, steps), status)
+    run_ids = run_ids_of(spec, fingerprint) if fingerprint else {}
+    results = {precision: read_result(RunFiles.of(checkpoints, spec, run_id).result) for precision, run_id in run_ids.items()}
+    ended = {precision: result["status"] for precision, result in results.items() if result}
+    status = ended.get(spec.precision)
+    elsewhere = None if status else next((f"{other} in {precision}" for precision, other in ended.items()), None)
+    run_id, work = run_ids.get(spec.precision), forward * _image_passes(protocol, steps)
+    return PlannedRun(spec, run_id, parameters, forward, steps, work, status, elsewhere)
+
+
+def run_ids_of(spec: RunSpec, fingerprint: str) -> dict[str, str]:
+    """Precision -> the run_id that the run has in it, its own first."""
+    return {each: dataclasses.replace(spec, precision=each).run_id(fingerprint) for each in (spec.precision, *PRECISIONS)}
+
+
+def precision_notes(runs: Sequence[PlannedRun]) -> list[str]:
+    """A sentence for each other precision in which some of the runs have ended."""
+    own = runs[0].spec.precision if runs else ""
+    return [
+        f"{count} runs are {elsewhere}; in {own} they are trained anew, --precision {elsewhere.split()[-1]} keeps to those"
+        for elsewhere, count in Counter(run.elsewhere for run in runs if run.elsewhere).items()
+    ]
 
 
 @functools.cache

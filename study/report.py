@@ -24,10 +24,10 @@ from study import scaling, verdict
 from study.attention_figures import attention_curves, attention_pictures
 from study.document import Block, Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from study.drawing import our_style, save
-from study.figures import draw_figures, figure_stem, model_title, wilson
+from study.figures import draw_figures, model_title, wilson
 from study.noise_figures import noise_figure
 from study.scaling import Cells, Estimate, Ratio
-from study.table import comparable, conditions, files_of, step_table, wrong_answers
+from study.table import all_overrides, comparable, conditions, file_stem, files_of, step_table, wrong_answers
 from study.verdict import Answer, Comparison, WrongAnswers, percent
 
 
@@ -36,10 +36,12 @@ class Subject:
     """The runs of one data set under one condition.
 
     Attributes:
-        name: for sentences. condition: as table.conditions names it, "" for the plain one. base: the data set's condition of reference.
+        name: for sentences, with all overrides. stem: what the names of its figures begin with. condition: as table.conditions names it,
+            "" for the plain one. base: the data set's condition of reference.
     """
 
     name: str
+    stem: str
     dataset: str
     condition: str
     table: pd.DataFrame
@@ -57,8 +59,10 @@ def subjects(table: pd.DataFrame) -> list[Subject]:
     order = list(dict.fromkeys(table["dataset"]))
     found: list[Subject] = []
     for (dataset, condition), runs in sorted(groups, key=lambda item: (order.index(item[0][0]), len(item[0][1].split()), item[0][1])):
-        name = f"{dataset} ({', '.join(condition.split())})" if condition else str(dataset)
-        found.append(Subject(name, dataset, condition, runs, base=not any(part.dataset == dataset for part in found)))
+        overrides = all_overrides(runs[:1])[0]
+        name = f"{dataset} ({', '.join(overrides.split())})" if overrides else str(dataset)
+        base = not any(part.dataset == dataset for part in found)
+        found.append(Subject(name, file_stem(str(dataset), overrides), dataset, condition, runs, base))
     return found
 
 
@@ -216,7 +220,7 @@ def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
     written: list[Path] = []
     with our_style():
         for part in analysis.subjects:
-            stem = figure_stem(part.dataset, part.condition)
+            stem = part.stem
             if part.table["run_id"].isin(list(corrupted)).any():
                 written += save(noise_figure(part.table, corrupted, part.name), out / f"{stem}_noise")
             runs = part.table[part.table["run_id"].isin(list(attended))]
@@ -324,7 +328,7 @@ def _figures(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
     by_name = {path.stem: path for path in figures if path.suffix == ".png"}
     blocks: list[Block] = []
     for part in analysis.subjects:
-        titles = {f"{figure_stem(part.dataset, part.condition)}_{name}": title for name, title in _figure_titles().items()}
+        titles = {f"{part.stem}_{name}": title for name, title in _figure_titles().items()}
         own = [(by_name[name], title) for name, title in titles.items() if name in by_name]
         if own:
             blocks += [Heading(f"Figures: {part.name}", 3), Figures(own)]
@@ -467,7 +471,7 @@ def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
             f"{part.name}: error in % on corrupted test images, mean over severities and seeds; the five's mean also relative to clean"
         )
         blocks.append(Table(["model", *names, "mean / clean"], rows, caption))
-        drawn = [path for path in figures if path.name == f"{figure_stem(part.dataset, part.condition)}_noise.png"]
+        drawn = [path for path in figures if path.name == f"{part.stem}_noise.png"]
         blocks += [Figures([(path, f"{part.name}: error under corruption, by severity") for path in drawn])] if drawn else []
     return [Heading("Noise"), Paragraph(_NOISE_AXES), *blocks] if blocks else []
 
@@ -494,7 +498,7 @@ def _attention_section(analysis: Analysis, figures: Sequence[Path]) -> list[Bloc
         header = ["model", "lambda", "entropy", "on object, noise", "on object, images", "logits top-1", "median", "hidden top-1", "median"]
         uniform = f"uniform attention: entropy {first['uniform_entropy']:.2f} nats, {100 * first['signal_area']:.0f} % on the object"
         blocks.append(Table(header, rows, f"{part.name}: mean over layers and seeds, {first['images']} test images; {uniform}"))
-        stem = figure_stem(part.dataset, part.condition)
+        stem = part.stem
         titles = {f"{stem}_attention": "Entropy and share on the object, over depth", f"{stem}_attention_maps": "The last layer's maps"}
         blocks.append(
             Figures([(path, f"{part.name}: {titles[path.stem]}") for path in figures if path.suffix == ".png" and path.stem in titles])

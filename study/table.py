@@ -93,13 +93,26 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
 _ALWAYS_NAMED = ("label_noise", "input_noise")
 
 
+def file_stem(name: str, overrides: str) -> str:
+    """What the names of files about `name` under overrides begin with: "digits_epochs-3"."""
+    return "_".join([name, *overrides.replace("=", "-").split()])
+
+
+def all_overrides(table: pd.DataFrame) -> list[str]:
+    """For each run, its overrides without those that say what the protocol says, such as "epochs=3 label_noise=0.2"; "" for none.
+
+    They name what is drawn, so that no figure of some runs has the name of another's.
+    """
+    return [" ".join(effective_overrides(run.dataset, run.overrides)) for run in table.itertuples()]
+
+
 def conditions(table: pd.DataFrame) -> list[str]:
     """For each run, the overrides that tell it from other runs of its data set, such as "label_noise=0.2"; "" for a plain one.
 
     Overrides that say what the protocol says, and those that all runs of the data set share, are left out; noise in training is always
     named.
     """
-    of_runs = [effective_overrides(run.dataset, run.overrides) for run in table.itertuples()]
+    of_runs = [overrides.split() for overrides in all_overrides(table)]
     shared: dict[str, set[str]] = {}
     for dataset, parts in zip(table["dataset"], of_runs, strict=True):
         shared[dataset] = shared.get(dataset, set(parts)) & set(parts)

@@ -70,16 +70,18 @@ def test_three_figures_an_architecture_and_one_of_all_each_as_png_and_svg(tmp_pa
         assert path.read_bytes()[:5] == (b"\x89PNG\r" if path.suffix == ".png" else b"<?xml")
 
 
-def test_each_condition_has_figures_of_its_own(tmp_path: Path) -> None:
+def test_names_and_titles_say_all_overrides(tmp_path: Path) -> None:
     runs, steps = _tables(("digits",), seeds=2)
-    runs["overrides"] = np.where(runs["seed"] == 1, "epochs=2 lr=0.009", "epochs=2 lr=0.003")  # the second is the protocol's own
+    runs["overrides"] = np.where(runs["seed"] == 1, "epochs=2 lr=0.009", "lr=0.003")  # the second is the protocol's own
     paths = draw_figures(runs, steps, tmp_path)
     plain = {path for path in paths if path.name.startswith(("digits_vit", "digits_scaling"))}
     assert len(paths) == 4 * (3 * len(MODELS) + 1) and len(plain) == len(paths) // 2
-    assert all(path.name.startswith("digits_lr-0.009_") for path in set(paths) - plain)
-    titles = {path.name: path.read_text().count("lr=0.009") for path in paths if path.suffix == ".svg"}
+    assert all(path.name.startswith("digits_epochs-2_lr-0.009_") for path in set(paths) - plain)
+    titles = {path.name: path.read_text().count("epochs=2 lr=0.009") for path in paths if path.suffix == ".svg"}
     assert all(count == ("lr-0.009" in name) for name, count in titles.items())
-    assert {path.name for path in draw_figures(runs[runs["seed"] == 1], steps, tmp_path)} == {path.name for path in plain}
+    # Also where all runs share them: a trial by itself does not take the place of the plain runs.
+    alone = draw_figures(runs[runs["seed"] == 1], steps, tmp_path, "trial_")
+    assert {path.name for path in alone} == {f"trial_{path.name}" for path in set(paths) - plain}
 
 
 def test_the_raw_curve_is_in_the_figure() -> None:

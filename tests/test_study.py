@@ -326,7 +326,7 @@ def test_conditions_are_told_apart_in_tables_display_and_figures(tmp_path: Path)
 
     names = {path.name for path in draw_figures(table, step_table(tmp_path, table), tmp_path / "figures")}
     plain = {name for name in names if "label_noise" not in name}
-    assert len(names) == 28 and len(plain) == 14 and "digits_scaling_overlay.png" in plain
+    assert len(names) == 28 and len(plain) == 14 and "digits_max_steps-3_scaling_overlay.png" in plain
     assert names - plain == {name.replace("digits_", "digits_label_noise-0.2_") for name in plain}
 
 

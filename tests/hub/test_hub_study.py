@@ -86,8 +86,8 @@ def test_three_boxes_give_the_table_of_one(tmp_path: Path, account: HubServer) -
         path.name for path in (alone / "checkpoints/figures").iterdir()
     }
     card = account.repo(NAME).files()["README.md"].decode()
-    assert all(run_id in card for run_id in table(alone)["run_id"]) and "figures/digits_scaling_overlay.png" in card
-    assert "figures/digits_scaling_overlay.png" in account.repo(NAME).files()
+    assert all(run_id in card for run_id in table(alone)["run_id"]) and "figures/grid_digits_epochs-2_scaling_overlay.png" in card
+    assert "figures/grid_digits_epochs-2_scaling_overlay.png" in account.repo(NAME).files()
 
 
 @pytest.mark.slow
