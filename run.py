@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that --help answers at once.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -154,6 +155,24 @@ _place_options = _options(
                  help="CPUs, and on a CPU threads, of a run."),
 )  # fmt: skip
 _EPOCHS = click.option("--epochs", type=int, metavar="N", help="Override the protocol's epochs.")
+# Protocol values, as a run is trained with them and as a trained one is found by them.
+_OVERRIDES: dict[str, tuple[type, str, str]] = {
+    "--epochs": (int, "N", "Override the protocol's epochs."),
+    "--batch_size": (int, "N", "Override the protocol's batch size."),
+    "--lr": (float, "X", "Override the protocol's peak learning rate."),
+    "--warmup_steps": (int, "N", "Override the protocol's warm-up."),
+    "--clip_norm": (float, "X", "Clip the gradient's norm. [default: no clipping]"),
+    "--max_steps": (int, "N", "Stop after N steps: a trial. Its test uses as many images as its training, at least 64."),
+    "--label_noise": (float, "X", "Share of training labels that are false. [default: 0]"),
+    "--input_noise": (float, "X", "Gaussian noise on training images, pixels in 0-1. [default: 0]"),
+}
+_override_options = _options(
+    *(click.option(name, type=kind, metavar=metavar, help=text) for name, (kind, metavar, text) in _OVERRIDES.items())
+)
+_trained_with_options = _options(
+    *(click.option(name, type=kind, metavar=metavar, help=f"Evaluate what was trained with this {name}.")
+      for name, (kind, metavar, _) in _OVERRIDES.items() if name != "--batch_size")
+)  # fmt: skip
 _DATASET_OF_GRID = click.option("--dataset", metavar="NAME", help="The data set of --grid noise or lr. [default: digits]")
 _GRIDS = "digits|full|full-plus|noise|lr|FILE"
 _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]")
@@ -161,16 +180,7 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 
 @cli.command()
 @_run_options
-@_EPOCHS
-@click.option("--batch_size", type=int, metavar="N", help="Override the protocol's batch size.")
-@click.option("--lr", type=float, metavar="X", help="Override the protocol's peak learning rate.")
-@click.option("--warmup_steps", type=int, metavar="N", help="Override the protocol's warm-up.")
-@click.option("--clip_norm", type=float, metavar="X", help="Clip the gradient's norm. [default: no clipping]")
-@click.option(
-    "--max_steps", type=int, metavar="N", help="Stop after N steps: a trial. Its test uses as many images as its training, at least 64."
-)
-@click.option("--label_noise", type=float, metavar="X", help="Share of training labels that are false. [default: 0]")
-@click.option("--input_noise", type=float, metavar="X", help="Gaussian noise on training images, pixels in 0-1. [default: 0]")
+@_override_options
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides initial weights, order and dropout.")
 @_data_option
 @_checkpoints_option
@@ -226,7 +236,11 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
     click.echo(
         f"test loss      {result['test_loss']:.4f}, accuracy {100 * result['test_accuracy']:.2f} % of {result['test_images']} images"
     )
-    click.echo(f"weights        {_files(checkpoints, result).weights}")
+    weights = _files(checkpoints, result).weights
+    if weights.is_file():
+        click.echo(f"weights        {weights}")
+    else:
+        _warn(f"{weights} is gone; delete the run's _result.json, and the same command trains it again")
     if saving.storage:
         from study.hub import send_run
 
@@ -272,9 +286,10 @@ def download(hf_path: str, local: Path, force: bool) -> None:
 @click.option("--model", help="vit_classic, vit_differential or a control.")
 @click.option("--size", help="10B, 25B or 50B (about 10, 25, 50 million parameters); small, medium, large.")
 @click.option("--dataset", help="CIFAR-100, BACH, digits or digits-noisy; with --grid, the data set of noise or lr.")
-@click.option("--run_id", metavar="ID", help="Which run, where several match.")
+@click.option("--run_id", metavar="ID", help="Which run; it may stand alone.")
+@click.option("--seed", type=int, metavar="N", help="Which run, where several match. [default: 0, if it is there]")
+@_trained_with_options
 @click.option("--grid", metavar="NAME|FILE", help="All finished runs of a grid instead; with --corruptions or --attention.")
-@_EPOCHS
 @click.option("--corruptions", is_flag=True, help="Under noise, blur and clutter. Kept in the ledger, for the report.")
 @click.option("--attention", is_flag=True, help="Where attention goes, from the exact maps. Kept in the ledger, for the report.")
 @click.option("--again", is_flag=True, help="Find out even what the ledger knows.")
@@ -284,30 +299,39 @@ def download(hf_path: str, local: Path, force: bool) -> None:
 @_data_option
 @_checkpoints_option
 @click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
-def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: str | None, grid: str | None, epochs: int | None,
+def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: str | None, seed: int | None, grid: str | None,
              corruptions: bool, attention: bool, again: bool, limit: int | None, as_json: bool, batch_size: int, data_root: str | None,
-             checkpoints: Path, device: str | None) -> None:  # fmt: skip
-    """Measure trained models on the test set: accuracy and loss, in all and per class; under noise; where attention goes."""
+             checkpoints: Path, device: str | None, **overrides: Any) -> None:  # fmt: skip
+    """Measure trained models on the test set: accuracy and loss, in all and per class; under noise; where attention goes.
+
+    Of several runs of a model, size and data set it takes the one without overrides and with seed 0, and says so; others are
+    named by --seed and by the values that they were trained with.
+    """
     kinds = [kind for kind, wanted in (("corruptions", corruptions), ("attention", attention)) if wanted]
     how: dict[str, Any] = {"data_root": data_root, "batch_size": batch_size}
+    if again and not kinds:
+        raise UserError("--again has nothing to find out again.", "it goes with --corruptions or --attention; all else is always measured.")
     if grid:
-        if model or size or run_id:
-            raise UserError("--grid and --model, --size or --run_id exclude each other.", "give one of both.")
+        epochs = overrides.pop("epochs")
+        of_one_run = {"model": model, "size": size, "run_id": run_id, "seed": seed, **overrides}
+        if wrong := [name for name, value in of_one_run.items() if value is not None]:
+            raise UserError(f"--grid and --{wrong[0]} exclude each other.", "give one of both.")
         if not kinds:
             raise UserError("--grid evaluates nothing by itself.", "add --corruptions, --attention or both.")
         from study.main import finished_checkpoints
 
         paths = finished_checkpoints(checkpoints, grid, epochs, dataset)
     else:
-        if not (model and size and dataset):
-            raise UserError("which model is not said.", "give --model, --size and --dataset, or --grid.")
+        if not (run_id or (model and size and dataset)) or (size and not dataset):
+            raise UserError("which model is not said.", "give --model, --size and --dataset, or --grid, or --run_id.")
         from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
 
-        dataset = resolve_dataset(dataset)
-        model, size = resolve_model(model), resolve_size(size, dataset)
+        dataset = resolve_dataset(dataset) if dataset else None
+        model, size = resolve_model(model) if model else None, resolve_size(size, dataset) if size and dataset else None
         from diffvit.evaluation import find_checkpoint
 
-        paths = [find_checkpoint(checkpoints, model, size, dataset, run_id)]
+        say = functools.partial(click.echo, err=True)
+        paths = [find_checkpoint(checkpoints, model, size, dataset, run_id=run_id, seed=seed, overrides=overrides, on_choice=say)]
     from diffvit.train import resolve_device
 
     place = resolve_device(device)
@@ -457,7 +481,7 @@ def plot(grid: str | None, dataset: str | None, epochs: int | None, out: Path | 
     """Draw the losses and the scaling of finished runs: seven figures for each data set and condition, as PNG and SVG."""
     from study.main import plot_grid
 
-    for path in plot_grid(checkpoints, grid, out or checkpoints / "figures", epochs=epochs, dataset=dataset):
+    for path in plot_grid(checkpoints, grid, out, epochs=epochs, dataset=dataset):
         click.echo(path)
 
 
@@ -471,7 +495,7 @@ def report(grid: str | None, dataset: str | None, epochs: int | None, out: Path 
     """Write the verdict, with its intervals and all that it rests on, as one HTML page and as Markdown."""
     from study.main import report_grid
 
-    for path in report_grid(checkpoints, grid, out or checkpoints / "report", epochs=epochs, dataset=dataset):
+    for path in report_grid(checkpoints, grid, out, epochs=epochs, dataset=dataset):
         click.echo(path)
 
 
@@ -503,6 +527,11 @@ def power(grid: str, dataset: str | None, epochs: int | None, difference: float,
 def list_runs(grid: str | None, dataset: str | None, seeds: int | None, epochs: int | None, verify: bool, as_json: bool,
               data_root: str | None, checkpoints: Path) -> None:  # fmt: skip
     """Show the ledger: each run, done or not, its accuracy and its files."""
+    of_a_grid = {"seeds": seeds, "epochs": epochs}
+    if wrong := [name for name, value in of_a_grid.items() if value is not None and not grid]:
+        raise UserError(f"--{wrong[0]} is given without --grid.", "it says which runs of a grid to look for.")
+    if verify and grid:
+        raise UserError("--verify and --grid exclude each other.", "--verify reads all runs that there are.")
     from study.main import ledger_rows, ledger_text, verify_ledger
 
     if verify:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,16 @@ from torch import Tensor, nn
 from diffvit.checks import fault
 from diffvit.dataset import Dataset, ImageSet, Prepare, load, make_loader
 from diffvit.errors import UserError
-from diffvit.ledger import RunFiles, add_evaluation, load_weights, read_evaluations
+from diffvit.ledger import (
+    RunFiles,
+    add_evaluation,
+    files_of_weights,
+    load_weights,
+    overrides_text,
+    read_evaluations,
+    read_header,
+    read_result,
+)
 from diffvit.protocol import protocol_of
 from diffvit.vit import VisionTransformer
 
@@ -100,18 +111,61 @@ def evaluate(
     return Evaluation(labels.long(), predicted.long(), losses, probabilities)
 
 
-def find_checkpoint(checkpoints: Path, model: str, size: str, dataset: str, run_id: str | None = None) -> Path:
-    """The one .safetensors file of a cell, or of a run_id in it. Raises UserError where there is none, or several."""
-    found = sorted((Path(checkpoints) / model).glob(f"model_*_{size}_{dataset}.safetensors"))
-    if run_id is not None:
-        found = [path for path in found if path.name == f"model_{run_id}_{size}_{dataset}.safetensors"]
+class _Candidate(NamedTuple):
+    """A checkpoint, and its header's facts."""
+
+    path: Path
+    facts: dict[str, Any]
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Its protocol values that are not the data set's own."""
+        usual, own = protocol_of(self.facts["dataset"]), self.facts["protocol"]
+        values = {each.name: getattr(own, each.name) for each in dataclasses.fields(own)}
+        return {name: value for name, value in values.items() if value != getattr(usual, name)}
+
+    def __str__(self) -> str:
+        files = files_of_weights(self.path)
+        overrides = overrides_text(self.overrides) or "no overrides"
+        result = read_result(files.result)
+        ended = f"ended {result['finished']}" if result else "without a result"
+        return f"{files.run_id}: seed {self.facts['seed']}, {overrides}, {self.facts['precision']}, {ended}"
+
+
+def find_checkpoint(
+    checkpoints: Path, model: str | None, size: str | None, dataset: str | None, *, run_id: str | None = None, seed: int | None = None,
+    overrides: Mapping[str, Any] | None = None, on_choice: Callable[[str], None] = lambda text: None,
+) -> Path:  # fmt: skip
+    """The weights of the run that is meant: of several, the one without further overrides, and then the one with seed 0.
+
+    Args:
+        overrides: protocol values that it was trained with. Of these and all others, None is any.
+        on_choice: is told which of several was taken.
+
+    Raises:
+        UserError: there is none, or there are several that this does not tell apart.
+    """
+    name = f"model_{escape(run_id or '') or '*'}_{size or '*'}_{dataset or '*'}.safetensors"
+    there = [_Candidate(path, read_header(path)) for path in sorted(Path(checkpoints).glob(f"{model or '*'}/{name}"))]
+    given = {key: value for key, value in (overrides or {}).items() if value is not None}
+    found = [
+        each for each in there
+        if seed in (None, each.facts["seed"]) and all(getattr(each.facts["protocol"], key) == value for key, value in given.items())
+    ]  # fmt: skip
+    asked = {"run_id": run_id, "seed": seed, **given}
+    which = " ".join([*filter(None, (model, size, dataset)), *(f"{key} {value}" for key, value in asked.items() if value is not None)])
     if not found:
-        which = f"{model} {size} {dataset}" + (f" with run_id {run_id}" if run_id else "")
-        raise UserError(f"there is no checkpoint of {which} in {checkpoints}.", "`run.py list` shows the runs there are.")
+        hint = "`run.py list` shows the runs there are." if not there else "\n  ".join(["there are:", *map(str, there)])
+        raise UserError(f"there is no checkpoint of {which} in {checkpoints}.", hint)
+    best = [each for each in found if each.overrides.keys() <= given.keys()] or found
+    if len({overrides_text(each.overrides) for each in best}) == 1:
+        best = [each for each in best if each.facts["seed"] == 0] or best
+    if len(best) > 1:
+        listed = "\n  ".join(map(str, best))
+        raise UserError(f"{len(best)} runs of {which} match.", f"choose one by its seed, its overrides or its --run_id:\n  {listed}")
     if len(found) > 1:
-        listed = ", ".join(path.name.split("_")[1] for path in found)
-        raise UserError(f"{len(found)} runs of {model} {size} {dataset} match.", f"choose one with --run_id: {listed}.")
-    return found[0]
+        on_choice(f"of {len(found)} runs that match, {best[0]}")
+    return best[0].path
 
 
 _COSTS = ("image_size", "patch_size", "channels", "classes", "d_model", "heads")

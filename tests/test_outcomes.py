@@ -1,0 +1,243 @@
+"""What commands leave behind and say: named after what it is, and believed only while the files are there."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from diffvit.ledger import RunFiles, RunSpec, read_results
+from diffvit.protocol import Protocol
+from diffvit.train import train
+from study.grid import GRIDS, find_grid
+from study.main import StudyOptions, _report
+
+CELL = ("--model", "vit_classic", "--size", "small", "--dataset", "digits")
+STUDY = ("study", "--grid", "one.yaml", "--address", "local")
+CHECKPOINTS = Path("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ledger of five runs of a cell: as a study of two seeds leaves it, and three trials, two of them alike but for the seed."""
+    folder = tmp_path_factory.mktemp("trained") / "checkpoints"
+    with pytest.MonkeyPatch.context() as patch:  # as if the protocol had so few steps
+        _short(patch)
+        for seed, overrides in ((0, {}), (1, {}), (0, {"epochs": 3}), (1, {"epochs": 3}), (0, {"epochs": 3, "lr": 0.01})):
+            train(RunSpec.of("vit_classic", "small", "digits", seed, overrides=overrides), folder, device="cpu")
+    return folder
+
+
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Protocol, "total_steps", lambda self, train_images=None: self.epochs % 4)
+
+
+@pytest.fixture
+def ledger(cli, trained: Path, monkeypatch: pytest.MonkeyPatch):
+    """The command line in a folder with a copy of that ledger and a grid of its plain cell."""
+    _short(monkeypatch)
+    shutil.copytree(trained, CHECKPOINTS)
+    Path("one.yaml").write_text("datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\n")
+    return cli
+
+
+def _outcome() -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in CHECKPOINTS.rglob("*") if path.suffix in (".csv", ".png", ".svg", ".md", ".html")}
+
+
+# --------------------------------------------------------------------------------------------- files, not markers
+
+
+@pytest.mark.parametrize("damage", ["all", "one gone", "one empty", "one cut"])
+def test_a_finished_study_draws_what_is_missing_or_damaged(ledger, damage: str) -> None:
+    assert ledger(*STUDY).code == 0
+    before = _outcome()
+    figures = sorted((CHECKPOINTS / "figures").iterdir())
+    assert len(figures) == 6
+    if damage == "all":
+        shutil.rmtree(CHECKPOINTS / "figures")
+    elif damage == "one gone":
+        figures[0].unlink()
+    else:
+        figures[0].write_bytes(b"" if damage == "one empty" else figures[0].read_bytes()[:1000])
+    again = ledger(*STUDY)
+    assert again.code == 0 and "all 1 runs are done already" in again.err
+    assert _outcome() == before
+
+
+def test_weights_that_are_gone_are_missed(ledger) -> None:
+    spec = RunSpec.of("vit_classic", "small", "digits")
+    result = next(each for each in read_results(CHECKPOINTS) if not each["overrides"] and each["seed"] == 0)
+    weights = RunFiles.of(CHECKPOINTS, spec, result["run_id"]).weights
+    assert "gone" not in ledger(*STUDY).err
+    weights.unlink()
+    assert f"warning: files of finished runs are gone: {weights}\nhint: delete the _result.json" in ledger(*STUDY).err
+    alone = ledger("train", *CELL, "--device", "cpu")
+    assert f"{weights} is gone" in alone.err and "weights " not in alone.out
+
+
+def test_a_study_that_was_stopped_names_no_figures(ledger, capsys: pytest.CaptureFixture) -> None:
+    options = StudyOptions(find_grid("one.yaml"), CHECKPOINTS)
+    _report(options, options.runs("fp32"), draw=False)
+    assert "figures" not in capsys.readouterr().err and not (CHECKPOINTS / "figures").exists()
+
+
+# ------------------------------------------------------------------------------------------------ names of outcomes
+
+
+def test_a_trial_leaves_the_studys_outcome_alone(ledger) -> None:
+    assert ledger(*STUDY, "--seeds", "2").code == ledger("report", "--grid", "one.yaml").code == 0
+    before = _outcome()
+    assert len(pd.read_csv(CHECKPOINTS / "one_runs.csv")) == 2
+    trial = ledger(*STUDY, "--seeds", "2", "--epochs", "3")
+    assert "table    checkpoints/one_epochs-3_runs.csv" in trial.err
+    assert ledger("plot", "--grid", "one.yaml", "--epochs", "3").code == 0
+    report = ledger("report", "--grid", "one.yaml", "--epochs", "3")
+    assert report.out.split()[0] == "checkpoints/report_epochs-3/report.html"
+    after = _outcome()
+    assert {name: after[name] for name in before} == before
+    added = set(after) - set(before)
+    assert {"checkpoints/one_epochs-3_runs.csv", "checkpoints/one_epochs-3_steps.csv"} <= added
+    assert all("epochs-3" in name for name in added)
+    drawings = [content for name, content in after.items() if name in added and name.endswith("svg")]
+    assert drawings and all(b"epochs=3" in content for content in drawings)
+    assert b"epochs=3" in after["checkpoints/report_epochs-3/report.md"].splitlines()[2]  # in the verdict itself
+
+
+def test_a_trial_in_a_grid_file_leaves_the_built_in_figures_alone(ledger) -> None:
+    assert ledger("plot", "--grid", "digits").code == 0
+    before = _outcome()
+    assert all(name.startswith("checkpoints/figures/digits_vit_classic_") for name in before if "figures" in name)
+    Path("some.yaml").write_text("datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\noverrides: {epochs: 3}\n")
+    for grid in ("some.yaml", "one.yaml"):
+        assert ledger("plot", "--grid", grid).code == 0
+    assert before.items() <= _outcome().items()
+
+
+def test_fewer_seeds_take_no_rows_off_the_table(ledger) -> None:
+    ledger(*STUDY, "--seeds", "2")
+    assert len(pd.read_csv(CHECKPOINTS / "one_runs.csv")) == 2
+    said = ledger(*STUDY)
+    assert said.out.count("vit_classic") == len(pd.read_csv(CHECKPOINTS / "one_runs.csv")) == 2
+
+
+@pytest.mark.parametrize(
+    ("grid", "epochs", "name"),
+    [("digits", None, "digits"), ("digits", 3, "digits_epochs-3"), ("digits", 15, "digits"), ("noise", 3, "noise_epochs-3")],
+)
+def test_overrides_that_change_nothing_are_not_named(grid: str, epochs: int | None, name: str) -> None:
+    assert StudyOptions(GRIDS[grid], CHECKPOINTS, epochs=epochs).name == name
+
+
+# --------------------------------------------------------------------------------------------------- which run is meant
+
+
+def _evaluated(ledger, *arguments: str) -> tuple[dict, str]:
+    outcome = ledger("evaluate", *CELL, "--limit", "8", "--device", "cpu", "--json", *arguments)
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    (result,) = (each for each in read_results(CHECKPOINTS) if each["run_id"] == report["run_id"])
+    return result, outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seed", "overrides"),
+    [
+        ((), 0, {}),
+        (("--seed", "1"), 1, {}),
+        (("--epochs", "3"), 0, {"epochs": 3}),
+        (("--epochs", "3", "--seed", "1"), 1, {"epochs": 3}),
+        (("--lr", "0.01"), 0, {"epochs": 3, "lr": 0.01}),
+        (("--epochs", "15"), 0, {}),  # the protocol's own
+    ],
+)
+def test_evaluate_takes_the_run_that_is_named(ledger, arguments: tuple[str, ...], seed: int, overrides: dict) -> None:
+    result, said = _evaluated(ledger, *arguments)
+    assert (result["seed"], result["overrides"]) == (seed, overrides)
+    alone = arguments[0:1] == ("--lr",) or len(arguments) == 4
+    line = rf"of \d runs that match, {result['run_id']}: seed {seed}, .*fp32, ended {re.escape(result['finished'])}\n"
+    assert re.fullmatch("" if alone else line, said)  # no choice, no word
+
+
+def test_a_run_id_may_stand_alone_and_must_agree_with_what_else_is_said(ledger) -> None:
+    run_id = next(each["run_id"] for each in read_results(CHECKPOINTS) if each["seed"] == 1 and not each["overrides"])
+    alone = ledger("evaluate", "--run_id", run_id, "--limit", "8", "--device", "cpu")
+    assert alone.code == 0 and run_id in alone.out and not alone.err
+    for other in (("--seed", "0"), ("--epochs", "3"), ("--dataset", "digits-noisy"), ("--model", "vit_differential")):
+        refused = ledger("evaluate", "--run_id", run_id, *other)
+        assert refused.code == 2 and "there is no checkpoint" in refused.err and f"{other[1]}" in refused.err
+
+
+def test_runs_that_nothing_tells_apart_are_shown_with_what_does(ledger) -> None:
+    for result in read_results(CHECKPOINTS):
+        if not result["overrides"]:
+            for path in CHECKPOINTS.glob(f"*/*{result['run_id']}*"):
+                path.unlink()
+    outcome = ledger("evaluate", *CELL, "--seed", "0")
+    assert outcome.code == 2 and outcome.err.startswith("error: 2 runs of vit_classic 0.1M digits seed 0 match")
+    assert sorted(re.findall(r"\n  [0-9a-f]{10}: seed 0, (.*), fp32, ended 20", outcome.err)) == ["epochs=3", "lr=0.01 epochs=3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("evaluate", "--grid", "digits", "--attention", "--seed", "1"), "--grid and --seed exclude"),
+        (("evaluate", "--grid", "digits", "--attention", "--lr", "0.1"), "--grid and --lr exclude"),
+        (("evaluate", *CELL, "--again"), "--again"),
+        (("evaluate", *CELL, "--seed", "7"), "seed 7"),
+        (("list", "--epochs", "3"), "--epochs is given without --grid"),
+        (("list", "--seeds", "3"), "--seeds is given without --grid"),
+        (("list", "--verify", "--grid", "digits"), "--verify and --grid exclude"),
+    ],
+)
+def test_an_option_that_is_not_used_is_refused(ledger, arguments: tuple[str, ...], said: str) -> None:
+    outcome = ledger(*arguments)
+    assert outcome.code == 2 and said in outcome.err and "hint:" in outcome.err
+
+
+# ---------------------------------------------------------------------------------------------------- other precisions
+
+
+@pytest.fixture
+def of_a_cluster(cli, monkeypatch: pytest.MonkeyPatch):
+    """A ledger whose one run was trained in bf16, seen from a machine without a GPU."""
+    _short(monkeypatch)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    train(RunSpec.of("vit_classic", "small", "digits", precision="bf16"), CHECKPOINTS, device="cpu")
+    Path("one.yaml").write_text("datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\n")
+    return cli
+
+
+def test_a_run_counts_as_done_in_whatever_precision_it_is(of_a_cluster) -> None:
+    listed = of_a_cluster("list", "--grid", "one.yaml").out
+    assert "1 of 1 runs done" in listed and "to do" not in listed
+    dry = of_a_cluster("study", "--grid", "one.yaml", "--dry_run").out
+    assert "done in bf16" in dry and "1 runs, 1 ended" in dry and "note: 1 runs are done in bf16; in fp32 they are trained anew" in dry
+    assert of_a_cluster("plot", "--grid", "one.yaml").code == of_a_cluster("report", "--grid", "one.yaml").code == 0
+
+
+def test_an_unfinished_run_of_another_precision_is_seen(of_a_cluster) -> None:
+    next(CHECKPOINTS.glob("*/*_result.json")).unlink()
+    row = json.loads(of_a_cluster("list", "--grid", "one.yaml", "--json").out)[0]
+    assert row["state"] == "unfinished" and next(CHECKPOINTS.glob(f"*/*{row['run_id']}*.log"))
+
+
+def test_a_study_says_that_it_trains_again_what_is_done_in_another_precision(of_a_cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def instead_of_training(_: list, pending: list, *__: object) -> tuple[list, int]:
+        trained.extend(pending)
+        return [], 130
+
+    monkeypatch.setattr("study.main._train", instead_of_training)
+    monkeypatch.setattr("study.main._connect", lambda *_: None)
+    said = of_a_cluster(*STUDY).err
+    assert [run.spec.precision for run in trained] == ["fp32"]
+    assert "note: 1 runs are done in bf16; in fp32 they are trained anew, --precision bf16 keeps to those" in said
+    trained.clear()
+    said = of_a_cluster(*STUDY, "--precision", "bf16").err
+    assert not trained and "all 1 runs are done already" in said and "note" not in said
