@@ -18,9 +18,10 @@ from typing import Any
 
 import click
 
-from diffvit import __version__
+from diffvit import LENT_HOME, __version__
 from diffvit.checks import usable_path
 from diffvit.errors import HIDDEN, UserError, redacted, shown
+from diffvit.host import outlive_readers
 from diffvit.ledger import disk_faults
 from diffvit.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, HUB_SCHEME, Every, Saving, is_on_hub
 
@@ -699,6 +700,9 @@ def _say_transfer(done: int, total: int, name: str) -> None:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 a run, a disk or a storage failed, 2 bad input, 130 interrupted."""
     sys.excepthook = lambda *error: click.echo(redacted("".join(traceback.format_exception(*error))), err=True, nl=False)
+    outlive_readers()
+    if LENT_HOME:
+        _warn(f"this user has no home that can be written: downloads and caches go to {LENT_HOME}; DIFFVIT_CACHE and HF_HOME move them")
     try:
         with disk_faults(Path.cwd()):
             code = cli.main(prog_name="run.py", standalone_mode=False)

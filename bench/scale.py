@@ -29,6 +29,8 @@ from typing import Any, NamedTuple
 
 import click
 
+from diffvit.host import cpus, memory_bytes
+
 # Nothing heavy is imported here: a child's largest memory, as the kernel counts it, is never below that of the process that starts it.
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,7 +118,7 @@ def make(folder: str, runs: int, steps: int) -> None:
         accuracies[run_id] = _write_run(ours, spec, *of_spec)
     ids = [spec.run_id(fingerprints[spec.dataset]) for spec in specs]
     facts = {
-        "machine": f"{template['device_name']}, {len(os.sched_getaffinity(0))} CPU cores",
+        "machine": f"{template['device_name']}, {cpus()} CPU cores",
         "fields": sorted(template),
         "runs": len(ids),
         "diverged": sum(accuracies[run_id] is None for run_id in ids),
@@ -311,7 +313,7 @@ def measure(folder: Path, runs: int, steps: int, rounds: int) -> dict[str, Any]:
         "steps": steps,
         "rounds": rounds,
         "machine": facts["machine"],
-        "memory_of_machine": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_of_machine": memory_bytes(),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("numpy", "pandas", "pyarrow", "torch")},

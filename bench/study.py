@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import multiprocessing
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 
 from bench.timing import Bar, finish, json_option, spread, table
+from diffvit.host import cpus
 from diffvit.ledger import RunSpec, read_result, result_paths
 from study.grid import find_grid
 
@@ -88,7 +88,7 @@ def phases(work: Callable[[Path], None]) -> dict[str, Any]:
 @json_option
 def main(rounds: int, epochs: int | None, json_path: Path | None) -> None:
     """Time the built-in study and bare loops."""
-    slots = os.cpu_count() or 1
+    slots = cpus()
     specs = find_grid("digits").runs(overrides={"epochs": epochs})
     found: dict[str, list[dict[str, Any]]] = {"study": [], "bare loops": []}
     for number in range(rounds):

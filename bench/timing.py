@@ -30,6 +30,7 @@ from rich.table import Table
 from torch import nn
 
 from diffvit.dataset import Dataset
+from diffvit.host import cpus
 from diffvit.ledger import write_atomically
 from diffvit.protocol import Protocol
 from diffvit.saving import Every
@@ -162,7 +163,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     for name in ("timm", "torchvision", "ray", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a bare GPU machine may have no Ray
             versions[name] = importlib.metadata.version(name)
-    return {**facts, "cpus": os.cpu_count(), "load": os.getloadavg()[0], "versions": {**facts["versions"], **versions}}
+    return {**facts, "cpus": cpus(), "load": os.getloadavg()[0], "versions": {**facts["versions"], **versions}}
 
 
 class Journal:

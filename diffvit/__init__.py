@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffvit.host import lend_home
+
 __version__ = "0.1.0"
 __all__ = ["from_pretrained"]
+
+# Before any library looks for a home.
+LENT_HOME = lend_home()
 
 
 def __getattr__(name: str) -> Any:

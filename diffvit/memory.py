@@ -8,7 +8,6 @@ count is for GPUs that are not here.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 
 from diffvit.dataset import Prepare
 from diffvit.evaluation import autocast
+from diffvit.host import memory_bytes
 from diffvit.protocol import Protocol
 from diffvit.vit import AttentionLayer, Block, VisionTransformer
 
@@ -110,10 +110,10 @@ def even_split(batch_size: int, most: int) -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """All memory of a GPU, or of the machine, in bytes."""
+    """All memory of a GPU, or what this process may have of the machine's, in bytes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory_bytes()
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader, with_training_noise
 from diffvit.errors import RunIsBusyError, UserError
 from diffvit.evaluation import Evaluation, evaluate
+from diffvit.host import cpus
 from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec, disk_faults, file_sha256, save_weights, weight_facts, write_atomically, write_result
 from diffvit.log import LogPosition, Step, TrainingLog, note_of_work_again, work_after
@@ -383,6 +384,8 @@ def train(
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    if place.type == "cpu" and torch.get_num_threads() > cpus():  # torch does not know quotas
+        torch.set_num_threads(cpus())
     data = load(spec.dataset, data_root)
     files = RunFiles.of(checkpoints, spec, spec.run_id(data.fingerprint))
     with disk_faults(files.checkpoints), contextlib.ExitStack() as stack:

@@ -15,7 +15,6 @@ import dataclasses
 import io
 import itertools
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -40,6 +39,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import load
 from diffvit.errors import RunIsBusyError, StorageError, UserError, redacted
+from diffvit.host import cpus
 from diffvit.keeper import RunKeeper
 from diffvit.ledger import RunFiles, RunSpec
 from diffvit.log import Step
@@ -383,7 +383,7 @@ def memory_share(settings: Settings) -> float:
     """The part of its device's memory that a run may count on."""
     if settings.gpus_per_run:
         return min(settings.gpus_per_run, 1.0)
-    return min(1.0, settings.cpus_per_run / (os.cpu_count() or 1))
+    return min(1.0, settings.cpus_per_run / cpus())
 
 
 def dollars_per_second(settings: Settings) -> float | None:

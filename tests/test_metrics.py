@@ -119,7 +119,7 @@ def test_a_run_pays_for_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hourly(price=2.0, gpus_per_run=1.0) == pytest.approx(2.0)
     assert hourly(price=2.0, gpus_per_run=0.5) == pytest.approx(1.0)
     assert hourly(price=2.0, gpus_per_run=1.0, workers=4) == pytest.approx(8.0)
-    monkeypatch.setattr(runner.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(runner, "cpus", lambda: 8)
     assert hourly(price=2.0, cpus_per_run=2) == pytest.approx(0.5)
 
 
