@@ -27,6 +27,8 @@ os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "0")
 os.environ.setdefault("RAY_worker_niceness", "5")
 
 from diffvit.errors import UserError
+from diffvit.host import cpus
+from diffvit.signals import kept_from_children
 
 # No object of a study is larger than a report of a few numbers.
 _OBJECT_STORE_BYTES = 200 * 1024**2
@@ -78,9 +80,9 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     _check_token(chosen)
     options: dict[str, Any] = {}
     if own:
-        options = {"object_store_memory": _OBJECT_STORE_BYTES, "dashboard_port": _free_port(_DASHBOARD_PORT)}
+        options = {"num_cpus": cpus(), "object_store_memory": _OBJECT_STORE_BYTES, "dashboard_port": _free_port(_DASHBOARD_PORT)}
     try:
-        with _dashboard_gives_way() as dashboards:
+        with kept_from_children(), _dashboard_gives_way() as dashboards:
             context = _start(chosen, options)
     except (ConnectionError, ValueError) as error:
         raise UserError(
