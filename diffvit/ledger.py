@@ -17,11 +17,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from glob import escape as glob_escape
@@ -237,6 +239,26 @@ def listed(folder: Path) -> list[Path]:
         return []
 
 
+def lock_file(descriptor: int, folder: Path) -> bool:
+    """Takes an open file's kernel lock; False where another process has it. Raises UserError where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(
+            f"the file system of {folder} has no locks that work ({error.strerror}), without which two processes could train one run.",
+            "keep --checkpoints on a local disk and give the shared place as --storage; or mount it with locks (Lustre: -o flock).",
+        ) from error
+    return True
+
+
+def check_lockable(folder: Path) -> None:
+    """Raises UserError where files in `folder` cannot be locked."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        lock_file(file.fileno(), folder)
+
+
 # What a disk or a file system says when it, and not the program, is at fault.
 _FAULTS_OF_DISKS = {
     errno.ENOSPC,
@@ -282,17 +304,57 @@ def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) ->
             else:
                 file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())
+            flush_to_disk(file.fileno())
+        with _unless_unsupported():
+            os.chmod(aside, 0o666 & ~_umask())
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    with _unless_unsupported():
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            flush_to_disk(folder)
+        finally:
+            os.close(folder)
+
+
+def write_exclusively(path: Path, content: bytes) -> bool:
+    """Write a small file that must not exist; False where it does. Of several who try at once, one succeeds."""
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_ASIDE}")
+    write_atomically(aside, content)
     try:
-        os.fsync(folder)
+        with _unless_unsupported():
+            os.link(aside, path)  # with its content in one step, and unlike a rename only where nothing is
+            return True
+        with open(path, "xb", buffering=0) as file:  # without hard links: a reader may see it empty for a moment
+            file.write(content)
+            flush_to_disk(file.fileno())
+        return True
+    except FileExistsError:
+        return False
     finally:
-        os.close(folder)
+        aside.unlink(missing_ok=True)
+
+
+def flush_to_disk(descriptor: int) -> None:
+    """os.fsync, where the file system has it."""
+    with _unless_unsupported():
+        os.fsync(descriptor)
+
+
+# What a call says that a file system (exFAT, SMB, FUSE) does not have.
+_UNSUPPORTED = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
+
+
+@contextlib.contextmanager
+def _unless_unsupported() -> Iterator[None]:
+    """Leaves out what the file system does not have; where the files' content is at stake, another call fails."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
 
 
 _ASIDE = ".aside"

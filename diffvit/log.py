@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from diffvit.errors import UserError
+from diffvit.ledger import flush_to_disk
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,7 +110,7 @@ class TrainingLog:
 
     def position(self) -> LogPosition:
         """What is written so far, all of it on disk when this returns."""
-        os.fsync(self._file.fileno())
+        flush_to_disk(self._file.fileno())
         return LogPosition(self._file.tell(), self._digest.hexdigest())
 
     def note(self, text: str) -> None:

@@ -11,7 +11,6 @@ the step itself.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -27,7 +26,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 
 from diffvit.errors import UserError
-from diffvit.ledger import sweep_asides, write_atomically
+from diffvit.ledger import lock_file, sweep_asides, write_atomically, write_exclusively
 
 # How many states are kept, here and in a remote storage.
 KEPT = 2
@@ -135,9 +134,7 @@ class StateFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock_file(handle, self.path):
                 yield False
                 return
             sweep_asides(self.path, "")
@@ -190,12 +187,7 @@ def folder_id(checkpoints: Path) -> str:
     """A name for this copy of the ledger that moves with it and that no other has: who holds its locks holds its leases."""
     path = Path(checkpoints) / ".state" / "folder"
     if not path.is_file():
-        name = uuid.uuid4().hex
-        aside = path.with_name(f".folder.{name}")
-        write_atomically(aside, name.encode())
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, path)  # unlike a rename, it does not replace another process's
-        aside.unlink()
+        write_exclusively(path, uuid.uuid4().hex.encode())
     name = path.read_bytes()[:100].decode(errors="replace")
     if not re.fullmatch("[0-9a-f]{32}", name):
         raise UserError(f"{path} is damaged.", "delete it: it holds a name for this folder, and nothing else.")

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import re
 import socket
 import tempfile
@@ -25,7 +24,7 @@ import fsspec
 
 from diffvit.checks import HEX, fault, parse_json, real, record, text, whole
 from diffvit.errors import StorageError, UserError, redacted
-from diffvit.ledger import MEND_LINK, RunFiles, broken_link, files_of_result, read_result, write_atomically
+from diffvit.ledger import MEND_LINK, RunFiles, broken_link, files_of_result, read_result, write_atomically, write_exclusively
 from diffvit.saving import is_on_hub
 
 MARKER = ".ok"
@@ -214,13 +213,7 @@ class Storage:
         with self._faults(missing_too=True):
             try:
                 if self._is_path:
-                    aside = Path(f"{path}.{uuid.uuid4().hex}")
-                    write_atomically(aside, content)
-                    try:
-                        os.link(aside, path)  # with its content in one step, and only where nothing is
-                    finally:
-                        aside.unlink()
-                    return True
+                    return write_exclusively(Path(path), content)
                 try:
                     with self._fs.open(path, "xb") as file:
                         file.write(content)

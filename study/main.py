@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffvit.errors import StorageError, UserError, redacted
-from diffvit.ledger import RunFiles, RunSpec, check_writable, overrides_text, read_evaluations
+from diffvit.ledger import RunFiles, RunSpec, check_lockable, check_writable, overrides_text, read_evaluations
 from diffvit.saving import DEFAULT_SAVING, Saving, is_on_hub
 from study.grid import GRIDS, Grid, find_grid
 from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, run_ids_of
@@ -546,6 +546,7 @@ def _local_precision(options: StudyOptions) -> str:
 def _check_folders(checkpoints: Path, specs: list[RunSpec]) -> None:
     for folder in {checkpoints, checkpoints / "figures", *(checkpoints / spec.model for spec in specs)}:
         check_writable(folder)
+    check_lockable(checkpoints)
 
 
 def warmup_warnings(specs: list[RunSpec]) -> list[str]:

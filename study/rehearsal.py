@@ -24,7 +24,7 @@ import torch
 
 from diffvit.errors import StorageError, UserError
 from diffvit.evaluation import evaluate_checkpoint
-from diffvit.ledger import RunFiles, RunSpec, check_writable, verify_run
+from diffvit.ledger import RunFiles, RunSpec, check_lockable, check_writable, verify_run
 from diffvit.saving import Every
 from diffvit.storage import fetch_run, open_storage
 from diffvit.train import Stopped, resolve_device, train
@@ -121,6 +121,7 @@ def _folders(settings: Settings) -> Iterator[Settings]:
     saving = dataclasses.replace(settings.saving, storage=url, every=Every(steps=1))
     try:
         check_writable(own)
+        check_lockable(own)
         if url:
             open_storage(url).check()
         yield dataclasses.replace(settings, checkpoints=str(own), saving=saving)
