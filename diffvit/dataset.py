@@ -157,7 +157,7 @@ def hub_name(name: str) -> str | None:
 
 def _data_root(given: str | Path | None) -> Path | None:
     root = given or os.environ.get("DIFFVIT_DATA")
-    return Path(root).expanduser().resolve() if root else None
+    return Path(os.path.expanduser(root)).resolve() if root else None
 
 
 @functools.lru_cache(maxsize=4)
@@ -220,7 +220,7 @@ def _channel_statistics(pixels: np.ndarray) -> tuple[list[float], list[float]]:
 def cache_folder() -> Path:
     """Where decoded images are kept: $DIFFVIT_CACHE, or diffvit in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("DIFFVIT_CACHE") or Path(base) / "diffvit").expanduser()
+    return Path(os.path.expanduser(os.environ.get("DIFFVIT_CACHE") or Path(base) / "diffvit"))
 
 
 def _cached_arrays(name: str, raw: _Raw) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -229,11 +229,7 @@ def _cached_arrays(name: str, raw: _Raw) -> tuple[dict[str, np.ndarray], dict[st
     if not os.path.lexists(folder):
         _fill_cache(name, raw, folder)
     try:
-        # "c" is copy-on-write: torch wants writable memory, and the file stays as it is.
-        arrays = {
-            key: np.load(folder / f"{key}.npy", mmap_mode="c")
-            for key in (f"{split}_{part}" for split in _SPLITS for part in ("pixels", "labels"))
-        }
+        arrays = {key: _mapped(folder / f"{key}.npy") for key in (f"{split}_{part}" for split in _SPLITS for part in ("pixels", "labels"))}
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         facts = {"fingerprint": str(facts["fingerprint"]), **{key: [float(value) for value in facts[key]] for key in ("mean", "std")}}
         for split in _SPLITS:
@@ -271,6 +267,16 @@ def _fill_cache(name: str, raw: _Raw, folder: Path) -> None:
             ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """An array, memory-mapped where the file system (some of FUSE's and 9p do not) can."""
+    try:
+        return np.load(path, mmap_mode="c")  # copy-on-write: torch wants writable memory, and the file stays as it is
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return np.load(path)
 
 
 # ---------------------------------------------------------------------------------------------------- the data sets
