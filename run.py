@@ -372,6 +372,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
     "--collect", is_flag=True, help="Bring what all boxes have finished from the storage or the hub, tabulate and draw it; train nothing."
 )
 @_place_options
+@click.option("--dashboard", type=bool, default=True, show_default=True, metavar="BOOL", help="Ray's dashboard, where Ray is started here.")
 @click.option(
     "--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Processes that train one run together."
 )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -21,8 +24,8 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 # Signals are ours: a study saves its states before it ends.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-# Ray's start waits for its dashboard, which is a dozen processes: it may come up while runs train.
-os.environ.setdefault("RAY_DASHBOARD_STARTUP_TIMEOUT_S", "0")
+# Ray's start waits so long for its dashboard; each of the dashboard's parts would otherwise be given up after half of it.
+os.environ.setdefault("RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT", "60")
 # Ray puts its workers far behind other processes (15), where the dashboard's could take most of the CPUs from them.
 os.environ.setdefault("RAY_worker_niceness", "5")
 
@@ -33,12 +36,21 @@ from diffvit.signals import kept_from_children
 # No object of a study is larger than a report of a few numbers.
 _OBJECT_STORE_BYTES = 200 * 1024**2
 
-_DASHBOARD_PORT = 8265
+# The longest name under Ray's folder of a socket that Ray cannot do without, and what a socket's path has room for.
+_SOCKET = "/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store"
+_SOCKET_BYTES = 107
+# What Ray's logs and a study's record take, with some to spare.
+_DISK_BYTES = 50 * 1024**2
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connected Ray cluster."""
+    """A connected Ray cluster.
+
+    Attributes:
+        dashboard: the address that Ray reports; None: there is none.
+        no_dashboard: why not, or why it cannot be seen from here.
+    """
 
     address: str
     own: bool
@@ -46,6 +58,7 @@ class Cluster:
     cpus: float
     gpus: float
     dashboard: str | None
+    no_dashboard: str = ""
     resources: dict[str, float] = field(default_factory=dict)
 
     def sentence(self) -> str:
@@ -53,18 +66,20 @@ class Cluster:
         kind = "started a local Ray" if self.own else f"joined the Ray cluster at {self.address}"
         nodes = f"{self.nodes} node{'s' if self.nodes != 1 else ''}"
         dashboard = f"dashboard http://{self.dashboard}" if self.dashboard else "no dashboard"
-        return f"{kind}: {nodes}, {self.gpus:g} GPUs, {self.cpus:g} CPUs; {dashboard}"
+        why = f" ({self.no_dashboard})" if self.no_dashboard else ""
+        return f"{kind}: {nodes}, {self.gpus:g} GPUs, {self.cpus:g} CPUs; {dashboard}{why}"
 
 
 @contextlib.contextmanager
-def connect(address: str | None = None) -> Iterator[Cluster]:
+def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Cluster]:
     """A connection to Ray, ended with the block; a cluster of our own is ended too.
 
     Args:
         address: as find_address takes it.
+        dashboard: whether a cluster of our own gets one, and with it the file that tells Prometheus where metrics are.
 
     Raises:
-        UserError: there is no cluster at the address, or it wants another token.
+        UserError: there is no cluster at the address, or it wants another token, or Ray has no place for a cluster of our own.
     """
     import ray  # two seconds that a study with nothing to train does not need
 
@@ -75,15 +90,20 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
             "run the study on the cluster, with host:port of its head.",
         )
     own = chosen == "local"
-    if not own and not _answers(chosen):
-        raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
-    _check_token(chosen)
-    options: dict[str, Any] = {}
     if own:
-        options = {"num_cpus": cpus(), "object_store_memory": _OBJECT_STORE_BYTES, "dashboard_port": _free_port(_DASHBOARD_PORT)}
+        _check_ray_folder()
+        _have_token()
+    elif not _answers(chosen):
+        raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
+    else:
+        _check_token(chosen, found=_given(address) is None)
+    # None: a dashboard, which Ray does without if it does not come up.
+    options: dict[str, Any] = {
+        "num_cpus": cpus(), "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": None if dashboard else False,
+    }  # fmt: skip
     try:
-        with kept_from_children(), _dashboard_gives_way() as dashboards:
-            context = _start(chosen, options)
+        with kept_from_children():
+            context = _start(chosen, options if own else {})
     except (ConnectionError, ValueError) as error:
         raise UserError(
             f"the Ray cluster at {chosen} cannot be joined: {str(error).splitlines()[0]}.", "check `ray status`, or use --address local."
@@ -91,64 +111,45 @@ def connect(address: str | None = None) -> Iterator[Cluster]:
     try:
         resources = ray.cluster_resources()
         nodes = sum(node["Alive"] for node in ray.nodes())
+        why = _no_dashboard(context, own, dashboard)
         yield Cluster(
             str(context.address_info["address"]), own, nodes,
-            resources.get("CPU", 0), resources.get("GPU", 0),
-            f"127.0.0.1:{options['dashboard_port']}" if dashboards else context.dashboard_url or None, resources,
+            resources.get("CPU", 0), resources.get("GPU", 0), context.dashboard_url or None, why, resources,
         )  # fmt: skip
     finally:
         ray.shutdown()
-        for dashboard in dashboards:  # Ray has not waited for it, and does not end it
-            _end(dashboard)
 
 
-def _free_port(first: int) -> int:
-    """The first port from `first` on that nobody listens on."""
-    for port in range(first, first + 100):
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", port))
-            return port
-    return 0
+def _no_dashboard(context: Any, own: bool, wanted: bool) -> str:
+    """Why there is no dashboard, or none that answers here; "" where it does, or the cluster was started without."""
+    if context.dashboard_url:
+        host, _, port = context.dashboard_url.rpartition(":")
+        return "" if _listens((host.strip("[]"), int(port))) else "on the cluster's head; it does not answer here"
+    if not own:
+        return ""
+    return f"it did not come up, see {context.address_info['session_dir']}/logs/dashboard.log" if wanted else "--dashboard false"
 
 
-@contextlib.contextmanager
-def _dashboard_gives_way() -> Iterator[list[Any]]:
-    """While the block starts a Ray, its dashboard's processes are put behind all others, as soon as there are any. Collects them."""
-    import psutil
+def _check_ray_folder() -> None:
+    """Finds out whether a Ray of our own can keep its sessions and sockets in its folder. Raises UserError."""
+    from ray._common.utils import get_default_ray_temp_dir
 
-    found: dict[int, Any] = {}
-    over = threading.Event()
-
-    def look() -> None:
-        while not over.wait(0.05):
-            for child in psutil.Process().children():
-                with contextlib.suppress(psutil.Error):
-                    if child.pid not in found and any(part.endswith("dashboard.py") for part in child.cmdline()):
-                        child.nice(19)
-                        found[child.pid] = child
-
-    thread = threading.Thread(target=look, name="dashboard-gives-way", daemon=True)
-    dashboards: list[Any] = []
-    thread.start()
+    folder = Path(get_default_ray_temp_dir()).absolute()
+    fault, room = "", _SOCKET_BYTES - len(_SOCKET)
     try:
-        yield dashboards
-    finally:
-        over.set()
-        thread.join()
-        dashboards += found.values()
-
-
-def _end(process: Any) -> None:
-    """Ends a process and its children, which have nothing to lose."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error):
-        family = [*process.children(recursive=True), process]
-        for each in family:
-            with contextlib.suppress(psutil.Error):
-                each.kill()
-        psutil.wait_procs(family, timeout=5)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder):
+            free = shutil.disk_usage(folder).free
+        if free < _DISK_BYTES:
+            fault = f"has {free / 1024**2:.0f} MB left"
+    except OSError as error:
+        fault = f"cannot be written: {error.strerror}"
+    if len(os.fsencode(folder)) > room:
+        fault = f"has a path of {len(os.fsencode(folder))} bytes, and Ray's sockets in it leave room for {room}"
+    if fault:
+        raise UserError(
+            f"Ray's temporary folder {folder} {fault}.", "set RAY_TMPDIR to a short path of a folder that is yours, such as /tmp/me."
+        )
 
 
 def _start(address: str, options: dict[str, Any]) -> Any:
@@ -159,7 +160,6 @@ def _start(address: str, options: dict[str, Any]) -> Any:
     while True:
         tries -= 1
         try:
-            # What Ray logs as an error here is that its dashboard is not there yet.
             return ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", **options)
         except (ConnectionError, ValueError):
             raise
@@ -182,8 +182,13 @@ def find_address(address: str | None = None) -> str:
 
     What is given comes first, then $RAY_ADDRESS, then a cluster that `ray start` or `ray up` left on this host.
     """
+    return _given(address) or _cluster_on_this_host() or "local"
+
+
+def _given(address: str | None) -> str | None:
+    """The address that the user names; None: one is to be found."""
     given = address or os.environ.get("RAY_ADDRESS")
-    return given if given and given != "auto" else _cluster_on_this_host() or "local"
+    return given if given and given != "auto" else None
 
 
 def _cluster_on_this_host() -> str | None:
@@ -194,16 +199,24 @@ def _cluster_on_this_host() -> str | None:
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # where Ray keeps its sessions
     try:
         address = (Path(folder) / "ray" / "ray_current_cluster").read_text().strip()
-    except OSError:
+    except (OSError, ValueError):
         return None
     return address if address and _answers(address) else None
+
+
+def _channel(address: str) -> Any:
+    """A gRPC channel to a cluster's head that goes the way of Ray's own: past proxies."""
+    import grpc
+    from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
+
+    return grpc.insecure_channel(address, options=GLOBAL_GRPC_OPTIONS)
 
 
 def _answers(address: str) -> bool:
     """Whether a gRPC server, which a cluster's head is, and not just any program answers at host:port."""
     import grpc
 
-    with grpc.insecure_channel(address) as channel:
+    with _channel(address) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=3)
         except grpc.FutureTimeoutError:
@@ -211,34 +224,75 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _check_token(address: str) -> None:
+def _have_token() -> None:
+    """Makes the token of a Ray of our own where Ray would, by default from 2.59; without a home folder it is kept in the environment.
+
+    Raises:
+        UserError: there is no token where the user says that there is one.
+    """
+    from ray._private.authentication import authentication_token_setup as setup
+    from ray.exceptions import AuthenticationError
+
+    default = "token" if hasattr(setup, "enable_token_auth_by_default") else "disabled"
+    if os.environ.get("RAY_AUTH_MODE", default).lower() != "token":
+        return
+    loader = setup.AuthenticationTokenLoader.instance()
+    try:
+        if not loader.has_token(ignore_auth_mode=True):
+            setup.generate_and_save_token()
+    except AuthenticationError as error:
+        raise _no_token(error) from error
+    except (OSError, RuntimeError):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    loader.reset_cache()
+
+
+def _check_token(address: str, found: bool) -> None:
     """Asks the cluster's head with the token that Ray will send. Ray by itself tries for 20 s, and then says that it cannot connect.
+
+    Args:
+        found: the cluster is this host's, and nobody named it. As Ray does then, the user's token is tried even without RAY_AUTH_MODE.
 
     Raises:
         UserError: there is no token where one is wanted, or it is not the cluster's.
     """
-    import grpc
-    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
-    from ray._private.authentication.grpc_authentication_client_interceptor import SyncAuthenticationMetadataClientInterceptor
+    from ray._private.authentication import authentication_token_setup as setup
     from ray.exceptions import AuthenticationError
 
-    own = address == "local"
-    has_one = os.environ.get("RAY_AUTH_MODE") == "token"
     try:
-        ensure_token_if_auth_enabled(create_token_if_missing=own)
-        if own:
+        setup.ensure_token_if_auth_enabled(create_token_if_missing=False)
+        if _is_taken(address):
             return
-        with grpc.insecure_channel(address) as channel:
-            asking = grpc.intercept_channel(channel, SyncAuthenticationMetadataClientInterceptor())
-            asking.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=10)
-        return
+        if found and hasattr(setup, "maybe_enable_token_auth_if_token_available"):  # from Ray 2.59
+            setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            if _is_taken(address):
+                return
     except AuthenticationError as error:
-        reason = f"RAY_AUTH_MODE is token, and there is none: {error.message}."
-    except grpc.RpcError as error:
-        if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
-            return  # not a matter of tokens: Ray will say what is wrong
-        reason = f"the Ray cluster at {address} wants " + ("another token than this one." if has_one else "a token, and none was given.")
-    raise UserError(reason, "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that has the cluster's token.")
+        raise _no_token(error) from error
+    has_one = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+    wanted = "another token than this one" if has_one else "a token, and none was given"
+    raise UserError(f"the Ray cluster at {address} wants {wanted}.", _TOKEN_HINT)
+
+
+_TOKEN_HINT = "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file that has the cluster's token."
+
+
+def _no_token(error: Exception) -> UserError:
+    return UserError(f"RAY_AUTH_MODE is token, and there is none: {getattr(error, 'message', error)}.", _TOKEN_HINT)
+
+
+def _is_taken(address: str) -> bool:
+    """Whether the cluster's head does not refuse the token that Ray sends now. What else is wrong, Ray will say."""
+    import grpc
+    from ray._private.authentication.grpc_authentication_client_interceptor import SyncAuthenticationMetadataClientInterceptor
+
+    with _channel(address) as channel:
+        asking = grpc.intercept_channel(channel, SyncAuthenticationMetadataClientInterceptor())
+        try:
+            asking.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=10)
+        except grpc.RpcError as error:
+            return error.code() is not grpc.StatusCode.UNAUTHENTICATED
+    return True
 
 
 def gpu_precision() -> str:

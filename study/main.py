@@ -41,6 +41,7 @@ class StudyOptions:
     epochs: int | None = None
     data_root: str | None = None
     address: str | None = None
+    dashboard: bool = True
     gpus_per_run: float | None = None
     cpus_per_run: int = 1
     workers: int = 1
@@ -521,7 +522,7 @@ def _may_join(options: StudyOptions) -> bool:
 def _connect(stack: contextlib.ExitStack, options: StudyOptions) -> Cluster:
     from study.cluster import connect
 
-    cluster = stack.enter_context(connect(options.address))
+    cluster = stack.enter_context(connect(options.address, options.dashboard))
     _say(cluster.sentence())
     return cluster
 
