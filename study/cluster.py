@@ -36,8 +36,8 @@ from diffvit.signals import kept_from_children
 # No object of a study is larger than a report of a few numbers.
 _OBJECT_STORE_BYTES = 200 * 1024**2
 
-# The longest name under Ray's folder of a socket that Ray cannot do without, and what a socket's path has room for.
-_SOCKET = "/session_2026-01-31_23-59-59_123456_1234567/sockets/plasma_store"
+# Where sockets lie in Ray's folder, and what a socket's path has room for.
+_SOCKETS = "/session_2026-01-31_23-59-59_123456_1234567/sockets/"
 _SOCKET_BYTES = 107
 # What Ray's logs and a study's record take, with some to spare.
 _DISK_BYTES = 50 * 1024**2
@@ -90,8 +90,9 @@ def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Clus
             "run the study on the cluster, with host:port of its head.",
         )
     own = chosen == "local"
+    without = "" if dashboard else "--dashboard false"
     if own:
-        _check_ray_folder()
+        without = without or _no_room_for_dashboard(_check_ray_folder())
         _have_token()
     elif not _answers(chosen):
         raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
@@ -99,7 +100,7 @@ def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Clus
         _check_token(chosen, found=_given(address) is None)
     # None: a dashboard, which Ray does without if it does not come up.
     options: dict[str, Any] = {
-        "num_cpus": cpus(), "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": None if dashboard else False,
+        "num_cpus": cpus(), "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False if without else None,
     }  # fmt: skip
     try:
         with kept_from_children():
@@ -111,7 +112,7 @@ def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Clus
     try:
         resources = ray.cluster_resources()
         nodes = sum(node["Alive"] for node in ray.nodes())
-        why = _no_dashboard(context, own, dashboard)
+        why = _no_dashboard(context, without) if own or context.dashboard_url else ""
         yield Cluster(
             str(context.address_info["address"]), own, nodes,
             resources.get("CPU", 0), resources.get("GPU", 0), context.dashboard_url or None, why, resources,
@@ -120,22 +121,27 @@ def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Clus
         ray.shutdown()
 
 
-def _no_dashboard(context: Any, own: bool, wanted: bool) -> str:
-    """Why there is no dashboard, or none that answers here; "" where it does, or the cluster was started without."""
+def _no_dashboard(context: Any, without: str) -> str:
+    """Why there is no dashboard, or none that answers here; "" where it does."""
     if context.dashboard_url:
         host, _, port = context.dashboard_url.rpartition(":")
         return "" if _listens((host.strip("[]"), int(port))) else "on the cluster's head; it does not answer here"
-    if not own:
-        return ""
-    return f"it did not come up, see {context.address_info['session_dir']}/logs/dashboard.log" if wanted else "--dashboard false"
+    return without or f"it did not come up, see {context.address_info['session_dir']}/logs/dashboard.log"
 
 
-def _check_ray_folder() -> None:
-    """Finds out whether a Ray of our own can keep its sessions and sockets in its folder. Raises UserError."""
+def _no_room_for_dashboard(folder: Path) -> str:
+    """Which setting makes the paths of the dashboard's sockets too long; "" where none does."""
+    paths = {"RAY_TMPDIR": f"{folder}{_SOCKETS}dash_MetricsHead", "TMPDIR": f"{tempfile.gettempdir()}/pymp-12345678/listener-12345678"}
+    too_long = (name for name, path in paths.items() if len(os.fsencode(path)) > _SOCKET_BYTES)
+    return next((f"{name} is too long a path for its sockets" for name in too_long), "")
+
+
+def _check_ray_folder() -> Path:
+    """The folder of a Ray of our own, in which it can keep its sessions and sockets. Raises UserError."""
     from ray._common.utils import get_default_ray_temp_dir
 
     folder = Path(get_default_ray_temp_dir()).absolute()
-    fault, room = "", _SOCKET_BYTES - len(_SOCKET)
+    fault, room = "", _SOCKET_BYTES - len(f"{_SOCKETS}plasma_store")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder):
@@ -150,6 +156,7 @@ def _check_ray_folder() -> None:
         raise UserError(
             f"Ray's temporary folder {folder} {fault}.", "set RAY_TMPDIR to a short path of a folder that is yours, such as /tmp/me."
         )
+    return folder
 
 
 def _start(address: str, options: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import socket
+import subprocess
 import tempfile
 from collections import namedtuple
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from faults.nodes import Nodes
-from faults.processes import ending, finish, run_py, study, trainers, wait_until
+from faults.processes import ending, family, finish, run_py, study, trainers, wait_until
 
 from diffvit.errors import UserError
 from study.cluster import Cluster, connect, find_address
@@ -127,17 +129,26 @@ def sessions() -> Iterator[Path]:
         yield Path(folder)
 
 
+def _listening(process: subprocess.Popen) -> set[int]:
+    """The ports that a study's processes listen on."""
+    ports = set()
+    for each in family(process):
+        with contextlib.suppress(psutil.Error):
+            ports |= {found.laddr.port for found in each.connections("tcp") if found.status == psutil.CONN_LISTEN}
+    return ports
+
+
 @pytest.mark.slow
 def test_the_dashboard_answers_at_the_printed_address_while_runs_train_on_all_cores(tmp_path: Path, sessions: Path) -> None:
     with socket.socket() as taken:
-        with contextlib.suppress(OSError):  # another study may have it
+        with contextlib.suppress(OSError):  # then another study has it
             taken.bind(("127.0.0.1", 8265))
             taken.listen()
         process = study(tmp_path, grid="datasets: [digits]\noverrides: {epochs: 400}\n", RAY_TMPDIR=str(sessions))
         with ending(process):
             assert process.stderr
             printed = re.search(r"dashboard http://127\.0\.0\.1:(\d+)$", process.stderr.readline().strip())
-            assert printed and printed[1] != "8265"
+            assert printed and int(printed[1]) in _listening(process)
             wait_until(lambda: len(trainers(process)) == (os.cpu_count() or 1), process)
             connection = http.client.HTTPConnection("127.0.0.1", int(printed[1]), timeout=60)
             connection.request("GET", "/")
@@ -145,9 +156,15 @@ def test_the_dashboard_answers_at_the_printed_address_while_runs_train_on_all_co
 
 
 @pytest.mark.slow
-def test_a_study_without_dashboard_says_so(tmp_path: Path, sessions: Path) -> None:
-    said = finish(study(tmp_path, "--dashboard", "false", grid=GRID, RAY_TMPDIR=str(sessions)))
-    assert "; no dashboard (--dashboard false)\n" in said
+@pytest.mark.parametrize(
+    "why", ["--dashboard false", "RAY_TMPDIR is too long a path for its sockets", "TMPDIR is too long a path for its sockets"]
+)
+def test_a_study_without_dashboard_says_why(tmp_path: Path, sessions: Path, why: str) -> None:
+    name, options = why.split()[0], ["--dashboard", "false"] if why.startswith("--") else []
+    folder = {"TMPDIR": tmp_path / ("x" * 80), "RAY_TMPDIR": sessions / ("x" * (38 - len(str(sessions))))}.get(name, sessions)
+    folder.mkdir(exist_ok=True)
+    said = finish(study(tmp_path, *options, grid=GRID, **{"RAY_TMPDIR": str(sessions), name: str(folder)}))
+    assert f"; no dashboard ({why})\n" in said
 
 
 @pytest.mark.slow
