@@ -14,7 +14,7 @@ _SECRETS = [
     for pattern in (
         r"(?<=://)(?!git@)(?:[^\s/:@]*:\S*|[^\s/]*)(?=@)",
         r"(?<![\w/:.+%-])[\w.+%-]+:[^\s/:@'\"]+(?=@[\w.-])",
-        r"(?<![A-Za-z0-9])hf_(?!(?:cache|home|hub\w*|transfer|xet|data\w*|models?|dir|path|endpoint)\b)\w+",
+        r"(?<![A-Za-z0-9])hf_(?!(?:tokens?|repo\w*|cache|home|hub\w*|transfer|xet|data\w*|models?|dir|path|endpoint)\b)\w+",
         r"(?<![A-Za-z0-9])(?:(?:api_org_|gh[pousr]_|github_pat_|sk-)\w{10,}|(?:AKIA|ASIA)[A-Z0-9]{8,}|AIza[\w-]{20,})",
         r"(?i)(?<=bearer )[^\s'\"]+",
         r"(?i)(?<=[?&;])(?P<name>(?:sig|key|pwd)=)[^\s&;,'\"]+",
