@@ -124,7 +124,7 @@ def test_a_failed_save_keeps_the_state_before(tmp_path: Path, monkeypatch: pytes
 
 
 def _start(folder: Path, *arguments: str) -> subprocess.Popen:
-    overrides = [f"--{name}={value}" for name, value in SPEC.overrides.items() if name != "dropout"]
+    overrides = [f"--{name}={value}" for name, value in SPEC.overrides.items() if name != "dropout" and f"--{name}" not in arguments]
     cell = ["--model", SPEC.model, "--size", SPEC.size, "--dataset", SPEC.dataset, "--device", "cpu"]
     return run_py(folder, "train", *cell, *overrides, "--save_every", "0.2", *arguments)
 
