@@ -21,7 +21,9 @@ from diffvit.ledger import (
     RunFiles,
     add_evaluation,
     files_of_weights,
+    listed,
     load_weights,
+    model_folders,
     overrides_text,
     read_evaluations,
     read_header,
@@ -146,7 +148,8 @@ def find_checkpoint(
         UserError: there is none, or there are several that this does not tell apart.
     """
     name = f"model_{escape(run_id or '') or '*'}_{size or '*'}_{dataset or '*'}.safetensors"
-    there = [_Candidate(path, read_header(path)) for path in sorted(Path(checkpoints).glob(f"{model or '*'}/{name}"))]
+    folders = [folder for folder in model_folders(checkpoints) if model in (None, folder.name)]
+    there = [_Candidate(path, read_header(path)) for folder in folders for path in listed(folder) if path.match(name)]
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     found = [
         each for each in there
@@ -161,8 +164,8 @@ def find_checkpoint(
     if len({overrides_text(each.overrides) for each in best}) == 1:
         best = [each for each in best if each.facts["seed"] == 0] or best
     if len(best) > 1:
-        listed = "\n  ".join(map(str, best))
-        raise UserError(f"{len(best)} runs of {which} match.", f"choose one by its seed, its overrides or its --run_id:\n  {listed}")
+        candidates = "\n  ".join(map(str, best))
+        raise UserError(f"{len(best)} runs of {which} match.", f"choose one by its seed, its overrides or its --run_id:\n  {candidates}")
     if len(found) > 1:
         on_choice(f"of {len(found)} runs that match, {best[0]}")
     return best[0].path

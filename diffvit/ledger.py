@@ -600,8 +600,12 @@ def add_evaluation(files: RunFiles, kind: str, findings: Mapping[str, Any]) -> N
 
 def result_paths(checkpoints: Path) -> list[Path]:
     """The result files under a checkpoints folder, in order of path. Raises UserError for a folder that cannot be read."""
-    models = [folder for folder in listed(Path(checkpoints)) if re.fullmatch(NAME, folder.name)]  # not lost+found
-    return [path for folder in models for path in listed(folder) if path.match("model_*_result.json")]
+    return [path for folder in model_folders(checkpoints) for path in listed(folder) if path.match("model_*_result.json")]
+
+
+def model_folders(checkpoints: Path) -> list[Path]:
+    """What may hold an architecture's runs in a checkpoints folder: no lost+found. Raises UserError for a folder that cannot be read."""
+    return [folder for folder in listed(Path(checkpoints)) if re.fullmatch(NAME, folder.name)]
 
 
 def read_results(checkpoints: Path) -> list[dict[str, Any]]:

@@ -172,6 +172,13 @@ def test_a_run_id_may_stand_alone_and_must_agree_with_what_else_is_said(ledger) 
         assert refused.code == 2 and "there is no checkpoint" in refused.err and f"{other[1]}" in refused.err
 
 
+def test_a_model_folder_on_a_disk_that_is_not_there_is_named(ledger) -> None:
+    shutil.move(CHECKPOINTS / "vit_classic", "elsewhere")
+    (CHECKPOINTS / "vit_classic").symlink_to("../not_mounted")
+    found = ledger("evaluate", *CELL)
+    assert found.code == 2 and "vit_classic is a link to ../not_mounted, which is not there" in found.err
+
+
 def test_runs_that_nothing_tells_apart_are_shown_with_what_does(ledger) -> None:
     for result in read_results(CHECKPOINTS):
         if not result["overrides"]:

@@ -119,7 +119,7 @@ def test_a_wrong_token_is_found_out_before_training(account: HubServer, cli, mon
 
 
 def test_which_of_several_runs_is_loaded(account: HubServer, cli) -> None:
-    for more in (("--seed", "1"), (), ("--epochs", "2")):
+    for more in (("--seed", "1"), (), ("--max_steps", "30")):
         assert cli(*TRAIN, *more, "--upload", "true").code == 0
     names = {"model": "vit_differential", "size": "0.1M", "dataset": "digits"}
     seeds = {
