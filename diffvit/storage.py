@@ -7,6 +7,7 @@ length and SHA-256: an object without a marker that fits it is not there. A leas
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -144,8 +145,14 @@ class Storage:
 
     def _beginning(self, name: str, length: int) -> bytes:
         """At most so many bytes of an object."""
-        with self._fs.open(self._path(name), "rb") as file:
-            return file.read(length)
+        for tries_left in (2, 1, 0):
+            try:
+                with self._fs.open(self._path(name), "rb") as file:
+                    return file.read(length)
+            except OSError as error:  # s3fs: it was overwritten, as leases are, since it was opened
+                if error.errno != errno.EBUSY or not tries_left:
+                    raise
+        raise AssertionError
 
     def has(self, name: str) -> bool:
         """Whether an object and its marker are there."""

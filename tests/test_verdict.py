@@ -173,7 +173,7 @@ def test_conditions_are_told_apart_and_the_plain_one_is_the_base() -> None:
     assert [(part.name, part.base) for part in parts] == [
         ("CIFAR-100", True), ("CIFAR-100 (label_noise=0.2)", False), ("CIFAR-100 (input_noise=0.1, label_noise=0.4)", False)]  # fmt: skip
     epochs = subjects(study_table(overrides="epochs=5"))
-    assert epochs[0].base and epochs[0].name == "CIFAR-100"  # all runs share it
+    assert epochs[0].base and epochs[0].name == "CIFAR-100 (epochs=5)"  # a trial says that it is one, though all runs share it
 
 
 def test_diverged_runs_are_named_and_their_partners_left_out() -> None:

@@ -51,7 +51,8 @@ def test_another_machine_takes_over_from_one_that_vanished_with_its_disk(tmp_pat
         busy = run_py(second, *TRAIN, *options)
         with ending(busy):
             _, errors = busy.communicate(timeout=60)
-        assert busy.returncode == 2 and "another machine trains the run" in errors and "may be taken over at" in errors
+        assert busy.returncode == 2, errors
+        assert "another machine trains the run" in errors and "may be taken over at" in errors
     shutil.rmtree(first)
     time.sleep(7)  # the lease runs out
     finish(run_py(second, *TRAIN, *options))
