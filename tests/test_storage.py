@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -182,3 +184,22 @@ def test_the_storage_is_checked_before_data_are_loaded(cli, monkeypatch: pytest.
     monkeypatch.setattr("study.main._connect", lambda *_: pytest.fail("Ray is started"))
     outcome = cli("study", "--storage", "/dev/null/there", *(["--rehearse"] if rehearse else []))
     assert outcome.code != 0 and "/dev/null/there" in outcome.err, outcome.err
+
+
+def test_what_is_overwritten_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As s3fs says it of a lease that is renewed between the opening and the reading."""
+    storage = Storage(str(tmp_path / "storage"))
+    storage.check()
+    storage.overwrite("lease/000001", b"renewed")
+    opened, faults = storage._fs.open, [errno.EBUSY, errno.EBUSY]
+
+    def busy(*arguments: Any) -> Any:
+        if faults:
+            raise OSError(faults.pop(), "the file no longer exists")
+        return opened(*arguments)
+
+    monkeypatch.setattr(storage._fs, "open", busy)
+    assert storage.entries("lease") == {"000001": b"renewed"} and not faults
+    faults += [errno.EBUSY] * 3
+    with pytest.raises(StorageError, match="no longer exists"):
+        storage.entries("lease")

@@ -16,7 +16,7 @@ GRID = "datasets: [digits]\nsizes: [small]\nseeds: 2\noverrides: {epochs: 15}\n"
 
 @pytest.fixture
 def nodes() -> Iterator[Nodes]:
-    cluster = Nodes(port=6411)
+    cluster = Nodes(port=6411, RAY_AUTH_MODE="disabled")
     yield cluster
     cluster.end()
 
