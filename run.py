@@ -532,8 +532,8 @@ def list_runs(grid: str | None, dataset: str | None, seeds: int | None, epochs: 
     of_a_grid = {"seeds": seeds, "epochs": epochs}
     if wrong := [name for name, value in of_a_grid.items() if value is not None and not grid]:
         raise UserError(f"--{wrong[0]} is given without --grid.", "it says which runs of a grid to look for.")
-    if verify and grid:
-        raise UserError("--verify and --grid exclude each other.", "--verify reads all runs that there are.")
+    if verify and (grid or dataset):
+        raise UserError(f"--verify and --{'grid' if grid else 'dataset'} exclude each other.", "--verify reads all runs that there are.")
     from study.main import ledger_rows, ledger_text, verify_ledger
 
     if verify:

@@ -328,6 +328,12 @@ def _bach(data_root: Path | None) -> _Raw:
     part = _load_hub("1aurent/BACH", data_root, columns={"image", "label"}, splits=("train",))["train"]
     stored, names = _labels(part, "label")
     assert names
+    used = {names[label] for label in stored}
+    if (missing := set(_BACH_CLASSES) - used) and (unknown := used - set(_BACH_CLASSES)):
+        raise UserError(
+            f"no image of 1aurent/BACH is {' or '.join(sorted(missing))}, and some are {' or '.join(sorted(unknown))}.",
+            f"the classes must be named {', '.join(_BACH_CLASSES)}.",
+        )
     known = np.asarray([names[label] in _BACH_CLASSES for label in stored], dtype=bool)
     part_rows = np.flatnonzero(known)
     labels = np.asarray([_BACH_CLASSES.index(names[label]) for label in stored[part_rows]], dtype=np.int64)

@@ -7,14 +7,15 @@ import re
 import reprlib
 from collections.abc import Iterable
 
-# What looks like a secret: the userinfo of an address, with a scheme or without (git's own is none); a token of the hub (no folder or
-# package has such a name) or of another service; what is given under the name of one.
+# What looks like a secret: the userinfo of an address, with a scheme or without (git's own is none); a token of the hub (in a path
+# only a long one: folders may be called hf_…) or of another service; what is given under the name of one.
 _SECRETS = [
     re.compile(pattern)
     for pattern in (
         r"(?<=://)(?!git@)(?:[^\s/:@]*:\S*|[^\s/]*)(?=@)",
         r"(?<![\w/:.+%-])[\w.+%-]+:[^\s/:@'\"]+(?=@[\w.-])",
-        r"(?<![A-Za-z0-9])hf_(?!(?:tokens?|repo\w*|cache|home|hub\w*|transfer|xet|data\w*|models?|dir|path|endpoint)\b)\w+",
+        r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}",
+        r"(?<![A-Za-z0-9/])hf_(?!(?:tokens?|repo\w*|cache|home|hub\w*|transfer|xet|data\w*|models?|dir|path|endpoint)\b)\w+",
         r"(?<![A-Za-z0-9])(?:(?:api_org_|gh[pousr]_|github_pat_|sk-)\w{10,}|(?:AKIA|ASIA)[A-Z0-9]{8,}|AIza[\w-]{20,})",
         r"(?i)(?<=bearer )[^\s'\"]+",
         r"(?i)(?<=[?&;])(?P<name>(?:sig|key|pwd)=)[^\s&;,'\"]+",

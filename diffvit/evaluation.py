@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +130,9 @@ class _Candidate(NamedTuple):
     def __str__(self) -> str:
         files = files_of_weights(self.path)
         overrides = overrides_text(self.overrides) or "no overrides"
-        result = read_result(files.result)
+        result = None
+        with contextlib.suppress(UserError):  # `list --verify` says what is damaged
+            result = read_result(files.result)
         ended = f"ended {result['finished']}" if result else "without a result"
         return f"{files.run_id}: seed {self.facts['seed']}, {overrides}, {self.facts['precision']}, {ended}"
 
@@ -149,7 +152,13 @@ def find_checkpoint(
     """
     name = f"model_{escape(run_id or '') or '*'}_{size or '*'}_{dataset or '*'}.safetensors"
     folders = [folder for folder in model_folders(checkpoints) if model in (None, folder.name)]
-    there = [_Candidate(path, read_header(path)) for folder in folders for path in listed(folder) if path.match(name)]
+    paths = [path for folder in folders for path in listed(folder) if path.match(name)]
+    there, damaged = [], []
+    for path in paths:
+        try:
+            there.append(_Candidate(path, read_header(path)))
+        except UserError as error:  # another one may be meant
+            damaged.append(error)
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
     found = [
         each for each in there
@@ -157,6 +166,8 @@ def find_checkpoint(
     ]  # fmt: skip
     asked = {"run_id": run_id, "seed": seed, **given}
     which = " ".join([*filter(None, (model, size, dataset)), *(f"{key} {value}" for key, value in asked.items() if value is not None)])
+    if damaged and not found:
+        raise damaged[0]
     if not found:
         hint = "`run.py list` shows the runs there are." if not there else "\n  ".join(["there are:", *map(str, there)])
         raise UserError(f"there is no checkpoint of {which} in {checkpoints}.", hint)

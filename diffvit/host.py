@@ -92,11 +92,12 @@ def lend_home() -> str | None:
     home = os.path.expanduser("~")  # as it is where there is none
     is_folder = os.path.isabs(home) and os.access(home, os.R_OK | os.X_OK)
     if is_folder and os.access(home, os.W_OK | os.X_OK):
+        os.environ.setdefault("HOME", home)  # Ray's servers look there only
         return None
     try:
         lent = _own_temporary_folder()
         for name in os.listdir(home) if is_folder and os.path.realpath(home) != "/" else []:
-            if name not in (".cache", ".triton"):
+            if name not in (".cache", ".triton") or os.access(os.path.join(home, name), os.W_OK):
                 with contextlib.suppress(FileExistsError):
                     os.symlink(os.path.join(home, name), os.path.join(lent, name))
     except OSError:  # nothing at all can be written
@@ -125,12 +126,13 @@ class _Output(io.FileIO):
     def __init__(self, descriptor: int, may_fail: bool):
         super().__init__(descriptor, "w", closefd=False)
         self._may_fail = may_fail
+        self._gone = (errno.EPIPE, errno.EIO) if os.isatty(descriptor) else (errno.EPIPE,)  # of a disk, EIO is a fault
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
-            if self._may_fail or error.errno in (errno.EPIPE, errno.EIO):
+            if self._may_fail or error.errno in self._gone:
                 return len(data)
             self._may_fail = True  # it is said once, and not again when Python ends
             raise

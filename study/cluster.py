@@ -22,8 +22,6 @@ from typing import Any
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-# Ray looks for the home folder when it is imported, and its servers in HOME only; a user without an entry in the user database has none.
-os.environ.setdefault("HOME", os.path.expanduser("~").replace("~", "/"))
 # Signals are ours: a study saves its states before it ends.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
 # Ray's start waits so long for its dashboard; each of the dashboard's parts would otherwise be given up after half of it.

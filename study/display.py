@@ -225,19 +225,23 @@ class StudyDisplay(Callback):
         running = [row for row in self._rows.values() if row.state in _RUNNING]
         waiting = sorted((row for row in self._rows.values() if row.state == "waiting"), key=lambda row: row.left, reverse=True)
         self._slots = max(self._slots, len(running))  # a slot may be free for a moment
-        if not any(row.seen()[1] for row in self._rows.values()):
+        seen: dict[Any, tuple[float, float]] = {}
+        for row in self._rows.values():
+            work, seconds = row.seen()
+            for alike in _alike(row) if seconds else ():
+                before = seen.get(alike, (0.0, 0.0))
+                seen[alike] = before[0] + work, before[1] + seconds
+        if not seen:
             return None
-        return makespan([row.left * self._pace(row) for row in (*running, *waiting)], self._slots)
+        pace = {alike: seconds / work for alike, (work, seconds) in seen.items()}
+        left = [row.left * next(pace[alike] for alike in _alike(row) if alike in pace) for row in (*running, *waiting)]
+        return makespan(left, self._slots)
 
-    def _pace(self, row: _Row) -> float:
-        """Seconds a FLOP, from what is most like the run of what was seen: itself, its cell, its architecture, anything."""
-        spec = row.run.spec
-        for alike in ({"title": spec.title}, {"model": spec.model, "size": spec.size, "dataset": spec.dataset}, {"model": spec.model}, {}):
-            rows = (other for other in self._rows.values() if all(getattr(other.run.spec, key) == value for key, value in alike.items()))
-            work, seconds = (sum(each) for each in zip(*(other.seen() for other in rows), strict=True))
-            if seconds:
-                return seconds / work
-        raise AssertionError("nothing was seen")
+
+def _alike(row: _Row) -> tuple[Any, ...]:
+    """What a run's seconds a FLOP are taken from, the most like it first: itself, its cell, its architecture, anything."""
+    spec = row.run.spec
+    return spec.title, (spec.model, spec.size, spec.dataset), (spec.model,), ()
 
 
 def _key(spec: RunSpec) -> str:

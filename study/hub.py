@@ -107,7 +107,7 @@ def _is_ours(hub: Hub, readme: HubFile, folder: Path, head: str) -> bool:
 
 def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
     from study.card import card_text
-    from study.table import run_table
+    from study.table import all_overrides, file_stem, run_table
 
     with tempfile.TemporaryDirectory() as folder:
         results = []
@@ -123,7 +123,10 @@ def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
         table = run_table(Path(folder))
         contents = read_results(Path(folder))
     ours = {path.name for path in result_paths(checkpoints)}
-    figures = sorted((checkpoints / "figures").glob(f"*{_FIGURE}")) if {path.name for path in results} <= ours else []
+    # Of what is on the hub: no trial's that was never sent. A grid file's begin with its name.
+    stems = {file_stem(run.dataset, overrides) for run, overrides in zip(table.itertuples(), all_overrides(table), strict=True)}
+    drawn = sorted((checkpoints / "figures").glob(f"*{_FIGURE}")) if {path.name for path in results} <= ours else []
+    figures = [path for path in drawn if any(f"_{path.name}".endswith(f"_{stem}{_FIGURE}") for stem in stems)]
     puts: dict[str, Any] = {f"figures/{path.name}": path for path in figures}
     pictures = {name for name in (*puts, *storage.hub.files("figures", head)) if name.endswith(_FIGURE)}
     text = card_text(storage.hub.repository, table, contents, sorted(Path(name).name for name in pictures))

@@ -89,7 +89,8 @@ def dry_run_table(options: StudyOptions) -> str:
         (
             run.spec.model, run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "data not here",
             f"{run.parameters:,}", str(run.spec.protocol.batch_size), f"{run.steps:,}",
-            _significant(run.forward_flops / 1e9), _significant(run.train_flops / 1e18), run.status or run.elsewhere or "to do",
+            _significant(run.forward_flops / 1e9), _significant(run.train_flops / 1e18),
+            run.status or (f"to do ({run.elsewhere})" if run.elsewhere else "to do"),
             overrides_text(run.spec.overrides),
         )
         for run in runs
@@ -97,7 +98,7 @@ def dry_run_table(options: StudyOptions) -> str:
     total = sum(run.train_flops for run in runs)
     lines = [_columns([header, *rows], right=range(5, 10)), ""]
     lines += [f"note: {note}" for note in (*warmup_warnings(specs), *precision_notes(runs))]
-    ended = sum(run.ended or bool(run.elsewhere) for run in runs)
+    ended = sum(run.ended for run in runs)
     return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {_significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
 
 
@@ -673,7 +674,7 @@ def report_grid(
     from study.report import write_report
 
     table, grids = _finished(checkpoints, grid, epochs, dataset)
-    out = out or checkpoints / _named_after("report", grids, epochs)
+    out = out or checkpoints / _named_after(f"{grids[0].prefix if grid else ''}report", grids, epochs)
     check_writable(out)
     return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset))
 

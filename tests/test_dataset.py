@@ -619,3 +619,12 @@ def test_pointers_instead_of_parquet_say_what_to_do(away: Path, tmp_path: Path, 
         load("CIFAR-100", tmp_path)
     assert "git lfs pull" in refused.value.hint
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_bach_class_by_another_name_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "1aurent/BACH"
+    folder.mkdir(parents=True)
+    labels = [("Benign", "In Situ", "Invasive", "Normal")[row % 4] for row in range(40)]
+    pq.write_table(pa.table({"image": [_png(row % 4, 8) for row in range(40)], "label": labels}), folder / "train.parquet")
+    with pytest.raises(UserError, match="is InSitu, and some are In Situ"):
+        load("BACH", tmp_path)

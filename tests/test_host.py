@@ -126,7 +126,7 @@ def nobody(tmp_path: Path) -> Iterator[dict[str, str]]:
         "if 'UNWRITABLE' in os.environ:\n"  # root may write anywhere
         "    access = os.access\n"
         "    os.access = lambda path, mode, **how: access(path, mode, **how) and not (\n"
-        "        mode & os.W_OK and str(path) in (os.environ['UNWRITABLE'], '/'))\n"
+        "        mode & os.W_OK and str(path) in (*os.environ['UNWRITABLE'].split(os.pathsep), '/'))\n"
     )
     (tmp_path / "tmp").mkdir()
     return {"PYTHONPATH": f"{tmp_path / 'site'}", "TMPDIR": str(tmp_path / "tmp")}
@@ -154,9 +154,10 @@ def test_without_a_home_one_is_lent(tmp_path: Path, nobody: dict[str, str], home
 def test_a_read_only_home_is_lent_with_what_it_holds(tmp_path: Path, nobody: dict[str, str]) -> None:
     home = tmp_path / "home"
     (home / ".aws").mkdir(parents=True)
-    (home / ".cache").mkdir()
-    where = Path(_python(WHERE, HOME=str(home), UNWRITABLE=str(home), **nobody)[0])
-    assert (where / ".aws").resolve() == home / ".aws" and not (where / ".cache").exists()
+    (home / ".cache").mkdir()  # on a disk of its own, which can be written
+    (home / ".triton").mkdir()
+    where = Path(_python(WHERE, HOME=str(home), UNWRITABLE=f"{home}{os.pathsep}{home / '.triton'}", **nobody)[0])
+    assert all((where / name).resolve() == home / name for name in (".aws", ".cache")) and not (where / ".triton").exists()
 
 
 def test_a_home_that_can_be_written_stays(tmp_path: Path, nobody: dict[str, str]) -> None:

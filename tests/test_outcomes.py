@@ -97,7 +97,7 @@ def test_a_trial_leaves_the_studys_outcome_alone(ledger) -> None:
     assert "table    checkpoints/one_epochs-3_runs.csv" in trial.err
     assert ledger("plot", "--grid", "one.yaml", "--epochs", "3").code == 0
     report = ledger("report", "--grid", "one.yaml", "--epochs", "3")
-    assert report.out.split()[0] == "checkpoints/report_epochs-3/report.html"
+    assert report.out.split()[0] == "checkpoints/one_report_epochs-3/report.html"
     after = _outcome()
     assert {name: after[name] for name in before} == before
     added = set(after) - set(before)
@@ -105,7 +105,7 @@ def test_a_trial_leaves_the_studys_outcome_alone(ledger) -> None:
     assert all("epochs-3" in name for name in added)
     drawings = [content for name, content in after.items() if name in added and name.endswith("svg")]
     assert drawings and all(b"epochs=3" in content for content in drawings)
-    assert b"epochs=3" in after["checkpoints/report_epochs-3/report.md"].splitlines()[2]  # in the verdict itself
+    assert b"epochs=3" in after["checkpoints/one_report_epochs-3/report.md"].splitlines()[2]  # in the verdict itself
 
 
 def test_a_trial_in_a_grid_file_leaves_the_built_in_figures_alone(ledger) -> None:
@@ -223,7 +223,9 @@ def test_a_run_counts_as_done_in_whatever_precision_it_is(of_a_cluster) -> None:
     listed = of_a_cluster("list", "--grid", "one.yaml").out
     assert "1 of 1 runs done" in listed and "to do" not in listed
     dry = of_a_cluster("study", "--grid", "one.yaml", "--dry_run").out
-    assert "done in bf16" in dry and "1 runs, 1 ended" in dry and "note: 1 runs are done in bf16; in fp32 they are trained anew" in dry
+    assert (
+        "to do (done in bf16)" in dry and "1 runs, 0 ended" in dry and "note: 1 runs are done in bf16; in fp32 they are trained anew" in dry
+    )
     assert of_a_cluster("plot", "--grid", "one.yaml").code == of_a_cluster("report", "--grid", "one.yaml").code == 0
 
 
@@ -248,3 +250,13 @@ def test_a_study_says_that_it_trains_again_what_is_done_in_another_precision(of_
     trained.clear()
     said = of_a_cluster(*STUDY, "--precision", "bf16").err
     assert not trained and "all 1 runs are done already" in said and "note" not in said
+
+
+def test_a_damaged_checkpoint_does_not_stand_in_the_way_of_another(ledger) -> None:
+    for path in CHECKPOINTS.glob("vit_classic/*.safetensors"):
+        result = json.loads(path.with_name(f"{path.stem}_result.json").read_text())
+        if result["seed"] == 1:
+            path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    assert ledger("evaluate", *CELL, "--seed", "0", "--limit", "8").code == 0
+    damaged = ledger("evaluate", *CELL, "--seed", "1")
+    assert damaged.code == 2 and "damaged" in damaged.err
