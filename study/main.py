@@ -674,7 +674,7 @@ def report_grid(
     from study.report import write_report
 
     table, grids = _finished(checkpoints, grid, epochs, dataset)
-    out = out or checkpoints / _named_after(f"{grids[0].prefix if grid else ''}report", grids, epochs)
+    out = out or checkpoints / _named_after("report", grids, epochs)
     check_writable(out)
     return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset))
 
