@@ -155,7 +155,6 @@ _place_options = _options(
     click.option("--cpus_per_run", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
                  help="CPUs, and on a CPU threads, of a run."),
 )  # fmt: skip
-_EPOCHS = click.option("--epochs", type=int, metavar="N", help="Override the protocol's epochs.")
 # Protocol values, as a run is trained with them and as a trained one is found by them.
 _OVERRIDES: dict[str, tuple[type, str, str]] = {
     "--epochs": (int, "N", "Override the protocol's epochs."),
@@ -170,6 +169,7 @@ _OVERRIDES: dict[str, tuple[type, str, str]] = {
 _override_options = _options(
     *(click.option(name, type=kind, metavar=metavar, help=text) for name, (kind, metavar, text) in _OVERRIDES.items())
 )
+_EPOCHS = click.option("--epochs", type=int, metavar="N", help=_OVERRIDES["--epochs"][-1])
 _trained_with_options = _options(
     *(click.option(name, type=kind, metavar=metavar, help=f"Evaluate what was trained with this {name}.")
       for name, (kind, metavar, _) in _OVERRIDES.items() if name != "--batch_size")

@@ -36,7 +36,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from diffvit.corruptions import add_gaussian
 from diffvit.errors import UserError
-from diffvit.ledger import write_atomically
+from diffvit.ledger import write_atomically, write_fault
 from diffvit.protocol import Protocol, protocol_of, stable_seed
 
 # Raise it when decoding, splitting or resizing changes: cached arrays of other versions are not used.
@@ -499,11 +499,7 @@ def _loading_failed(name: str, path: str, error: BaseException, unreachable: str
     from diffvit.images import is_lfs_pointer, lfs_pointer
 
     kept = Path(datasets.config.HF_DATASETS_CACHE)
-    try:
-        kept.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=kept):
-            pass
-    except OSError as fault:
+    if fault := write_fault(kept):
         return UserError(
             f"the Hugging Face cache {kept}, which {name} is unpacked into, cannot be written: {fault.strerror}.",
             "set HF_HOME to a folder that can be written and has room.",

@@ -186,14 +186,20 @@ def files_of_weights(path: Path) -> RunFiles:
 
 def check_writable(folder: Path) -> None:
     """Raises UserError where files cannot be made in `folder`, which is created if missing."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
+    if error := write_fault(folder):
         raise UserError(
             f"the folder {folder} cannot be written: {error.strerror}.", "choose another one, or change its permissions."
         ) from error
+
+
+def write_fault(folder: Path) -> OSError | None:
+    """Why files cannot be made in `folder`, which is created if missing; None where they can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error
 
 
 @contextlib.contextmanager
