@@ -21,9 +21,9 @@ import click
 from diffvit import LENT_HOME, __version__
 from diffvit.checks import usable_path
 from diffvit.errors import HIDDEN, UserError, redacted, shown
-from diffvit.host import outlive_readers
-from diffvit.ledger import disk_faults
-from diffvit.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, HUB_SCHEME, Every, Saving, is_on_hub
+from diffvit.keeping.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, HUB_SCHEME, Every, Saving, is_on_hub
+from diffvit.ledger.disk import disk_faults
+from diffvit.machine.host import outlive_readers
 
 # --batch-size and --batch_size are the same option.
 _SETTINGS = {
@@ -75,7 +75,7 @@ def cli() -> None:
     `run.py study` trains a grid of both, `run.py plot` draws it. The same command carries on after an interruption.
     Options may be written with - or with _.
     """
-    from diffvit.utils import check_env_file
+    from diffvit.hub.account import check_env_file
 
     check_env_file()
     if cache := os.environ.get("DIFFVIT_CACHE"):
@@ -196,13 +196,14 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
 
     A run that is done already is not done again; one that was interrupted goes on where its state was last saved.
     """
-    from diffvit.ledger import RunSpec
+    from diffvit.ledger.spec import RunSpec
 
     RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
     saving = _saving(save_every, storage, sync_every, lease, upload)
     from diffvit.compute import Compute
+    from diffvit.loop.fit import Stopped
+    from diffvit.machine.device import default_precision, resolve_device
     from diffvit.signals import StopSignals
-    from diffvit.train import Stopped, default_precision, resolve_device
     from diffvit.train import train as train_run
 
     place = resolve_device(device)
@@ -333,7 +334,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 
         say = functools.partial(click.echo, err=True)
         paths = [find_checkpoint(checkpoints, model, size, dataset, run_id=run_id, seed=seed, overrides=overrides, on_choice=say)]
-    from diffvit.train import resolve_device
+    from diffvit.machine.device import resolve_device
 
     place = resolve_device(device)
     if kinds:
@@ -452,7 +453,7 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
     chosen = find_grid(grid, dataset)
     chosen.runs(seeds=seeds, overrides={"epochs": epochs}, on_same=_warn)  # names and values first
     if gpu:
-        from study.devices import find_sheet
+        from study.cost.devices import find_sheet
 
         find_sheet(gpu)
     for name, value in (("--probe_seconds", probe_seconds), ("--gpus_per_run", options["gpus_per_run"])):
@@ -464,10 +465,10 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
 
     settings = StudyOptions(grid=chosen, seeds=seeds, epochs=epochs, command=_own_command(), **options)
     forecast = plan_study(settings, gpu, gpus, price, (probe_seconds or 5.0) if probe else None)
-    from study.forecast import forecast_json, forecast_text
+    from study.cost.forecast import forecast_json, forecast_text
 
     if json_path:
-        from diffvit.ledger import write_atomically
+        from diffvit.ledger.disk import write_atomically
 
         write_atomically(json_path, (json.dumps(forecast_json(forecast), indent=1) + "\n").encode())
     click.echo(forecast_text(forecast, _terminal_width()))
@@ -511,7 +512,7 @@ def report(grid: str | None, dataset: str | None, epochs: int | None, out: Path 
 def power(grid: str, dataset: str | None, epochs: int | None, difference: float, as_json: bool, checkpoints: Path) -> None:
     """Say how many seeds it takes to see a difference, from the spread between the seeds that are done."""
     from study.grid import find_grid
-    from study.power import power_rows, power_text
+    from study.report.power import power_rows, power_text
 
     rows = power_rows(checkpoints, find_grid(grid, dataset).runs(overrides={"epochs": epochs}), difference / 100)
     click.echo(json.dumps(rows, indent=1) if as_json else power_text(rows, difference / 100))
@@ -550,8 +551,8 @@ def list_runs(grid: str | None, dataset: str | None, seeds: int | None, epochs: 
 
 def _find_out(paths: list[Path], kinds: list[str], as_json: bool, **how: Any) -> None:
     """Findings about checkpoints, each as lines or all as JSON."""
-    from diffvit.evaluation import find_out
-    from diffvit.ledger import files_of_weights
+    from diffvit.findings.kept import find_out
+    from diffvit.ledger.files import files_of_weights
 
     all_findings = {}
     for number, path in enumerate(paths, start=1):
@@ -569,18 +570,18 @@ def _find_out(paths: list[Path], kinds: list[str], as_json: bool, **how: Any) ->
 def _finding_lines(findings: dict[str, Any]) -> list[str]:
     lines = []
     if "corruptions" in findings:
-        from diffvit.robustness import summary_lines as corruption_lines
+        from diffvit.findings.robustness import summary_lines as corruption_lines
 
         lines += corruption_lines(findings["corruptions"])
     if "attention" in findings:
-        from diffvit.attention import summary_lines as attention_lines
+        from diffvit.findings.attention import summary_lines as attention_lines
 
         lines += attention_lines(findings["attention"])
     return lines
 
 
 def _files(checkpoints: Path, result: dict[str, Any]) -> Any:
-    from diffvit.ledger import RunFiles
+    from diffvit.ledger.files import RunFiles
 
     return RunFiles(checkpoints, result["model"], result["run_id"], result["size"], result["dataset"])
 
@@ -592,12 +593,12 @@ def _saving(save_every: str, storage: str | None, sync_every: str | None, lease:
                 "--upload and --storage exclude each other.",
                 "with --upload true the hub is the storage; leave --storage and DIFFVIT_STORAGE out.",
             )
-        from diffvit.utils import find_account
+        from diffvit.hub.account import find_account
 
         storage = f"{HUB_SCHEME}{find_account().repository}"
     on_hub = is_on_hub(storage)
     if on_hub:
-        from diffvit.utils import find_token
+        from diffvit.hub.account import find_token
 
         os.environ["HF_TOKEN"] = find_token() or ""  # workers have other working directories, without .env
     if storage and "://" not in storage:
@@ -687,7 +688,8 @@ class _StepProgress:
 
 def _hub() -> Any:
     """The user's repository; on a terminal with the client's progress bars."""
-    from diffvit.utils import Hub, find_account
+    from diffvit.hub.account import find_account
+    from diffvit.hub.client import Hub
 
     return Hub(find_account(), on_retry=_warn, bars=sys.stderr.isatty())
 

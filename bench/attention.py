@@ -24,9 +24,9 @@ from torch import Tensor
 from bench.peers import reference_attention
 from bench.roofline import measure_ceilings
 from bench.timing import Bar, Journal, json_option, medians, ratio, rounds_of, spread, table
-from diffvit.differential_forms import FORMS, Form, default_form, of_matrix, usable
+from diffvit.kernels.forms import FORMS, Form, default_form, of_matrix, usable
+from diffvit.machine.device import default_precision, resolve_device
 from diffvit.protocol import PROTOCOLS
-from diffvit.train import default_precision, resolve_device
 from diffvit.vit import triton_supported
 
 CLASSIC, CLASSIC_TRITON = "classic, fused", "classic, triton"
@@ -96,7 +96,7 @@ def _classic(qkv_BN3D: Tensor, heads: int, lambda_full: Tensor) -> Tensor:
 
 
 def _classic_triton(qkv_BN3D: Tensor, heads: int, lambda_full: Tensor) -> Tensor:
-    from diffvit.attention_triton import attend
+    from diffvit.kernels.attention_triton import attend
 
     return attend(qkv_BN3D, heads)
 

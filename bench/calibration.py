@@ -25,9 +25,9 @@ import click
 import numpy as np
 import pandas as pd
 
-from diffvit.ledger import RunSpec
-from study import scaling, verdict
-from study.scaling import Cells, Estimate
+from diffvit.ledger.spec import RunSpec
+from study.report import scaling, verdict
+from study.report.scaling import Cells, Estimate
 
 # Parameters of CIFAR-100's models, classic and differential (docs/design.md).
 PARAMETERS = np.asarray([[9_753_956, 24_759_396, 50_031_716], [9_756_260, 24_765_348, 50_043_812]], dtype=float)
@@ -298,9 +298,10 @@ def _accuracy_without_a_head(folder: Path, run: Any) -> float:
     """Test accuracy of a trained model when the first head of its first layer is not heard."""
     import torch
 
-    from diffvit.dataset import Prepare, load
+    from diffvit.data.batches import Prepare
+    from diffvit.dataset import load
     from diffvit.evaluation import evaluate
-    from diffvit.ledger import load_weights
+    from diffvit.ledger.weights import load_weights
     from study.table import files_of
 
     model, facts = load_weights(files_of(folder, run).weights)

@@ -24,13 +24,14 @@ import torch
 
 from bench.timing import Bar, Journal, fit_and_time, json_option, line
 from diffvit.compute import Compute
-from diffvit.dataset import Dataset, ImageSet, Prepare
+from diffvit.data.batches import Prepare
+from diffvit.dataset import Dataset, ImageSet
 from diffvit.evaluation import evaluate
-from diffvit.ledger import RunSpec
-from diffvit.memory import device_memory, training_memory
-from diffvit.placed import place
+from diffvit.ledger.spec import RunSpec
+from diffvit.loop.placement import place
+from diffvit.machine.device import default_precision, device_memory, device_title, resolve_device
+from diffvit.memory import training_memory
 from diffvit.protocol import PROTOCOLS, Protocol
-from diffvit.train import default_precision, device_title, resolve_device
 from study.grid import find_grid
 
 # The bars: hours of the full grid by the GPU's name, a layer of 50B over one of 10B, and a step with little memory over one with all.

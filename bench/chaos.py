@@ -27,8 +27,9 @@ from typing import Any
 import click
 import psutil
 
-from diffvit.ledger import result_paths, verify_run
-from diffvit.log import read_log
+from diffvit.ledger.files import result_paths
+from diffvit.ledger.log import read_log
+from diffvit.ledger.verify import verify_run
 from study.grid import read_grid
 from study.table import run_table
 

@@ -21,9 +21,10 @@ import torch
 from bench.peers import TransformedImages, endless, transform_loader
 from bench.step import images_of
 from bench.timing import Bar, Journal, json_option, medians, rounds_of, spread, table, wait_for
-from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, load, make_loader
+from diffvit.data.batches import Prepare, StepBatches, make_loader
+from diffvit.dataset import Dataset, ImageSet, load
+from diffvit.machine.device import resolve_device
 from diffvit.protocol import PROTOCOLS
-from diffvit.train import resolve_device
 
 # The bar: images/s of the loader, before resizing.
 LOADER_IMAGES = 100_000

@@ -19,9 +19,9 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 from bench.timing import Bar, table
-from diffvit.ledger import RunSpec
-from study.devices import Sheet, find_sheet, sheet_of
-from study.forecast import SHARE_OF_BANDWIDTH, SHARE_OF_PEAK, least_seconds
+from diffvit.ledger.spec import RunSpec
+from study.cost.devices import Sheet, find_sheet, sheet_of
+from study.cost.forecast import SHARE_OF_BANDWIDTH, SHARE_OF_PEAK, least_seconds
 from study.plan import plan_runs
 
 # No share can be larger than what plain large kernels reach: 739 TFLOP/s and 4056 GB/s on an H200, measured.
@@ -54,7 +54,7 @@ def read_cells(path: Path, gpu: str | None = None) -> list[Cell]:
     """The cells of a file of bench.cells at bf16.
 
     Args:
-        gpu: a name in study.devices.SHEETS; None: as the file says.
+        gpu: a name in study.cost.devices.SHEETS; None: as the file says.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     device = content.get("machine", {}).get("device_name", "")

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from bench.timing import wait_for
-from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, make_loader
+from diffvit.data.batches import Prepare, StepBatches, make_loader
+from diffvit.dataset import Dataset, ImageSet
 from diffvit.protocol import Protocol
 from diffvit.vit import VisionTransformer
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from diffvit.host import cpus, memory_bytes
+from diffvit.machine.host import cpus, memory_bytes
 
 # Nothing heavy is imported here: a child's largest memory, as the kernel counts it, is never below that of the process that starts it.
 
@@ -86,7 +86,8 @@ def make(folder: str, runs: int, steps: int) -> None:
 
     import yaml
 
-    from diffvit.ledger import RunFiles, read_result
+    from diffvit.ledger.files import RunFiles
+    from diffvit.ledger.results import read_result
     from diffvit.train import train
     from study.grid import find_grid
     from study.plan import load_fingerprints
@@ -134,8 +135,9 @@ def _write_run(
     """All files of an ended run. Returns its test accuracy, None where it diverged."""
     import numpy as np
 
-    from diffvit.ledger import file_sha256, write_result
-    from diffvit.log import Step, TrainingLog
+    from diffvit.ledger.disk import file_sha256
+    from diffvit.ledger.log import Step, TrainingLog
+    from diffvit.ledger.results import write_result
     from diffvit.protocol import images_in_steps
 
     protocol = spec.protocol

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from bench.peers import DIFFERENTIAL, endless, give_weights, plain_loop, timm_model, transform_loader, users_loop
 from bench.roofline import measure_ceilings
 from bench.timing import Bar, Journal, fit_and_time, json_option, line, medians, ratio, rounds_of, spread
-from diffvit.compute import DEFAULT_COMPUTE, autocast_dtype, choose, set_matmul_precision
-from diffvit.dataset import Dataset, ImageSet, Prepare, StepBatches, make_loader
-from diffvit.evaluation import autocast
+from diffvit.compute import DEFAULT_COMPUTE, choose
+from diffvit.data.batches import Prepare, StepBatches, make_loader
+from diffvit.dataset import Dataset, ImageSet
+from diffvit.loop.fit import fit
+from diffvit.machine.device import autocast, autocast_dtype, default_precision, resolve_device, set_matmul_precision
 from diffvit.protocol import PROTOCOLS, Protocol
-from diffvit.train import default_precision, fit, resolve_device
 from diffvit.vit import VisionTransformer, build_model, set_form
 
 CLASSIC = "vit_classic"

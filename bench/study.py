@@ -26,8 +26,10 @@ import numpy as np
 import torch
 
 from bench.timing import Bar, finish, json_option, spread, table
-from diffvit.host import cpus
-from diffvit.ledger import RunSpec, read_result, result_paths
+from diffvit.ledger.files import result_paths
+from diffvit.ledger.results import read_result
+from diffvit.ledger.spec import RunSpec
+from diffvit.machine.host import cpus
 from study.grid import find_grid
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -30,11 +30,12 @@ from rich.table import Table
 from torch import nn
 
 from diffvit.dataset import Dataset
-from diffvit.host import cpus
-from diffvit.ledger import write_atomically
+from diffvit.keeping.saving import Every
+from diffvit.ledger.disk import write_atomically
+from diffvit.loop.fit import Fit, fit
+from diffvit.machine.device import machine_facts
+from diffvit.machine.host import cpus
 from diffvit.protocol import Protocol
-from diffvit.saving import Every
-from diffvit.train import Fit, fit, machine_facts
 
 json_option = click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the outcome there.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffvit.host import lend_home
+from diffvit.machine.host import lend_home
 
 __version__ = "0.1.0"
 __all__ = ["from_pretrained"]

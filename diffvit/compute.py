@@ -19,11 +19,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from diffvit.dataset import cache_folder
-from diffvit.dropout import has_kernels
+from diffvit.data.cache import cache_folder
 from diffvit.errors import UserError
-from diffvit.evaluation import autocast
-from diffvit.ledger import write_atomically
+from diffvit.kernels.dropout import has_kernels
+from diffvit.ledger.disk import write_atomically
+from diffvit.machine.device import autocast, autocast_dtype
 from diffvit.vit import AttentionLayer, Block, VisionTransformer, set_form
 
 
@@ -84,17 +84,6 @@ class Chosen:
 _TRIED_IMAGES = 64
 
 
-def autocast_dtype(precision: str) -> torch.dtype:
-    """What matrix products are computed in at a precision, "fp32" or "bf16"."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def set_matmul_precision(precision: str) -> None:
-    """What a GPU does with products that stay fp32: TF32 beside bf16, full fp32 for a run that asks for fp32."""
-    torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "bf16"
-
-
 def choose(model: VisionTransformer, images: int, precision: str, compute: Compute) -> Chosen:
     """Choose the form of attention, and fuse or compile the blocks where that is asked for or pays. `model` is on its device.
 
@@ -134,9 +123,6 @@ def _tried(what: str, gain_of: Callable[[], float]) -> tuple[float, str]:
         first_line = (str(error).strip().splitlines() or [""])[0][:200]
         return 0.0, f"{what} does not work here and is left out: {type(error).__name__}: {first_line}"
     return gain, f"{what}, tried for {time.perf_counter() - start:.1f} s: a block is {gain:.2f} times as fast"
-
-
-# ------------------------------------------------------------------------------------------------------------ attention
 
 
 def _fastest_form(model: VisionTransformer, images: int, precision: str) -> str | None:
@@ -252,12 +238,9 @@ def _captured(action: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-# --------------------------------------------------------------------------------------------------------------- blocks
-
-
 def _gain_of_fusing(model: VisionTransformer, images: int, precision: str) -> float:
     """How many times as fast a block is in kernels of our own. Raises ArithmeticError where they give something else."""
-    from diffvit.fused import block_and_norm
+    from diffvit.kernels.fused import block_and_norm
 
     device, block = model.pos_embed.device, cast(Block, model.blocks[0])
     x_BND = _random_like(model, images).requires_grad_()

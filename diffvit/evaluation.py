@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import escape
@@ -15,28 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffvit.checks import fault
-from diffvit.dataset import Dataset, ImageSet, Prepare, load, make_loader
+from diffvit.data.batches import Prepare, make_loader
+from diffvit.dataset import Dataset, ImageSet, load
 from diffvit.errors import UserError
-from diffvit.ledger import (
-    RunFiles,
-    add_evaluation,
-    files_of_weights,
-    listed,
-    load_weights,
-    model_folders,
-    overrides_text,
-    read_evaluations,
-    read_header,
-    read_result,
-)
+from diffvit.ledger.disk import listed
+from diffvit.ledger.files import files_of_weights, model_folders
+from diffvit.ledger.results import read_result
+from diffvit.ledger.spec import overrides_text
+from diffvit.ledger.weights import load_weights, read_header
+from diffvit.machine.device import autocast
 from diffvit.protocol import protocol_of
 from diffvit.vit import VisionTransformer
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a forward pass runs at a precision, "fp32" or "bf16"."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 @dataclass(frozen=True)
@@ -229,45 +217,3 @@ def data_warnings(facts: Mapping[str, Any], data: Dataset) -> list[str]:
     if data.fingerprint == facts["fingerprint"]:
         return []
     return ["these data are not those that the model was trained on: test images may have been seen in training"]
-
-
-# What else can be found out about a finished model: kind -> "module:function", which takes a checkpoint and how to compute.
-KINDS = {"corruptions": "diffvit.robustness:evaluate_corruptions", "attention": "diffvit.attention:evaluate_attention"}
-
-
-def check_findings(findings: Any) -> dict[str, Any]:
-    """What was kept of a run, if each kind's module takes it for its own (by its wrong_findings). Raises ValueError."""
-    if not isinstance(findings, dict) or not set(findings) <= set(KINDS):
-        raise ValueError("it has findings of no kind that is known")
-    for kind, found in findings.items():
-        if wrong := fault(importlib.import_module(KINDS[kind].partition(":")[0]).wrong_findings, found):
-            raise ValueError(f"of the {kind}, {wrong}")
-    return findings
-
-
-def find_out(
-    files: RunFiles, kinds: Sequence[str], *, again: bool = False, limit: int | None = None, **how: Any
-) -> dict[str, dict[str, Any]]:
-    """Findings of some kinds about a finished run. They are kept in the ledger, and are not found out twice.
-
-    Args:
-        again: find out even what is known.
-        limit: the first so many test images only; findings about a part are not kept.
-        how: data_root, batch_size, device, on_progress, as the kinds' functions take them.
-
-    Raises:
-        UserError: the checkpoint, the data or what is kept are missing or damaged.
-    """
-    kept = read_evaluations(files)  # also where it is not used: what is damaged shall be known before the work
-    known = {} if again or limit is not None else kept
-    if limit is not None:
-        how["limit"] = limit
-    found = {}
-    for kind in kinds:
-        if kind not in known:
-            module, _, name = KINDS[kind].partition(":")
-            known[kind] = getattr(importlib.import_module(module), name)(files.weights, **how)
-            if limit is None:
-                add_evaluation(files, kind, known[kind])
-        found[kind] = known[kind]
-    return found

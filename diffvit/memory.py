@@ -14,9 +14,8 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 
-from diffvit.dataset import Prepare
-from diffvit.evaluation import autocast
-from diffvit.host import memory_bytes
+from diffvit.data.batches import Prepare
+from diffvit.machine.device import autocast
 from diffvit.protocol import Protocol
 from diffvit.vit import AttentionLayer, Block, VisionTransformer
 
@@ -107,13 +106,6 @@ def micro_batch_within(
 def even_split(batch_size: int, most: int) -> int:
     """Images at once where a batch is split into as few parts as can be of at most so many images, as equal as can be."""
     return math.ceil(batch_size / math.ceil(batch_size / max(1, most)))
-
-
-def device_memory(device: torch.device) -> int:
-    """All memory of a GPU, or what this process may have of the machine's, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return memory_bytes()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffvit.dropout import Dropout, has_kernels
+from diffvit.kernels.dropout import Dropout, has_kernels
 from diffvit.protocol import MODELS, Protocol, resolve_model, stable_seed
 
 
@@ -143,7 +143,7 @@ class VisionTransformer(nn.Module):
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=drawn)
         run = again if self.recompute and torch.is_grad_enabled() else _call
         if self.fused:
-            from diffvit.fused import blocks_but_last
+            from diffvit.kernels.fused import blocks_but_last
 
             stream_BND, normed_BND = blocks_but_last(list(self.blocks), x_BND, run)
             x_BnD = run(cast(Block, self.blocks[-1]).after_norm, stream_BND, normed_BND, 1)
@@ -252,7 +252,7 @@ def triton_supported(device: torch.device, dtype: torch.dtype, head_dim: int, ma
     if device.type != "cuda":  # importing Triton takes seconds
         return False
     try:
-        from diffvit.attention_triton import supported
+        from diffvit.kernels.attention_triton import supported
     except Exception:  # missing, or broken in one of many ways: there are other forms
         return False
     return supported(device, dtype, head_dim, maps)
@@ -260,7 +260,7 @@ def triton_supported(device: torch.device, dtype: torch.dtype, head_dim: int, ma
 
 def attend_by_triton(qkv: nn.Linear, x_BND: Tensor, heads: int, lambda_full: Tensor | None = None) -> Tensor:
     """attention_triton.py's attention of a linear layer's output, imported where it is used: not every system has Triton. [B, N, D]"""
-    from diffvit.attention_triton import attend
+    from diffvit.kernels.attention_triton import attend
 
     qkv_BN3D = F.linear(x_BND, qkv.weight, qkv.bias.detach()).unflatten(-1, (3, -1))  # attend gives the bias its gradient
     return attend(qkv_BN3D, heads, lambda_full, qkv.bias)

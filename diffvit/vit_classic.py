@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffvit.dropout import Dropout
+from diffvit.kernels.dropout import Dropout
 from diffvit.protocol import PROTOCOLS, resolve_size
 from diffvit.vit import VisionTransformer, attend_by_triton, build_model, project, softmax_maps, triton_supported
 

@@ -18,8 +18,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffvit.differential_forms import CANDIDATES, default_form, differential_attention, maps, usable
-from diffvit.dropout import Dropout, has_kernels
+from diffvit.kernels.dropout import Dropout, has_kernels
+from diffvit.kernels.forms import CANDIDATES, default_form, differential_attention, maps, usable
 from diffvit.protocol import PROTOCOLS, resolve_size
 from diffvit.vit import VisionTransformer, attend_by_triton, build_model, project, softmax_maps
 
@@ -122,7 +122,7 @@ class DifferentialAttention(nn.Module):
         others = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
         width = 2 * self.head_dim
         if not (others or width & (width - 1)) and has_kernels(o_BND.device, width):
-            from diffvit.fused_triton import head_norm
+            from diffvit.kernels.fused_triton import head_norm
 
             return head_norm(o_BNPV, norm.weight, norm.eps, factor).flatten(-2)
         return (factor * norm(o_BNPV)).flatten(-2)

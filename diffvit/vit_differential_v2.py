@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffvit.dropout import Dropout
+from diffvit.kernels.dropout import Dropout
 from diffvit.vit import softmax_maps
 
 

@@ -31,7 +31,7 @@ from typing import Any
 
 from diffvit.checks import check_depth, read_text, usable_path
 from diffvit.errors import UserError, shown, unknown_name
-from diffvit.ledger import RunSpec, overrides_text
+from diffvit.ledger.spec import RunSpec, overrides_text
 from diffvit.protocol import ARMS, check_override, protocol_of, resolve_dataset
 
 _ALL_SIZES = ("small", "medium", "large")

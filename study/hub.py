@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from diffvit.checks import NAME
 from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles, RunSpec, read_result, read_results, result_paths
-from diffvit.saving import is_on_hub
-from diffvit.storage import Storage, fetch_run, open_storage, remote_result, settle_run
+from diffvit.keeping.runs import fetch_run, remote_result, settle_run
+from diffvit.keeping.saving import is_on_hub
+from diffvit.keeping.storage import Storage, open_storage
+from diffvit.ledger.files import RunFiles, result_paths
+from diffvit.ledger.results import read_result, read_results
+from diffvit.ledger.spec import RunSpec
 from study.table import cell_key
 
 if TYPE_CHECKING:
-    from diffvit.utils import Hub, HubFile
+    from diffvit.hub.client import Hub, HubFile
 
 # In seconds, between attempts to write the card.
 _PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
@@ -78,8 +81,9 @@ def publish(url: str, checkpoints: Path, warn: Callable[[str], None]) -> None:
 
     What fails is said, and fails nothing: the next run that ends writes it.
     """
-    from diffvit.hub_storage import HubStorage
-    from diffvit.utils import HubRefusesError, status_of
+    from diffvit.hub.client import HubRefusesError
+    from diffvit.hub.http import status_of
+    from diffvit.keeping.hub import HubStorage
 
     for pause in (*_PAUSES, None):
         try:
@@ -100,13 +104,13 @@ def publish(url: str, checkpoints: Path, warn: Callable[[str], None]) -> None:
 
 def _is_ours(hub: Hub, readme: HubFile, folder: Path, head: str) -> bool:
     """Whether a repository's card is one that diffvit wrote."""
-    from study.card import MARK
+    from study.report.card import MARK
 
     return readme.size <= _LONGEST_CARD and MARK in hub.bring(readme, folder, head).read_text(encoding="utf-8", errors="replace")
 
 
 def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
-    from study.card import card_text
+    from study.report.card import card_text
     from study.table import all_overrides, file_stem, run_table
 
     with tempfile.TemporaryDirectory() as folder:

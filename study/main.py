@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffvit.errors import StorageError, UserError, redacted
-from diffvit.ledger import RunFiles, RunSpec, check_lockable, check_writable, overrides_text, read_evaluations
-from diffvit.saving import DEFAULT_SAVING, Saving, is_on_hub
+from diffvit.findings.kept import read_evaluations
+from diffvit.keeping.saving import DEFAULT_SAVING, Saving, is_on_hub
+from diffvit.ledger.disk import check_lockable, check_writable
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.spec import RunSpec, overrides_text
 from study.grid import GRIDS, Grid, find_grid
 from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, run_ids_of
 
@@ -24,10 +27,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from diffvit.compute import Compute
-    from study.cluster import Cluster
-    from study.devices import Machine
-    from study.forecast import StudyForecast
-    from study.runner import Settings
+    from study.cluster.connect import Cluster
+    from study.cluster.runner import Settings
+    from study.cost.devices import Machine
+    from study.cost.forecast import StudyForecast
     from study.shard import Shard
 
 
@@ -108,7 +111,7 @@ def plan_study(
     """What a study will take, from measurements or a data sheet. Data sets need not be at hand, unless they are measured with.
 
     Args:
-        gpu: a name in study.devices.SHEETS; None: the machine at hand.
+        gpu: a name in study.cost.devices.SHEETS; None: the machine at hand.
         gpus: how many of it; machines, where the device is a CPU.
         price: of one of them, per hour.
         probe_seconds: measure the machine at hand first, so long for each cell.
@@ -116,8 +119,8 @@ def plan_study(
     Raises:
         UserError: an unknown GPU, or nothing is known of the machine at hand.
     """
-    from study.devices import SHEETS, find_sheet, sheet_of
-    from study.forecast import forecast_study, measured_place, sheet_place
+    from study.cost.devices import SHEETS, find_sheet, sheet_of
+    from study.cost.forecast import forecast_study, measured_place, sheet_place
 
     sheet = find_sheet(gpu) if gpu else None
     if sheet and probe_seconds is not None:
@@ -150,13 +153,13 @@ def probe_machine(options: StudyOptions, seconds: float) -> Machine:
     Raises:
         UserError: bad input, or data that cannot be loaded.
     """
-    from study.devices import keep_machine
+    from study.cost.devices import keep_machine
 
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
         cluster = _connect(stack, options)
         specs = options.runs(_precision_on(cluster, options))
-        from study.probe import probe
+        from study.cost.probe import probe
 
         loading = time.monotonic()
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
@@ -168,23 +171,23 @@ def probe_machine(options: StudyOptions, seconds: float) -> Machine:
 
 def _known_machine(options: StudyOptions, names: str, precision: str) -> Machine | None:
     """What was measured earlier of a device whose name fits."""
-    from study.devices import find_machine
+    from study.cost.devices import find_machine
 
     return find_machine(names, precision, options.cpus_per_run, computing(options))
 
 
 def _local_device(options: StudyOptions) -> str:
-    from diffvit.train import device_title, resolve_device
+    from diffvit.machine.device import device_title, resolve_device
 
     return device_title(resolve_device("cpu" if options.gpus_per_run == 0 else None))
 
 
 def _expected(options: StudyOptions, runs: list[PlannedRun], settings: Settings, cluster: Cluster) -> StudyForecast | None:
     """What the study will take on its cluster; None where nothing is known of the cluster's devices, or a group trains a run."""
-    from study.cluster import gpu_title
-    from study.devices import sheet_of
-    from study.forecast import forecast_study, measured_place, sheet_place
-    from study.runner import slots
+    from study.cluster.nodes import gpu_title
+    from study.cluster.runner import slots
+    from study.cost.devices import sheet_of
+    from study.cost.forecast import forecast_study, measured_place, sheet_place
 
     if settings.workers > 1:
         return None
@@ -284,7 +287,7 @@ def _alive(options: StudyOptions, runs: list[PlannedRun]) -> Iterator[Callable[[
     if not (options.shard and options.saving.storage):
         yield lambda: None
         return
-    from diffvit.storage import open_storage
+    from diffvit.keeping.storage import open_storage
     from study.shard import sign_of_life
 
     storage = open_storage(options.saving.storage)
@@ -297,7 +300,7 @@ def _left_by_others(options: StudyOptions, runs: list[PlannedRun], tried: list[P
     """Runs of other boxes that this one takes over, having ended its own."""
     if not (options.shard and options.saving.storage):
         return []
-    from diffvit.storage import open_storage
+    from diffvit.keeping.storage import open_storage
     from study.shard import stranded
 
     try:
@@ -320,7 +323,7 @@ def collect_study(options: StudyOptions) -> int:
     Raises:
         UserError: bad input, or the storage does not answer.
     """
-    from diffvit.storage import open_storage
+    from diffvit.keeping.storage import open_storage
     from study.hub import collect
     from study.shard import forget_shards
     from study.table import missing_runs
@@ -366,7 +369,7 @@ def rehearse_study(options: StudyOptions) -> int:
     _check_storage(options)
     with contextlib.ExitStack() as stack:
         cluster = _connect(stack, options)
-        from study.rehearsal import cells, rehearse
+        from study.cost.rehearsal import cells, rehearse
 
         specs = cells(options.runs(_precision_on(cluster, options)))
         load_fingerprints(specs, options.data_root, required=True)
@@ -385,7 +388,7 @@ def rehearse_study(options: StudyOptions) -> int:
 def _check_storage(options: StudyOptions) -> None:
     """Raises UserError where the storage cannot be used, before anything that takes long: data may have to be downloaded."""
     if options.saving.storage:
-        from diffvit.storage import open_storage
+        from diffvit.keeping.storage import open_storage
 
         open_storage(options.saving.storage).check()
 
@@ -401,7 +404,8 @@ def _exchange(options: StudyOptions, runs: list[PlannedRun], strict: bool = True
     """
     if not options.saving.storage:
         return []
-    from diffvit.storage import open_storage, settle_run
+    from diffvit.keeping.runs import settle_run
+    from diffvit.keeping.storage import open_storage
 
     storage, unsent = open_storage(options.saving.storage), []
     for run in runs:
@@ -422,11 +426,12 @@ def _train(
     Args:
         begun: time.monotonic() when the study began.
     """
-    from study.cluster import check_shared_folder, check_storage_and_data, watch
-    from study.display import StudyDisplay
-    from study.forecast import duration
-    from study.runner import dollars_per_second, run_all
-    from study.truth import compare, comparison_lines, seconds_taken
+    from study.cluster.display import StudyDisplay
+    from study.cluster.nodes import check_shared_folder, check_storage_and_data
+    from study.cluster.runner import dollars_per_second, run_all
+    from study.cluster.watch import watch
+    from study.cost.forecast import duration
+    from study.cost.truth import compare, comparison_lines, seconds_taken
 
     settings = _settings(options, cluster)
     at_once = _slots(cluster, settings)
@@ -466,7 +471,7 @@ def _train(
 
 def _slots(cluster: Cluster, settings: Settings) -> int:
     """How many runs train at a time. Raises UserError where the cluster has not room for one."""
-    from study.runner import slots
+    from study.cluster.runner import slots
 
     at_once = slots(cluster, settings)
     if at_once < 1:
@@ -485,7 +490,7 @@ def _has_result(run: PlannedRun, options: StudyOptions) -> bool:
 
 
 def _settings(options: StudyOptions, cluster: Cluster) -> Settings:
-    from study.runner import Settings
+    from study.cluster.runner import Settings
 
     if options.gpus_per_run and options.gpus_per_run > 1 and options.gpus_per_run != int(options.gpus_per_run):
         raise UserError(f"gpus_per_run is {options.gpus_per_run:g}.", "give a fraction below 1, or a whole number.")
@@ -515,13 +520,13 @@ def computing(options: StudyOptions) -> Compute:
 
 def _may_join(options: StudyOptions) -> bool:
     """Whether the study could run on a cluster whose GPUs this machine cannot see."""
-    from study.cluster import find_address
+    from study.cluster.address import find_address
 
     return find_address(options.address) != "local"
 
 
 def _connect(stack: contextlib.ExitStack, options: StudyOptions) -> Cluster:
-    from study.cluster import connect
+    from study.cluster.connect import connect
 
     cluster = stack.enter_context(connect(options.address, options.dashboard))
     _say(cluster.sentence())
@@ -531,7 +536,7 @@ def _connect(stack: contextlib.ExitStack, options: StudyOptions) -> Cluster:
 def _precision_on(cluster: Cluster, options: StudyOptions) -> str:
     """What the runs are computed in on a cluster, whose GPUs this machine may not see."""
     if options.precision == "auto" and cluster.gpus and options.gpus_per_run != 0:
-        from study.cluster import gpu_precision
+        from study.cluster.nodes import gpu_precision
 
         return gpu_precision()
     return _local_precision(options)
@@ -540,7 +545,7 @@ def _precision_on(cluster: Cluster, options: StudyOptions) -> str:
 def _local_precision(options: StudyOptions) -> str:
     if options.precision != "auto":
         return options.precision
-    from diffvit.train import default_precision, resolve_device
+    from diffvit.machine.device import default_precision, resolve_device
 
     return default_precision(resolve_device("cpu" if options.gpus_per_run == 0 else None))
 
@@ -587,7 +592,7 @@ def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
 
     out = options.checkpoints / "figures"
     try:
-        from study.figures import draw_figures
+        from study.report.figures import draw_figures
 
         draw_figures(table, step_table(options.checkpoints, table), out, options.grid.prefix)
     except Exception as error:
@@ -651,7 +656,7 @@ def plot_grid(
     Raises:
         UserError: there is nothing to draw, or the folder cannot be written.
     """
-    from study.figures import draw_figures
+    from study.report.figures import draw_figures
     from study.table import step_table
 
     table, grids = _finished(checkpoints, grid, epochs, dataset)
@@ -671,7 +676,7 @@ def report_grid(
     Raises:
         UserError: nothing is finished, or the folder cannot be written.
     """
-    from study.report import write_report
+    from study.report.write import write_report
 
     table, grids = _finished(checkpoints, grid, epochs, dataset)
     out = out or checkpoints / _named_after("report", grids, epochs)
@@ -801,8 +806,9 @@ def verify_ledger(checkpoints: Path) -> dict[str, Any]:
     Returns:
         "damaged": a sentence for each thing that is wrong; "summary": one for all.
     """
-    from diffvit.ledger import result_paths, verify_run
-    from diffvit.state import StateFolder
+    from diffvit.keeping.state import StateFolder
+    from diffvit.ledger.files import result_paths
+    from diffvit.ledger.verify import verify_run
 
     paths = result_paths(checkpoints)
     of_runs = [verify_run(path) for path in paths]

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffvit.ledger import PRECISIONS, RunFiles, RunSpec, read_result
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.results import read_result
+from diffvit.ledger.spec import PRECISIONS, RunSpec
 from diffvit.protocol import Protocol, images_in_steps
 
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffvit.errors import StorageError, UserError, shown
-from diffvit.ledger import RunFiles, RunSpec
-from diffvit.state import folder_id
-from diffvit.storage import Lease, Storage, lease_state, take_lease
+from diffvit.keeping.lease import Lease, lease_state, take_lease
+from diffvit.keeping.state import folder_id
+from diffvit.keeping.storage import Storage
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.spec import RunSpec
 from study.plan import PlannedRun
 
 

@@ -12,8 +12,11 @@ import numpy as np
 import pandas as pd
 
 from diffvit.errors import UserError
-from diffvit.ledger import RunFiles, RunSpec, overrides_text, read_results, write_atomically
-from diffvit.log import LogRows, Step, read_rows
+from diffvit.ledger.disk import write_atomically
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import LogRows, Step, read_rows
+from diffvit.ledger.results import read_results
+from diffvit.ledger.spec import RunSpec, overrides_text
 from diffvit.protocol import PROTOCOLS
 
 # Order of the run table's columns; identity first, outcome, then where it ran.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from diffvit.differential_forms import differential_attention
+from diffvit.kernels.forms import differential_attention
 
 
 def by_form(q_BNPsE: Tensor, k_BNPsE: Tensor, v_BPNV: Tensor, lambda_full: Tensor, form: str | None = None) -> Tensor:

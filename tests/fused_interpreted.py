@@ -14,10 +14,11 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from diffvit import compute, fused, fused_triton, vit_differential
+from diffvit import compute, vit_differential
 from diffvit.compute import Compute, choose
-from diffvit.dropout import Dropout, has_kernels, key_on
-from diffvit.fused_triton import CONFIGS, KERNELS, dropout, head_norm, mlp, residual_norm, supported
+from diffvit.kernels import fused, fused_triton
+from diffvit.kernels.dropout import Dropout, has_kernels, key_on
+from diffvit.kernels.fused_triton import CONFIGS, KERNELS, dropout, head_norm, mlp, residual_norm, supported
 from diffvit.protocol import MODELS, PROTOCOLS
 from diffvit.vit import VisionTransformer, build_model
 

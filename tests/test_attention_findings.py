@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffvit import attention
-from diffvit.attention import (
+from diffvit.data.batches import Prepare
+from diffvit.dataset import Dataset, load
+from diffvit.errors import UserError
+from diffvit.findings import attention
+from diffvit.findings.attention import (
     box_overlap,
     cluttered,
     evaluate_attention,
@@ -21,12 +24,13 @@ from diffvit.attention import (
     picture_pixels,
     share_entropy,
 )
-from diffvit.dataset import Dataset, Prepare, load
-from diffvit.errors import UserError
-from diffvit.ledger import RunFiles, RunSpec, add_evaluation, read_evaluations, save_weights, weight_facts
+from diffvit.findings.kept import add_evaluation, read_evaluations
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.weights import save_weights, weight_facts
 from diffvit.protocol import MODEL_TITLES, MODELS, PROTOCOLS
 from diffvit.vit import VisionTransformer, build_model
-from study.attention_figures import attention_curves, attention_pictures
+from study.report.attention_figures import attention_curves, attention_pictures
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from interpreted import HERE, environment, run_interpreted
 
-from diffvit import compute, differential_forms
-from diffvit.differential_forms import CANDIDATES, FORMS, usable
+from diffvit import compute
+from diffvit.kernels import forms as differential_forms
+from diffvit.kernels.forms import CANDIDATES, FORMS, usable
 from diffvit.protocol import PROTOCOLS
 from diffvit.vit import build_model
 from diffvit.vit_classic import Attention
@@ -21,8 +22,8 @@ from diffvit.vit_differential import DifferentialAttention
 
 pytest.importorskip("triton")
 
-from diffvit import fused_triton
-from diffvit.attention_triton import _LEAST_BLOCK, KERNELS, configs
+from diffvit.kernels import fused_triton
+from diffvit.kernels.attention_triton import _LEAST_BLOCK, KERNELS, configs
 
 H100 = torch.device("cuda")
 # A block's shared memory at most: CUDA C programming guide, table of compute capabilities.
@@ -104,7 +105,7 @@ def test_where_there_is_a_kernel_all_three_have_block_sizes() -> None:
 
 @pytest.mark.usefixtures("ampere")
 def test_without_triton_the_other_forms_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "diffvit.attention_triton", None)
+    monkeypatch.setitem(sys.modules, "diffvit.kernels.attention_triton", None)
     assert usable(CANDIDATES, H100, torch.bfloat16, 32) == ["two_calls", "padded", "four_calls"]
     assert Attention(128, 4, 0, 0.0).forms(H100, torch.bfloat16) == ["sdpa"]
 

@@ -216,7 +216,7 @@ def test_attention_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -
     import click
 
     from bench import attention
-    from diffvit.differential_forms import FORMS
+    from diffvit.kernels.forms import FORMS
 
     monkeypatch.setitem(FORMS, "wrong", lambda qkv, heads, full: FORMS["maps"](qkv, heads, 1.01 * full))
     with pytest.raises(click.ClickException, match="wrong is wrong on digits"):

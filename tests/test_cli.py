@@ -13,8 +13,9 @@ import pytest
 from conftest import needs_cifar
 
 import run as command_line
-from diffvit.ledger import RunFiles, RunSpec
-from diffvit.log import read_log
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import read_log
+from diffvit.ledger.spec import RunSpec
 from diffvit.train import train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,14 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffvit import compute, differential_forms
+from diffvit import compute
 from diffvit.compute import Chosen, Compute, choose, measure_forms
 from diffvit.dataset import load
 from diffvit.errors import UserError
-from diffvit.ledger import RunFiles, RunSpec
-from diffvit.log import Step, read_log
+from diffvit.kernels import forms as differential_forms
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import Step, read_log
+from diffvit.ledger.spec import RunSpec
+from diffvit.loop.fit import fit
 from diffvit.protocol import PROTOCOLS
-from diffvit.train import fit, train
+from diffvit.train import train
 from diffvit.vit import VisionTransformer, build_model, set_form
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffvit.corruptions import BACKGROUNDS, CORRUPTIONS, clutter, corrupt
+from diffvit.data.corruptions import BACKGROUNDS, CORRUPTIONS, clutter, corrupt
 from diffvit.dataset import load
 from diffvit.errors import UserError
 

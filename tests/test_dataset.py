@@ -20,7 +20,11 @@ from conftest import SHARED, needs_cifar, needs_tissue
 from PIL import Image
 
 from diffvit import dataset
-from diffvit.dataset import Prepare, StepBatches, load, make_loader, split_rows, with_training_noise
+from diffvit.data import cache, hub, sources
+from diffvit.data.batches import Prepare, StepBatches, make_loader
+from diffvit.data.raw import LOADERS
+from diffvit.data.splits import split_rows
+from diffvit.dataset import load, with_training_noise
 from diffvit.errors import UserError
 from diffvit.protocol import PROTOCOLS
 
@@ -62,7 +66,7 @@ def test_noise_is_fixed_and_changes_only_pixels() -> None:
     assert torch.equal(clean.test.labels, noisy.test.labels)
     assert clean.fingerprint != noisy.fingerprint
     difference = (noisy.train.pixels.float() - clean.train.pixels.float()) / 255
-    assert 0.15 < difference.std() < dataset.DIGITS_NOISE  # clipping takes some of it
+    assert 0.15 < difference.std() < sources.DIGITS_NOISE  # clipping takes some of it
     dataset._load.cache_clear()
     assert load("digits-noisy").fingerprint == noisy.fingerprint
 
@@ -232,7 +236,7 @@ def test_bach(tmp_path: Path, named: bool) -> None:
 @needs_tissue
 def test_bach_by_patient_takes_the_held_out_files(tmp_path: Path) -> None:
     _write_bach(tmp_path, named=True)
-    raw = dataset._LOADERS["BACH"](tmp_path)
+    raw = LOADERS["BACH"](tmp_path)
     import datasets
 
     stored = datasets.load_dataset(f"{tmp_path}/1aurent/BACH", split="train").cast_column("image", datasets.Image(decode=False))
@@ -484,7 +488,7 @@ def test_what_is_decoded_is_for_all_who_share_the_cache(decoded: Path) -> None:
 
 
 def test_decoded_images_are_used_again(decoded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "_arrays", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(cache, "decode_arrays", lambda *_: pytest.fail("decoded again"))
     assert len(load("CIFAR-100", tmp_path).train) == 900
 
 
@@ -559,7 +563,7 @@ WAYS = {
 def _out_of_reach(way: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(dataset, "_PATIENCE", 0.5)
+    monkeypatch.setattr(hub, "_PATIENCE", 0.5)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", way == "offline")
     with _silent_server() as silent:
         address = {"offline": "", "SOCKS proxy": "socks5://127.0.0.1:9", "no such proxy": "nonsense://x:1", "silent proxy": silent}

@@ -7,8 +7,8 @@ import torch
 from forms import by_form
 from torch import Tensor
 
-from diffvit import differential_forms
-from diffvit.differential_forms import FORMS, default_form
+from diffvit.kernels import forms as differential_forms
+from diffvit.kernels.forms import FORMS, default_form
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 5e-2}
 CPU_FORMS = [form for form in FORMS if form != "triton"]  # it has tests of its own

@@ -13,14 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from diffvit.ledger import RunSpec
-from diffvit.log import Step
-from study import display as displays
-from study import runner
-from study.display import StudyDisplay
+from diffvit.ledger.log import Step
+from diffvit.ledger.spec import RunSpec
+from study.cluster import display as displays
+from study.cluster import runner
+from study.cluster.display import StudyDisplay
+from study.cluster.runner import Settings
 from study.grid import Grid
 from study.plan import PlannedRun, plan_runs
-from study.runner import Settings
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffvit.dropout import Dropout
+from diffvit.kernels.dropout import Dropout
 from diffvit.protocol import PROTOCOLS
 from diffvit.vit import build_model
 

@@ -15,12 +15,12 @@ import pytest
 from matplotlib import rc_context, rcParams
 from tables import study_table
 
-from diffvit.corruptions import CORRUPTIONS
+from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.protocol import MODELS, PROTOCOLS
-from study.attention_figures import attention_curves
-from study.drawing import our_style, save
-from study.figures import _MODEL_STYLES, draw_figures, loss_figure, scaling_figure, wilson
-from study.noise_figures import noise_figure
+from study.report.attention_figures import attention_curves
+from study.report.drawing import our_style, save
+from study.report.figures import _MODEL_STYLES, draw_figures, loss_figure, scaling_figure, wilson
+from study.report.noise_figures import noise_figure
 from study.table import COLUMNS
 
 
@@ -230,7 +230,7 @@ def test_matplotlib_is_imported_whatever_the_users_settings(settings: str, tmp_p
     tests = Path(__file__).parent
     code = "import sys; from pathlib import Path; from test_figures import _every_kind; _every_kind(Path('drawn'))"
     # Tests import pytest, whose plugins may import matplotlib: the module that draws comes first, as in a command.
-    done = subprocess.run([sys.executable, "-c", f"import study.figures; {code}"], cwd=tmp_path, capture_output=True, text=True, check=False,
+    done = subprocess.run([sys.executable, "-c", f"import study.report.figures; {code}"], cwd=tmp_path, capture_output=True, text=True, check=False,
                           env={**os.environ, **changed, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"})  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     _every_kind(tmp_path / "usual")
@@ -247,7 +247,7 @@ def test_figures_that_fail_do_not_lose_a_study(cli, tmp_path: Path, monkeypatch:
         raise RuntimeError("no ink")
 
     with monkeypatch.context() as broken:
-        broken.setattr("study.figures.draw_figures", fails)
+        broken.setattr("study.report.figures.draw_figures", fails)
         outcome = cli(*study)
     assert outcome.code == 1 and "vit_classic" in outcome.out and (tmp_path / "checkpoints/one_runs.csv").is_file()
     assert "could not be drawn: RuntimeError: no ink" in outcome.err and "run.py study --grid one.yaml" in outcome.err

@@ -11,9 +11,9 @@ import torch
 from interpreted import run_interpreted
 from torch import Tensor
 
-from diffvit import dropout
 from diffvit.compute import Chosen, Compute, choose
-from diffvit.dropout import Dropout, has_kernels
+from diffvit.kernels import dropout
+from diffvit.kernels.dropout import Dropout, has_kernels
 from diffvit.protocol import PROTOCOLS
 from diffvit.vit import build_model
 
@@ -46,7 +46,7 @@ def test_where_the_kernels_are_offered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_triton_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "diffvit.fused_triton", None)
+    monkeypatch.setitem(sys.modules, "diffvit.kernels.fused_triton", None)
     assert not has_kernels(GPU, 64)
 
 

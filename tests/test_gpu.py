@@ -19,18 +19,22 @@ from conftest import needs_cifar
 from forms import by_form
 
 from diffvit import compute
-from diffvit.compute import Compute, autocast_dtype, set_matmul_precision
-from diffvit.dataset import Prepare, load
-from diffvit.differential_forms import CANDIDATES, usable
-from diffvit.dropout import at_image, has_kernels, seed_masks
-from diffvit.evaluation import autocast
-from diffvit.ledger import RunFiles, RunSpec, load_weights
-from diffvit.log import Step
+from diffvit.compute import Compute
+from diffvit.data.batches import Prepare
+from diffvit.dataset import load
+from diffvit.keeping.saving import Every, Saving
+from diffvit.kernels.dropout import at_image, has_kernels, seed_masks
+from diffvit.kernels.forms import CANDIDATES, usable
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import Step
+from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.weights import load_weights
+from diffvit.loop.fit import Stopped, fit
+from diffvit.loop.placement import place
+from diffvit.machine.device import autocast, autocast_dtype, default_precision, set_matmul_precision
 from diffvit.memory import training_memory
-from diffvit.placed import place
 from diffvit.protocol import ARMS, PROTOCOLS, Protocol
-from diffvit.saving import Every, Saving
-from diffvit.train import Stopped, default_precision, fit, train
+from diffvit.train import train
 from diffvit.vit import VisionTransformer, build_model, set_form
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -79,7 +83,7 @@ def test_every_form_is_equation_1(shape: tuple[int, int, int, int], dtype: torch
 
 @pytest.mark.parametrize("shape", [(2, 785, 8, 32), (2, 1025, 6, 64), (4, 17, 4, 16), (1, 1, 4, 32)], ids=str)
 def test_the_classic_kernels_are_attention(shape: tuple[int, int, int, int]) -> None:
-    from diffvit.attention_triton import attend, supported
+    from diffvit.kernels.attention_triton import attend, supported
 
     B, N, H, E = shape
     if not supported(GPU, torch.bfloat16, E, maps=1):

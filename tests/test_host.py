@@ -22,12 +22,14 @@ import psutil
 import pytest
 from faults.processes import ROOT, ending, family, run_py, states, study, wait_until
 
-from diffvit import dataset, host, ledger
+from diffvit.data import cache
 from diffvit.dataset import at_hand
 from diffvit.errors import UserError
-from diffvit.ledger import write_atomically, write_exclusively
-from diffvit.state import StateFolder, folder_id
-from diffvit.storage import open_storage
+from diffvit.keeping.state import StateFolder, folder_id
+from diffvit.keeping.storage import open_storage
+from diffvit.ledger.disk import write_atomically, write_exclusively
+from diffvit.ledger.spec import RunSpec
+from diffvit.machine import host
 from diffvit.train import train
 
 SMALL = ("--model", "vit_classic", "--size", "small", "--dataset", "digits")
@@ -95,7 +97,7 @@ def test_memory_is_what_the_cgroups_allow(tmp_path: Path) -> None:
 
 def test_a_run_trains_with_as_many_threads_as_it_has_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffvit.train.cpus", lambda: 1)
-    result = train(ledger.RunSpec.of("vit_classic", "small", "digits", overrides={"max_steps": 1}), tmp_path, device="cpu")
+    result = train(RunSpec.of("vit_classic", "small", "digits", overrides={"max_steps": 1}), tmp_path, device="cpu")
     assert result["threads"] == 1
 
 
@@ -139,7 +141,7 @@ def _python(code: str, **environment: str) -> list[str]:
     ).stdout.splitlines()  # fmt: skip
 
 
-WHERE = "import getpass, pathlib, diffvit.dataset; print(pathlib.Path.home(), getpass.getuser(), diffvit.dataset.cache_folder(), sep='\\n')"
+WHERE = "import getpass, pathlib, diffvit.data.cache; print(pathlib.Path.home(), getpass.getuser(), diffvit.data.cache.cache_folder(), sep='\\n')"
 
 
 @pytest.mark.parametrize("home", ["", "/nonexistent", "/"])
@@ -229,7 +231,7 @@ def test_a_file_system_without_links_modes_and_flushes_will_do(tmp_path: Path, m
 def test_a_cache_that_cannot_be_mapped_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "a.npy", np.arange(3))
     monkeypatch.setattr(mmap, "mmap", _fails(errno.ENODEV))
-    assert dataset._mapped(tmp_path / "a.npy").tolist() == [0, 1, 2]
+    assert cache._mapped(tmp_path / "a.npy").tolist() == [0, 1, 2]
 
 
 def test_a_tilde_of_nobody_is_a_folder_that_is_not_there() -> None:

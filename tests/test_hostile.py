@@ -31,18 +31,29 @@ from hypothesis import strategies as st
 
 import run as command_line
 from diffvit.errors import StorageError, UserError
-from diffvit.keeper import RunKeeper
-from diffvit.ledger import RunFiles, RunSpec, load_weights, read_evaluations, read_header, read_result, verify_run
-from diffvit.log import LogPosition, read_log, was_interrupted, work_after
-from diffvit.saving import Every, Saving
-from diffvit.state import StateFolder, folder_id
-from diffvit.storage import Lease, Storage, fetch_run, lease_state, take_lease
-from diffvit.train import Stopped, fits_run, train
-from diffvit.utils import _checked_file, find_account, find_token, is_safe_name, parse_repository
+from diffvit.findings.kept import read_evaluations
+from diffvit.hub.account import find_account, find_token, parse_repository
+from diffvit.hub.client import _checked_file, is_safe_name
+from diffvit.keeping.keeper import RunKeeper
+from diffvit.keeping.lease import Lease, lease_state, take_lease
+from diffvit.keeping.runs import fetch_run
+from diffvit.keeping.saving import Every, Saving
+from diffvit.keeping.state import StateFolder, folder_id
+from diffvit.keeping.storage import Storage
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import LogPosition, read_log, was_interrupted, work_after
+from diffvit.ledger.results import read_result
+from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.verify import verify_run
+from diffvit.ledger.weights import load_weights, read_header
+from diffvit.loop.fit import Stopped
+from diffvit.loop.resume import fits_run
+from diffvit.train import train
 from study.grid import read_grid
 from study.hub import collect
 from study.main import ledger_rows, ledger_text, report_grid, table_text, verify_ledger
-from study.report import analyse, page
+from study.report.analysis import analyse
+from study.report.page import page
 from study.shard import Shard
 from study.table import cell_key, run_table, step_table
 
@@ -544,8 +555,8 @@ def test_mutated_predictions(tmp_path_factory: pytest.TempPathFactory, ended: Ru
 @pytest.fixture(scope="module")
 def findings(ended: RunFiles) -> dict[str, Any]:
     """What `evaluate` finds of few images."""
-    from diffvit.attention import evaluate_attention
-    from diffvit.robustness import evaluate_corruptions
+    from diffvit.findings.attention import evaluate_attention
+    from diffvit.findings.robustness import evaluate_corruptions
 
     how: dict[str, Any] = {"limit": 16, "device": torch.device("cpu")}
     return {"corruptions": evaluate_corruptions(ended.weights, **how), "attention": evaluate_attention(ended.weights, **how)}
@@ -559,7 +570,7 @@ def evaluated(files: RunFiles, findings: Any) -> Any:
     found = clear(lambda: analyse(table, files.checkpoints))
     if found is not None:
         page(found, [], "")
-        from study.report import _draw_findings
+        from study.report.write import _draw_findings
 
         _draw_findings(found, files.checkpoints)
     return found
@@ -833,7 +844,7 @@ LEASE = {"owner": "another", "host": "host", "seconds": 60.0, "expires": 4e9, "n
 )
 def test_a_lease_with_something_else(tmp_path_factory: pytest.TempPathFactory, content: Any, name: str) -> None:
     with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffvit.storage.time", SimpleNamespace(**{**vars(__import__("time")), "sleep": lambda seconds: None}))
+        patch.setattr("diffvit.keeping.storage.time", SimpleNamespace(**{**vars(__import__("time")), "sleep": lambda seconds: None}))
         storage = Storage(folder)
         storage.overwrite(f".state/run/lease/{name}", as_json(content).encode("utf-8", "replace"))
         assert lease_state(storage, "run") in ("live", "expired")
@@ -992,7 +1003,7 @@ def test_options_are_understood_or_refused(text: str) -> None:
 @bounded(150)
 @given(text=options)
 def test_a_storage_can_be_opened_or_is_refused(text: str) -> None:
-    from diffvit.storage import open_storage
+    from diffvit.keeping.storage import open_storage
 
     os.environ.pop("HF_TOKEN", None)
     clear(lambda: open_storage(text))

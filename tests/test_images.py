@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffvit.data.images import decode_rgb
 from diffvit.errors import UserError
-from diffvit.images import decode_rgb
 
 _ROW, _COLUMN = np.mgrid[0:48, 0:64]
 GREY = (2 * _ROW + 2 * _COLUMN).astype(np.uint8)

@@ -13,7 +13,7 @@ import pytest
 import run as command_line
 from diffvit.checks import read_text, usable_path
 from diffvit.errors import UserError
-from diffvit.utils import find_account, find_token
+from diffvit.hub.account import find_account, find_token
 from study.grid import read_grid
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,21 +13,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffvit import ledger
 from diffvit.errors import UserError
-from diffvit.ledger import (
-    RunFiles,
-    RunSpec,
-    disk_faults,
-    load_weights,
-    read_header,
-    read_result,
-    read_results,
-    sweep_asides,
-    verify_run,
-    write_atomically,
-    write_result,
-)
+from diffvit.ledger import spec as specs
+from diffvit.ledger.disk import disk_faults, sweep_asides, write_atomically
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.results import read_result, read_results, write_result
+from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.verify import verify_run
+from diffvit.ledger.weights import load_weights, read_header
 
 BASE = RunSpec.of("vit_classic", "10B", "CIFAR-100")
 
@@ -49,7 +42,7 @@ def test_everything_that_decides_the_result_is_in_the_run_id(monkeypatch: pytest
         ),
     ]  # fmt: skip
     ids |= {spec.run_id("f") for spec in others} | {BASE.run_id("other data")}
-    monkeypatch.setattr(ledger, "SEMANTICS_VERSION", 99)
+    monkeypatch.setattr(specs, "SEMANTICS_VERSION", 99)
     ids.add(BASE.run_id("f"))
     assert len(ids) == len(others) + 3
 
@@ -71,7 +64,7 @@ def test_the_same_work_has_the_same_run_id() -> None:
 
 
 def test_the_run_id_is_the_same_in_every_process() -> None:
-    code = "from diffvit.ledger import RunSpec; print(RunSpec.of('vit_classic', '10B', 'CIFAR-100').run_id('f'))"
+    code = "from diffvit.ledger.spec import RunSpec; print(RunSpec.of('vit_classic', '10B', 'CIFAR-100').run_id('f'))"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert printed.stdout.strip() == BASE.run_id("f")
 
@@ -113,7 +106,7 @@ def test_damaged_checkpoints_are_one_sentence(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_their_header(tmp_path: Path) -> None:
     from diffvit.dataset import load
-    from diffvit.ledger import save_weights, weight_facts
+    from diffvit.ledger.weights import save_weights, weight_facts
     from diffvit.vit import build_model
 
     small, large = (RunSpec.of("vit_classic", size, "digits") for size in ("0.1M", "0.2M"))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from diffvit.errors import UserError
-from diffvit.log import LogPosition, Step, TrainingLog, note_of_work_again, read_log, read_rows, work_after
+from diffvit.ledger.log import LogPosition, Step, TrainingLog, note_of_work_again, read_log, read_rows, work_after
 
 
 def _steps(first: int, last: int) -> list[Step]:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from faults.processes import ending, finish, study, wait_until
 
-from diffvit.ledger import RunSpec
-from diffvit.log import Step
-from study import metrics, runner
-from study.metrics import GAUGES, TAGS, RunGauges
+from diffvit.ledger.log import Step
+from diffvit.ledger.spec import RunSpec
+from study.cluster import metrics, runner
+from study.cluster.metrics import GAUGES, TAGS, RunGauges
 
 DASHBOARD = json.loads((Path(__file__).resolve().parents[1] / "docs/grafana.json").read_text())
 SPEC = RunSpec.of("vit_classic", "small", "digits", seed=3)

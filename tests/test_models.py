@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffvit.loop.optimizer import make_optimizer
 from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, PROTOCOLS
-from diffvit.train import make_optimizer
 from diffvit.vit import VisionTransformer, build_model, set_form
 from diffvit.vit_classic import vit_classic_bach, vit_classic_cifar100
 from diffvit.vit_classic_wide_heads import WideHeadsAttention

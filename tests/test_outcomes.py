@@ -10,7 +10,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from diffvit.ledger import RunFiles, RunSpec, read_results
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.results import read_results
+from diffvit.ledger.spec import RunSpec
 from diffvit.protocol import Protocol
 from diffvit.train import train
 from study.grid import GRIDS, find_grid

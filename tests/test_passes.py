@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffvit import passes
-from diffvit.dataset import Prepare, StepBatches, load
+from diffvit.data.batches import Prepare, StepBatches
+from diffvit.dataset import load
 from diffvit.errors import UserError
-from diffvit.log import Step
-from diffvit.passes import Passes
+from diffvit.ledger.log import Step
+from diffvit.loop import passes
+from diffvit.loop.fit import fit
+from diffvit.loop.passes import Passes
 from diffvit.protocol import PROTOCOLS
-from diffvit.train import fit
 from diffvit.vit import VisionTransformer, build_model
 
 DIGITS = PROTOCOLS["digits"]

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffvit import placed
-from diffvit.compute import Chosen, Compute, set_matmul_precision
+from diffvit.compute import Chosen, Compute
+from diffvit.loop import placement as placed
+from diffvit.loop.placement import Placed, place
+from diffvit.machine.device import set_matmul_precision
 from diffvit.memory import FILLED, Peak, evaluation_bytes, even_split, micro_batch_within, parameter_bytes
-from diffvit.placed import Placed, place
 from diffvit.protocol import ARMS, PROTOCOLS, Protocol
 from diffvit.vit import VisionTransformer, build_model
 

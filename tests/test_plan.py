@@ -17,22 +17,24 @@ import torch.nn.functional as F
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import load
-from diffvit.ledger import RunFiles, RunSpec
-from diffvit.log import was_interrupted
+from diffvit.keeping.saving import Saving
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import was_interrupted
+from diffvit.ledger.spec import RunSpec
+from diffvit.loop.fit import Stopped
 from diffvit.memory import Peak, activation_bytes, evaluation_bytes, even_split, micro_batch_within, parameter_bytes, training_memory
 from diffvit.protocol import MODELS, PROTOCOLS
-from diffvit.saving import Saving
-from diffvit.train import Stopped, train
+from diffvit.train import train
 from diffvit.vit import VisionTransformer, build_model
-from study.cluster import connect
-from study.devices import SHEETS, CellRate, Machine, find_machine, how, keep_machine, measurements_file, sheet_of
-from study.forecast import Rate, cell_of, forecast_study, forecast_text, makespan, measured_place, run_seconds, sheet_place
+from study.cluster.connect import connect
+from study.cluster.runner import Settings
+from study.cost.devices import SHEETS, CellRate, Machine, find_machine, how, keep_machine, measurements_file, sheet_of
+from study.cost.forecast import Rate, cell_of, forecast_study, forecast_text, makespan, measured_place, run_seconds, sheet_place
+from study.cost.probe import measure_cell
+from study.cost.rehearsal import Rehearsed, cells, rehearse
+from study.cost.truth import compare, comparison_lines, seconds_taken
 from study.grid import GRIDS, Grid
 from study.plan import load_fingerprints, plan_runs
-from study.probe import measure_cell
-from study.rehearsal import Rehearsed, cells, rehearse
-from study.runner import Settings
-from study.truth import compare, comparison_lines, seconds_taken
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT_DEPTHS = {"two": 2}
@@ -372,7 +374,7 @@ def test_a_rehearsal_keeps_what_was_there(cluster, tmp_path: Path) -> None:
 def test_a_process_that_dies_in_a_rehearsal_is_named(cluster, tmp_path: Path) -> None:
     import ray
 
-    from study.rehearsal import _outcome
+    from study.cost.rehearsal import _outcome
 
     died = _outcome(ray.remote(max_retries=0)(lambda: os._exit(3)).remote(), "some cell")
     assert died.title == "some cell" and "process died" in died.fault and "FAILED  some cell" in died.line()

@@ -24,7 +24,8 @@ from faults.nodes import Nodes
 from faults.processes import ending, family, finish, run_py, study, trainers, wait_until
 
 from diffvit.errors import UserError
-from study.cluster import Cluster, connect, find_address
+from study.cluster.address import find_address
+from study.cluster.connect import Cluster, connect
 
 GRID = "datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\noverrides: {max_steps: 2}\n"
 NOWHERE = "http://127.0.0.1:9"

@@ -15,9 +15,10 @@ import pandas as pd
 import pytest
 from tables import study_table
 
-from study import verdict
-from study.document import Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
-from study.report import analyse, page
+from study.report import verdict
+from study.report.analysis import analyse
+from study.report.document import Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
+from study.report.page import page
 
 ROOT = Path(__file__).resolve().parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

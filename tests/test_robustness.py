@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffvit import dataset
-from diffvit.corruptions import CORRUPTIONS
-from diffvit.dataset import load
+from diffvit.data.corruptions import CORRUPTIONS
+from diffvit.dataset import ImageSet, load
 from diffvit.evaluation import evaluate_checkpoint
-from diffvit.ledger import RunFiles, RunSpec
-from diffvit.robustness import CONDITIONS, corrupted_test_set, evaluate_corruptions, right_answers, summarise
+from diffvit.findings.robustness import CONDITIONS, corrupted_test_set, evaluate_corruptions, right_answers, summarise
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.spec import RunSpec
 from diffvit.train import train
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_a_limit_and_a_batch_size_leave_the_images_as_they_are(checkpoint: Path,
 
 def test_each_condition_and_each_block_has_its_own_noise() -> None:
     data = load("digits")
-    flat = dataset.ImageSet(torch.full((128, 1, 8, 8), 128, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64))
+    flat = ImageSet(torch.full((128, 1, 8, 8), 128, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64))
     import dataclasses
 
     grey = dataclasses.replace(data, test=flat)

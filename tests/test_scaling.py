@@ -11,8 +11,8 @@ import pytest
 from scipy import optimize, stats
 
 from bench.calibration import PARAMETERS, WORLDS, World, coverage, missed, one_seed, ratio_coverage, split_all_ways
-from study import scaling
-from study.scaling import Cells, Estimate
+from study.report import scaling
+from study.report.scaling import Cells, Estimate
 
 
 def _table(log_errors: np.ndarray, images: int = 10_000) -> pd.DataFrame:

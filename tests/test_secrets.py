@@ -11,7 +11,7 @@ import pytest
 
 import run as command_line
 from diffvit.errors import StorageError, UserError, redacted, shown, unknown_name
-from diffvit.storage import open_storage
+from diffvit.keeping.storage import open_storage
 
 SECRET = "s3cr/et+Value"
 HOLDING = [

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from bench import fit_sheet
 from diffvit.compute import DEFAULT_COMPUTE, Compute
-from study.devices import SHEETS
-from study.forecast import (
+from study.cost.devices import SHEETS
+from study.cost.forecast import (
     PASSES_TRAINING,
     SHEET_FIRST_RUN,
     SHEET_RUN_START,

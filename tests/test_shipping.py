@@ -132,16 +132,16 @@ def test_the_dockerfile_is_read_as_docker_reads_it() -> None:
 
 
 def test_a_run_without_git_records_the_commit_of_its_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffvit import train
+    from diffvit.machine import device
 
     def no_git(*arguments: object, **options: object) -> None:
         raise FileNotFoundError
 
-    monkeypatch.setattr(train.subprocess, "run", no_git)
+    monkeypatch.setattr(device.subprocess, "run", no_git)
     monkeypatch.setenv("DIFFVIT_COMMIT", "c0ffee")
-    assert train._git_commit() == "c0ffee"
+    assert device._git_commit() == "c0ffee"
     monkeypatch.setenv("DIFFVIT_COMMIT", "")
-    assert train._git_commit() is None
+    assert device._git_commit() is None
 
 
 # The workflows

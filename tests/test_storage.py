@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 
 from diffvit.errors import StorageError, UserError
-from diffvit.ledger import RunFiles, RunSpec, verify_run
-from diffvit.saving import Every, Saving
-from diffvit.storage import Lease, Storage, fetch_run, push_run, settle_run, take_lease
+from diffvit.keeping.lease import Lease, take_lease
+from diffvit.keeping.runs import fetch_run, push_run, settle_run
+from diffvit.keeping.saving import Every, Saving
+from diffvit.keeping.storage import Storage
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.verify import verify_run
 from diffvit.train import train
 
 

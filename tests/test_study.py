@@ -18,13 +18,16 @@ import pandas as pd
 import pytest
 
 from diffvit.errors import UserError
-from diffvit.ledger import RunFiles, RunSpec, read_results
-from diffvit.log import Step, TrainingLog, read_log
-from study.cluster import Cluster, connect, find_address
-from study.display import StudyDisplay
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import Step, TrainingLog, read_log
+from diffvit.ledger.results import read_results
+from diffvit.ledger.spec import RunSpec
+from study.cluster.address import find_address
+from study.cluster.connect import Cluster, connect
+from study.cluster.display import StudyDisplay
+from study.cluster.runner import Settings, run_all, slots
 from study.grid import GRIDS, Grid, find_grid
 from study.plan import load_fingerprints, plan_runs
-from study.runner import Settings, run_all, slots
 from study.table import conditions, files_of, prediction_table, run_table, step_table, write_step_csv
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,8 +307,8 @@ def _noise_ledger(folder: Path) -> list[RunSpec]:
 def test_conditions_are_told_apart_in_tables_display_and_figures(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from study.figures import draw_figures
     from study.main import table_text, warmup_warnings
+    from study.report.figures import draw_figures
 
     specs = _noise_ledger(tmp_path)
     table = run_table(tmp_path, specs)

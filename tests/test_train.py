@@ -13,12 +13,18 @@ from conftest import needs_cifar
 from test_attention import timm_names, timm_twin
 
 from diffvit.compute import Compute
-from diffvit.dataset import Prepare, load, with_training_noise
-from diffvit.ledger import RunFiles, RunSpec, load_weights, read_result, read_results, verify_run
-from diffvit.log import read_log
+from diffvit.data.batches import Prepare
+from diffvit.dataset import load, with_training_noise
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import read_log
+from diffvit.ledger.results import read_result, read_results
+from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.verify import verify_run
+from diffvit.ledger.weights import load_weights
+from diffvit.loop.fit import Stopped, fit
 from diffvit.memory import micro_batch_within
 from diffvit.protocol import PROTOCOLS
-from diffvit.train import Stopped, fit, train
+from diffvit.train import train
 from diffvit.vit import build_model
 
 SHORT = {"max_steps": 12, "batch_size": 32}
@@ -161,15 +167,15 @@ def test_the_norm_in_the_log_is_the_gradients(tmp_path: Path) -> None:
 
 
 def test_both_arms_see_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffvit import dataset
+    from diffvit.dataset import ImageSet
 
     data = load("digits")
     seen: dict[str, list] = {}
     for model in ("vit_classic", "vit_differential"):
         rows = seen.setdefault(model, [])
-        original = dataset.ImageSet.__getitems__
+        original = ImageSet.__getitems__
         monkeypatch.setattr(
-            dataset.ImageSet, "__getitems__", lambda self, r, rows=rows, original=original: (rows.append(r.tolist()), original(self, r))[1]
+            ImageSet, "__getitems__", lambda self, r, rows=rows, original=original: (rows.append(r.tolist()), original(self, r))[1]
         )
         built = build_model(model, "0.1M", PROTOCOLS["digits"])
         fit(built, data, PROTOCOLS["digits"].with_overrides({"max_steps": 45}), seed=5)
@@ -318,7 +324,7 @@ def test_a_small_model_learns_from_real_cifar100(data_root: str) -> None:
 @pytest.mark.slow
 def test_timms_vit_in_the_same_loop_is_as_good() -> None:
     data, protocol = load("digits"), PROTOCOLS["digits"]
-    from diffvit.dataset import Prepare
+    from diffvit.data.batches import Prepare
     from diffvit.evaluation import evaluate
 
     torch.set_num_threads(1)

@@ -13,9 +13,10 @@ from scipy import stats
 from tables import study_table
 
 from diffvit.protocol import ARMS
-from study import verdict
-from study.report import analyse, page, subjects
-from study.verdict import Answer, Estimate
+from study.report import verdict
+from study.report.analysis import analyse, subjects
+from study.report.page import page
+from study.report.verdict import Answer, Estimate
 
 
 def _sentences(table: pd.DataFrame) -> dict[str, tuple[str, str]]:

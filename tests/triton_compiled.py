@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from diffvit import attention_triton, fused_triton
+from diffvit.kernels import attention_triton, fused_triton
 
 # Head dimension: tokens and heads; the last two are the study's.
 SHAPES = {16: (257, 4), 32: (785, 8), 64: (1025, 6)}

@@ -11,9 +11,9 @@ import triton
 from forms import by_form
 from torch import Tensor
 
-from diffvit import attention_triton
-from diffvit.attention_triton import attend, supported
-from diffvit.differential_forms import differential_attention
+from diffvit.kernels import attention_triton
+from diffvit.kernels.attention_triton import attend, supported
+from diffvit.kernels.forms import differential_attention
 from diffvit.vit import set_form
 from diffvit.vit_classic import Attention
 from diffvit.vit_differential import DifferentialAttention

@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import psutil
 
-from diffvit.ledger import RunFiles
-from diffvit.log import read_log
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a log says that does not depend on the clock.

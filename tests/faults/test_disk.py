@@ -15,9 +15,12 @@ import torch
 from faults.processes import ending, finish, run_py, states, study, wait_until, weights
 
 from diffvit.errors import StorageError
-from diffvit.ledger import RunFiles, RunSpec, result_paths, verify_run
-from diffvit.saving import Every, Saving
-from diffvit.train import Stopped, train
+from diffvit.keeping.saving import Every, Saving
+from diffvit.ledger.files import RunFiles, result_paths
+from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.verify import verify_run
+from diffvit.loop.fit import Stopped
+from diffvit.train import train
 
 SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 2})
 TRAIN = ("train", "--model", SPEC.model, "--size", SPEC.size, "--dataset", SPEC.dataset, "--epochs", "2", "--device", "cpu")

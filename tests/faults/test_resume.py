@@ -13,10 +13,13 @@ import torch
 from faults.processes import assert_same_logs, files_in, run_py, wait_until
 
 from diffvit.errors import RunIsBusyError
-from diffvit.ledger import RunFiles, RunSpec, read_result
-from diffvit.saving import Every, Saving
-from diffvit.state import StateFolder
-from diffvit.train import Stopped, train
+from diffvit.keeping.saving import Every, Saving
+from diffvit.keeping.state import StateFolder
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.results import read_result
+from diffvit.ledger.spec import RunSpec
+from diffvit.loop.fit import Stopped
+from diffvit.train import train
 
 SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 3, "dropout": 0.1})
 

@@ -17,11 +17,16 @@ from s3 import Gate
 
 from diffvit.dataset import load
 from diffvit.errors import RunIsBusyError, StorageError
-from diffvit.ledger import RunFiles, RunSpec, verify_run
-from diffvit.log import Step
-from diffvit.saving import Every, Saving
-from diffvit.storage import Lease, Storage, _lease_content, settle_run, take_lease
-from diffvit.train import Stopped, train
+from diffvit.keeping.lease import Lease, _lease_content, take_lease
+from diffvit.keeping.runs import settle_run
+from diffvit.keeping.saving import Every, Saving
+from diffvit.keeping.storage import Storage
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import Step
+from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.verify import verify_run
+from diffvit.loop.fit import Stopped
+from diffvit.train import train
 
 SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 20})
 TRAIN = ("train", "--model", SPEC.model, "--size", SPEC.size, "--dataset", SPEC.dataset, "--epochs", "20", "--device", "cpu")
@@ -219,7 +224,7 @@ def test_a_result_that_could_not_be_looked_at_is_not_replaced(tmp_path: Path, wh
     def fail(*_: object) -> None:
         raise StorageError("not now.", "later.")
 
-    monkeypatch.setattr("diffvit.keeper.fetch_run", fail)  # with the lease in hand
+    monkeypatch.setattr("diffvit.keeping.keeper.fetch_run", fail)  # with the lease in hand
     saving = Saving(every=Every(steps=1), storage=url, lease_seconds=0.9, needs_storage=False)
     with pytest.raises(RunIsBusyError):
         train(SPEC, tmp_path / "checkpoints", device="cpu", saving=saving, on_steps=lambda *_: time.sleep(0.1))

@@ -25,7 +25,8 @@ from faults.processes import (
     weights,
 )
 
-from diffvit.ledger import RunSpec, read_results
+from diffvit.ledger.results import read_results
+from diffvit.ledger.spec import RunSpec
 from diffvit.train import train
 
 GRID = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 20}\n"

@@ -14,7 +14,7 @@ from hub.server import HubServer
 
 from diffvit import from_pretrained
 from diffvit.errors import UserError
-from diffvit.hub_storage import STATE_BRANCH
+from diffvit.keeping.hub import STATE_BRANCH
 
 NAME = "user/study"
 SIZE = ("--size", "0.1M", "--dataset", "digits")
@@ -24,8 +24,8 @@ TRAIN = ("train", "--model", "vit_differential", *SIZE, "--epochs", "1", "--devi
 @pytest.fixture
 def account(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     monkeypatch.setenv("HF_REPOSITORY", NAME)
-    monkeypatch.setattr("diffvit.hub_storage._PAUSES", (0.01,))
-    monkeypatch.setattr("diffvit.keeper._PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("diffvit.keeping.hub._PAUSES", (0.01,))
+    monkeypatch.setattr("diffvit.keeping.keeper._PAUSES", (0.01, 0.01))
     return hub
 
 
@@ -203,7 +203,7 @@ def test_a_finished_run_without_its_weights_is_told_of(account: HubServer, cli) 
 
 def test_a_rate_limit_at_the_end_does_not_hold_the_run_up(account: HubServer, cli, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("diffvit.utils.time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("diffvit.hub.client.time", SimpleNamespace(sleep=slept.append))
     account.faults.add("POST", "commit/main", status=429, headers={"Retry-After": "3600"})
     outcome = cli(*TRAIN, "--upload", "true")
     assert outcome.code == 0 and "is finished here" in outcome.err

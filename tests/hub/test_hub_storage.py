@@ -9,8 +9,9 @@ import pytest
 from hub.server import HubServer
 
 from diffvit.errors import StorageError, UserError
-from diffvit.hub_storage import STATE_BRANCH, HubStorage
-from diffvit.storage import Lease, Storage, lease_state, open_storage, take_lease
+from diffvit.keeping.hub import STATE_BRANCH, HubStorage
+from diffvit.keeping.lease import Lease, lease_state, take_lease
+from diffvit.keeping.storage import Storage, open_storage
 
 NAME = "user/study"
 URL = f"hf://{NAME}"
@@ -18,7 +19,7 @@ URL = f"hf://{NAME}"
 
 @pytest.fixture
 def storage(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.setattr("diffvit.hub_storage._PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("diffvit.keeping.hub._PAUSES", (0.01, 0.01))
     opened = open_storage(URL)
     opened.check()
     return opened
@@ -154,7 +155,7 @@ def test_a_token_is_needed(hub: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_a_lease_that_is_renewed_while_it_is_read(hub: HubServer, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffvit.hub_storage._SQUASH_EVERY", 3)  # and its commit forgotten
+    monkeypatch.setattr("diffvit.keeping.hub._SQUASH_EVERY", 3)  # and its commit forgotten
     lease = take_lease(storage, "run", "me", 60)
     assert isinstance(lease, Lease)
     over, failed = threading.Event(), []
@@ -177,7 +178,7 @@ def test_a_lease_that_is_renewed_while_it_is_read(hub: HubServer, storage: Stora
 
 
 def test_the_history_of_states_is_forgotten_at_times(hub: HubServer, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffvit.hub_storage._SQUASH_EVERY", 5)
+    monkeypatch.setattr("diffvit.keeping.hub._SQUASH_EVERY", 5)
     for number in range(13):
         storage.commit({".state/run/1.state": str(number).encode()})
     assert len(hub.repo(NAME).history(STATE_BRANCH)) <= 5

@@ -12,7 +12,7 @@ import pytest
 from faults.processes import assert_same_ledgers, ending, finish, kill_all, run_py, states, study, wait_until, weights
 from hub.server import HubServer
 
-from diffvit.hub_storage import STATE_BRANCH
+from diffvit.keeping.hub import STATE_BRANCH
 
 NAME = "user/study"
 # Two models in three sizes, which do not cost the same.

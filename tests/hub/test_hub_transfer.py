@@ -17,7 +17,9 @@ import pytest
 from hub.server import HubServer
 
 from diffvit.errors import StorageError, UserError
-from diffvit.utils import Account, Hub, HubRefusesError, download, find_account, find_token, is_safe_name, parse_repository, upload
+from diffvit.hub.account import Account, find_account, find_token, parse_repository
+from diffvit.hub.client import Hub, HubRefusesError, is_safe_name
+from diffvit.utils import download, upload
 
 NAME = "user/study"
 
@@ -356,7 +358,7 @@ class hub_fails:  # noqa: N801
 def test_the_hub_is_not_waited_for_longer_than_that(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may ask for an hour, before which the client's own attempts would wait too."""
     slept: list[float] = []
-    monkeypatch.setattr("diffvit.utils.time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("diffvit.hub.client.time", SimpleNamespace(sleep=slept.append))
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=slept.append))
     hub.faults.add("*", "api", status=429, headers={"Retry-After": "3600", "RateLimit": '"api";r=0;t=1800'})
     with pytest.raises(StorageError):
@@ -368,8 +370,8 @@ def test_the_hub_is_not_waited_for_longer_than_that(hub: HubServer, folder: Path
 def test_a_hub_that_never_answers_is_given_up(
     hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch, silent: tuple[str, str]
 ) -> None:
-    monkeypatch.setattr("diffvit.utils._SILENCE_ASKING", 0.3)
-    monkeypatch.setattr("diffvit.utils._SILENCE_SENDING", 0.3)
+    monkeypatch.setattr("diffvit.hub.http._SILENCE_ASKING", 0.3)
+    monkeypatch.setattr("diffvit.hub.http._SILENCE_SENDING", 0.3)
     hub.create(NAME)
     fault = hub.faults.add(*silent, hang=30.0)
     for _ in range(2):  # a hub that has failed is asked in another way
@@ -384,7 +386,7 @@ def test_waits_stay_bounded_when_the_client_makes_itself_anew(hub: HubServer, to
     hub.create(NAME)
     to_hub.head()
     huggingface_hub.close_session()  # as the client does after a connection that failed
-    monkeypatch.setattr("diffvit.utils._SILENCE_ASKING", 0.3)
+    monkeypatch.setattr("diffvit.hub.http._SILENCE_ASKING", 0.3)
     hub.faults.add("GET", "api", hang=30.0)
     with pytest.raises(Exception, match="timed out"):
         to_hub.api.repo_info(NAME)

@@ -1,0 +1,185 @@
+"""Data sets of the Hugging Face hub, from a folder or through its client, and why one cannot be loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffvit.errors import UserError
+from diffvit.ledger.disk import write_fault
+
+
+def load_hub(name: str, data_root: Path | None, columns: set[str], splits: Sequence[str] = ("train", "test")) -> Any:
+    """A hub data set, from the data root where one is given, with images left encoded."""
+    import datasets
+
+    path = name
+    if data_root is not None:
+        path = str(data_root / name)
+        if not Path(path).is_dir():
+            raise UserError(f"there is no data set folder {path}.", f"put {name} there, or leave out --data_root to load it from the hub.")
+    datasets.disable_progress_bars()
+    unreachable = None if data_root else _why_unreachable(name)
+    try:
+        with _client_kept_quiet(offline=unreachable is not None):
+            parts = datasets.load_dataset(path)
+    except Exception as error:  # the client's errors are of many kinds: network, Parquet, schema
+        raise _loading_failed(name, path, error, unreachable) from error
+    for split in splits:
+        if split not in parts or not columns <= set(parts[split].column_names):
+            found = f"columns {', '.join(sorted(parts[split].column_names))}" if split in parts else f"splits {', '.join(sorted(parts))}"
+            raise UserError(
+                f"{path} has no split {split!r} with columns {', '.join(sorted(columns))}: it has {found}.",
+                f"it must be in the schema of {name}.",
+            )
+    image_column = next(iter(columns - {"label", "fine_label"}))
+    try:
+        return {split: parts[split].cast_column(image_column, datasets.Image(decode=False)) for split in splits}
+    except Exception as error:  # Arrow's, of several kinds
+        found = str(parts[splits[0]].features[image_column])[:100]
+        raise UserError(
+            f"the column {image_column} of {path} holds no encoded images but {found}.", f"it must be in the schema of {name}."
+        ) from error
+
+
+_PATIENCE = 5.0  # seconds for the hub's first answer
+
+
+def _why_unreachable(name: str) -> str | None:
+    """Asks the hub for a data set, once. Returns why there is no answer, or None if there is one: an error of the hub's is one too."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    answer: list[str | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().dataset_info(name, timeout=_PATIENCE)
+        except Exception as error:  # of the client, and of the library below it, which changes with its version
+            answer.append(None if getattr(error, "response", None) is not None else first_sentence(error))
+        else:
+            answer.append(None)
+
+    # A thread, for the client bounds neither the search for the host's address nor the number of addresses that it tries.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    return answer[0] if answer else f"no answer within {_PATIENCE:g} s"
+
+
+@contextlib.contextmanager
+def _client_kept_quiet(offline: bool) -> Iterator[None]:
+    """No raw lines of the hub's clients on stderr inside; offline, they try no network and take what they have kept."""
+    import datasets
+    from huggingface_hub import constants
+
+    loggers = [logging.getLogger(library) for library in ("datasets", "huggingface_hub")]
+    levels, before = [logger.level for logger in loggers], (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
+    if offline:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)  # what fails is raised too
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _loading_failed(name: str, path: str, error: BaseException, unreachable: str | None) -> UserError:
+    """What a user can do about a data set that cannot be loaded."""
+    import datasets
+
+    from diffvit.data.images import is_lfs_pointer, lfs_pointer
+
+    kept = Path(datasets.config.HF_DATASETS_CACHE)
+    if fault := write_fault(kept):
+        return UserError(
+            f"the Hugging Face cache {kept}, which {name} is unpacked into, cannot be written: {fault.strerror}.",
+            "set HF_HOME to a folder that can be written and has room.",
+        )
+    cause: BaseException | None = error
+    while cause is not None:  # a full disk, or another user's files, which are locked for reading too
+        if isinstance(cause, OSError) and (cause.errno == errno.ENOSPC or str(cause.filename).startswith(f"{kept}{os.sep}")):
+            return UserError(
+                f"{name} cannot be unpacked into the Hugging Face cache {kept}: {cause.strerror}.",
+                "set HF_HOME to a folder of your own with room.",
+            )
+        cause = cause.__cause__ or cause.__context__
+    if unreachable is not None:
+        return UserError(
+            f"{name} is not on this machine, and the Hugging Face hub cannot be reached: {unreachable}.",
+            "check the connection, the proxy and HF_HUB_OFFLINE, or give a local copy with --data_root.",
+        )
+    for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else ():
+        with contextlib.suppress(OSError), open(file, "rb") as opened:
+            if is_lfs_pointer(opened.read(100)):
+                return lfs_pointer(str(file))
+    return UserError(f"{name} cannot be loaded from {path}: {first_sentence(error)}.", "download it again.")
+
+
+def labels_of(part: Any, column: str, classes: int = 0) -> tuple[np.ndarray, list[str] | None]:
+    """A column of labels as int64 and the classes' names, None where they are numbers without names.
+
+    Args:
+        classes: how many there are, where they may be numbers without names.
+    """
+    values, names = part.with_format("arrow")[:][column], getattr(part.features[column], "names", None)
+    if values.null_count:
+        raise UserError(f"{values.null_count} of {len(values)} labels in the column {column} are missing.", "download the data set again.")
+    numbers = values.to_numpy()
+    if numbers.dtype.kind == "O" and all(isinstance(value, str) for value in numbers):
+        texts, numbers = np.unique(numbers.astype(str), return_inverse=True)
+        names = texts.tolist()
+    if names is None and not classes:
+        raise UserError(
+            f"the labels in the column {column} have no names, and nothing says which is which class.",
+            "give the names as text, or write the Parquet with the `datasets` library, which keeps them.",
+        )
+    classes = classes if names is None else len(names)
+    if numbers.dtype.kind not in "iuf" or not ((numbers >= 0) & (numbers < classes) & (numbers == np.floor(numbers))).all():
+        raise UserError(
+            f"the labels in the column {column} are not whole numbers from 0 to {classes - 1} or names of classes.",
+            "download the data set again.",
+        )
+    return numbers.astype(np.int64), names
+
+
+def image_fields(part: Any, column: str, field: str) -> Any:
+    """A field of all rows' images, "bytes" or "path", as an Arrow column, in chunks: together they may exceed what one array can hold."""
+    import pyarrow.compute
+
+    return pyarrow.compute.struct_field(part.with_format("arrow")[:][column], field)
+
+
+def decoded(part: Any, column: str, rows: np.ndarray) -> Iterator[Any]:
+    """The images of some rows, each as an RGB image of Pillow. Raises UserError, which names the file."""
+    from diffvit.data.images import decode_rgb
+
+    contents, paths = (image_fields(part, column, field) for field in ("bytes", "path"))
+    for row in map(int, rows):
+        content, path = contents[row].as_py(), paths[row].as_py()
+        file = path or f"the image in row {row} of the {part.split} split"
+        if content is None:
+            try:
+                content = Path(path or "").read_bytes()
+            except OSError as error:
+                raise UserError(f"{file} cannot be read: {error.strerror}.", "download the data again.") from error
+        yield decode_rgb(content, file)
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error or of its cause."""
+    root = error.__cause__ or error
+    text = " ".join(str(root).split()) or type(root).__name__
+    return text.split(". ")[0].rstrip(".")[:200]

@@ -1,0 +1,323 @@
+"""Where a finished model looks: the exact attention maps of every layer, summed up in a few numbers, and some to look at.
+
+Measured are the class token's maps, for it alone is classified. A differential map has negative parts, which act on the
+output as positive ones do: shares and entropies are those of its absolute values. All is computed in fp32 from explicit
+maps, which tests prove to be those that the fused kernels apply.
+
+Every model sees the same cluttered images: they are drawn from the data and an image's row, never from a run's seed.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffvit.checks import list_of, maybe, real, record, text, whole
+from diffvit.data.batches import Prepare
+from diffvit.data.corruptions import BACKGROUNDS, clutter
+from diffvit.dataset import Dataset
+from diffvit.errors import UserError
+from diffvit.evaluation import data_warnings, open_checkpoint
+from diffvit.protocol import stable_seed
+from diffvit.vit import AttentionLayer, Block, VisionTransformer
+
+_PICTURES = 6
+_PICTURE_PIXELS = 64
+
+_TOP = record({"top1": real(), "median": real()})
+_LAYER = record(
+    {
+        "layer": whole(0, 1000), "lambda": maybe(real()), "entropy": real(), "attention_logits": _TOP, "hidden_states": _TOP,
+        "signal_share": record({background: real(0, 1.001) for background in BACKGROUNDS}),
+    }
+)  # fmt: skip
+_MAP = list_of(list_of(real(), 1, 1000), 1, 1000)
+_PICTURE = record(
+    {
+        "row": whole(), "png": text("[A-Za-z0-9+/]*={0,2}", 100_000), "box": list_of(real(0, 1), 4, 4), "true": text(),
+        "predicted": text(), "middle_map": _MAP, "last_map": _MAP,
+    }
+)  # fmt: skip
+_KEPT = record(
+    {
+        "images": whole(1, 10**8), "warnings": list_of(text()), "uniform_entropy": real(), "signal_area": real(0, 1),
+        "middle_layer": whole(0, 1000), "layers": list_of(_LAYER, 1, 1000), "pictures": list_of(_PICTURE, 0, 100),
+    }
+)  # fmt: skip
+
+
+def wrong_findings(found: Any) -> str | None:
+    """The check (see checks.py) of what evaluate_attention found, read from a file."""
+    if wrong := _KEPT(found):
+        return wrong
+    for i, picture in enumerate(found["pictures"]):
+        if any(len({len(row) for row in picture[name]}) != 1 for name in ("middle_map", "last_map")):
+            return f".pictures[{i}] has a map with rows of different lengths"
+        try:
+            picture_pixels(picture)
+        except Exception:  # whatever the decoder says of it
+            return f".pictures[{i}].png is no picture of ours"
+    return None
+
+
+@torch.inference_mode()
+def evaluate_attention(
+    checkpoint: Path,
+    *,
+    data_root: str | Path | None = None,
+    limit: int | None = 256,
+    batch_size: int = 16,
+    device: torch.device,
+    on_progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint attends to in its test set, on clean images and with clutter around them.
+
+    Args:
+        limit: the first so many test images only; None for all.
+        batch_size: images whose maps of one layer are held at once.
+        on_progress: hears a line after the clean images and after each kind of clutter.
+
+    Returns:
+        What JSON can hold:
+
+        "images", "warnings"; "uniform_entropy", the log of the number of patches; "signal_area", the object's share of a cluttered
+        image's area; "middle_layer", that of the pictures.
+
+        "layers", first to last, each with its "layer", counted from 0; "lambda", its mean, or None where nothing is subtracted;
+        "entropy" in nats, of the class token's attention over the patches, mean over heads and images; "signal_share", by
+        background, the share of that attention that falls on the object, which would be "signal_area" were it uniform; and
+        "attention_logits" and "hidden_states" (the block's output) with "top1" and "median" of absolute values, as section 3.6 of
+        arXiv 2410.05258 has them for text. top1 is over all images, median that of the images' medians.
+
+        "pictures", of the first test images of different classes, in front of other images: "row" in the test set, "png" (see
+        picture_pixels), "box" of the object as shares of height and width (top, left, bottom, right), "true" and "predicted" class,
+        and the class token's attention to the patches, signed, mean over heads, [rows][columns]: "middle_map" and "last_map".
+
+    Raises:
+        UserError: the checkpoint or the data are missing or damaged, or the limit leaves no image.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}.", "give a whole number of at least 1.")
+    model, facts, data, prepare = open_checkpoint(checkpoint, data_root, device)
+    images = len(data.test.head(limit))
+    batches = [range(first, min(first + batch_size, images)) for first in range(0, images, batch_size)]
+    uniform_entropy = math.log(model.tokens - 1)
+
+    layers = _clean_layers(model, prepare, data, batches)
+    if on_progress:
+        entropy = np.mean([layer["entropy"] for layer in layers])
+        on_progress(f"1/{1 + len(BACKGROUNDS)}  clean: mean entropy {entropy:.2f} of at most {uniform_entropy:.2f} nats")
+    for number, background in enumerate(BACKGROUNDS, start=2):
+        shares, area = _signal_shares(model, prepare, data, background, batches)
+        for layer, share in zip(layers, shares, strict=True):
+            layer["signal_share"][background] = share
+        if on_progress:
+            on_progress(
+                f"{number}/{1 + len(BACKGROUNDS)}  clutter-{background}: mean share of attention on the object "
+                f"{100 * np.mean(shares):.1f} %, of the area {100 * area:.1f} %"
+            )
+    return {
+        "images": images,
+        "warnings": data_warnings(facts, data),
+        "uniform_entropy": uniform_entropy,
+        "signal_area": area,
+        "middle_layer": _middle_layer(model),
+        "layers": layers,
+        "pictures": _pictures(model, prepare, data, images),
+    }
+
+
+def explicit_layers(model: VisionTransformer, images: Tensor) -> Iterator[tuple[AttentionLayer, Tensor, Tensor, Tensor]]:
+    """The forward pass with explicit maps, block by block.
+
+    Yields:
+        The attention, its input [B, N, D], its maps [B, M, N, N], and the block's output [B, N, D].
+    """
+    x_BND = model.embed(images)
+    for block in cast(list[Block], model.blocks):
+        attention = cast(AttentionLayer, block.attn)
+        input_BND = block.norm1(x_BND)
+        maps_BMNN = attention.maps(input_BND)
+        x_BND = x_BND + attention.apply_maps(maps_BMNN, input_BND)
+        x_BND = x_BND + block.mlp(block.norm2(x_BND))
+        yield attention, input_BND, maps_BMNN, x_BND
+
+
+def patch_shares(maps_BMNN: Tensor) -> Tensor:
+    """How the class token's absolute attention to the patches is shared out among them; each map's sum up to 1. [B, M, N - 1]"""
+    weights = maps_BMNN[:, :, 0, 1:].abs()
+    # Not even a map that is all on the class token itself divides by zero.
+    return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def share_entropy(shares: Tensor) -> Tensor:
+    """Entropy in nats over the last dimension."""
+    return torch.special.entr(shares).sum(dim=-1)
+
+
+def box_overlap(boxes: Tensor, canvas: tuple[int, int], grid: int) -> Tensor:
+    """How much of each patch lies in the box, 0 to 1, rows of the grid one after another. [B, grid * grid]
+
+    Args:
+        boxes: [B, 4], top, left, bottom, right in canvas pixels, the last two just outside.
+        canvas: height and width in pixels, which the model sees squeezed to a square.
+        grid: patches along a side.
+    """
+    top, left, bottom, right = (boxes.double() * grid / torch.tensor([*canvas, *canvas], device=boxes.device)).unsqueeze(-1).unbind(1)
+    starts = torch.arange(grid, device=boxes.device)
+    down = (bottom.clamp_max(starts + 1) - top.clamp_min(starts)).clamp(0, 1)
+    across = (right.clamp_max(starts + 1) - left.clamp_min(starts)).clamp(0, 1)
+    return (down.unsqueeze(2) * across.unsqueeze(1)).flatten(1)
+
+
+def cluttered(data: Dataset, background: str, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Test images with clutter around them, each drawn from the data, the background and its own row.
+
+    Returns:
+        Canvases, uint8 [B, C, H2, W2], and boxes, int64 [B, 4]: see corruptions.clutter. The images around come from the validation
+        split: no model was trained on them, and no test image is its own background.
+    """
+    drawn = [
+        clutter(
+            data.test.pixels[row : row + 1],
+            background,
+            torch.Generator().manual_seed(stable_seed(data.fingerprint, "clutter", background, row)),
+            data.val.pixels,
+        )
+        for row in rows
+    ]
+    canvases, boxes = zip(*drawn, strict=True)
+    return torch.cat(canvases), torch.cat(boxes)
+
+
+def summary_lines(findings: Mapping[str, Any]) -> list[str]:
+    """What was found, a line a layer, for a person."""
+    names = ("layer", "lambda", "entropy", "noise", "images", "logit top1", "median", "hidden top1", "median")
+    widths = (7, 7, 8, 7, 7, 11, 7, 12, 7)
+    lines = [" ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    for layer in findings["layers"]:
+        subtracted = f"{layer['lambda']:.3f}" if layer["lambda"] is not None else ""
+        shares = " ".join(f"{100 * layer['signal_share'][background]:>5.1f} %" for background in ("noise", "images"))
+        logits, hidden = layer["attention_logits"], layer["hidden_states"]
+        lines.append(
+            f"{layer['layer']:>7} {subtracted:>7} {layer['entropy']:>8.3f} {shares} {logits['top1']:>11.2f} {logits['median']:>7.3f} "
+            f"{hidden['top1']:>12.2f} {hidden['median']:>7.3f}"
+        )
+    uniform = f"uniform attention: entropy {findings['uniform_entropy']:.3f} nats, {100 * findings['signal_area']:.1f} % on the object"
+    return [*lines, f"  {uniform}; {findings['images']} images; noise, images: share on the object in front of them"]
+
+
+def picture_pixels(picture: Mapping[str, Any]) -> np.ndarray:
+    """The image of one of the "pictures" of evaluate_attention, uint8 [height, width] or [height, width, 3]. Raises ValueError."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(base64.b64decode(picture["png"])), formats=["PNG"]) as image:
+        if max(image.size) > _PICTURE_PIXELS or image.mode not in ("L", "RGB"):  # before it is decoded
+            raise ValueError("a picture of another kind")
+        return np.asarray(image)
+
+
+def _clean_layers(model: VisionTransformer, prepare: Prepare, data: Dataset, batches: Sequence[range]) -> list[dict[str, Any]]:
+    """What unchanged images tell of every layer. Tensors are a number an image, so that batches leave no trace."""
+    values: list[dict[str, list[Tensor]]] = [{} for _ in model.blocks]
+    for rows in batches:
+        pixels = data.test.pixels[rows.start : rows.stop]
+        for found, (attention, input_BND, maps_BMNN, hidden_BND) in zip(values, explicit_layers(model, prepare(pixels)), strict=True):
+            numbers = {"entropy": share_entropy(patch_shares(maps_BMNN)).mean(dim=1)}
+            lambdas = attention.lambdas(input_BND)
+            if lambdas is not None:
+                numbers["lambda"] = lambdas.expand(len(rows)) if lambdas.ndim == 0 else lambdas.flatten(1).mean(dim=1)
+            for what, tensor in (("attention_logits", attention.logits(input_BND)), ("hidden_states", hidden_BND)):
+                sizes = tensor.abs().flatten(1)
+                numbers[f"{what}.top1"] = sizes.amax(dim=1)
+                numbers[f"{what}.median"] = torch.stack([image.median() for image in sizes])
+            for name, number in numbers.items():
+                found.setdefault(name, []).append(number.double().cpu())
+    together = [{name: torch.cat(parts) for name, parts in found.items()} for found in values]
+    return [
+        {
+            "layer": layer,
+            "lambda": found["lambda"].mean().item() if "lambda" in found else None,
+            "entropy": found["entropy"].mean().item(),
+            "signal_share": {},
+            **{
+                what: {"top1": found[f"{what}.top1"].max().item(), "median": found[f"{what}.median"].median().item()}
+                for what in ("attention_logits", "hidden_states")
+            },
+        }
+        for layer, found in enumerate(together)
+    ]
+
+
+def _signal_shares(
+    model: VisionTransformer, prepare: Prepare, data: Dataset, background: str, batches: Sequence[range]
+) -> tuple[list[float], float]:
+    """Every layer's share of attention on the object, mean over heads and images, and the object's share of the area."""
+    totals = [0.0] * len(model.blocks)
+    area = 0.0
+    for rows in batches:
+        canvases, boxes = cluttered(data, background, rows)
+        overlap = box_overlap(boxes, (canvases.shape[-2], canvases.shape[-1]), _grid(model))
+        area += overlap.mean(dim=1).sum().item()
+        overlap = overlap.to(prepare.mean.device, torch.float32)
+        for layer, (_, _, maps_BMNN, _) in enumerate(explicit_layers(model, prepare(canvases))):
+            shares_BM = (patch_shares(maps_BMNN) * overlap.unsqueeze(1)).sum(dim=-1)
+            totals[layer] += shares_BM.mean(dim=1).double().sum().item()
+    images = sum(map(len, batches))
+    return [total / images for total in totals], area / images
+
+
+def _pictures(model: VisionTransformer, prepare: Prepare, data: Dataset, images: int) -> list[dict[str, Any]]:
+    labels = data.test.labels[:images].tolist()
+    rows = sorted({label: row for row, label in reversed(list(enumerate(labels)))}.values())[:_PICTURES]
+    canvases, boxes = cluttered(data, "images", rows)
+    height, width = canvases.shape[-2:]
+    maps, predicted = [], []
+    for _, _, maps_BMNN, hidden_BND in explicit_layers(model, prepare(canvases)):
+        maps.append(maps_BMNN[:, :, 0, 1:].mean(dim=1).view(len(rows), _grid(model), _grid(model)).cpu())
+        predicted = model.classify(hidden_BND).argmax(dim=1).tolist()  # after the last block it is the model's answer
+    return [
+        {
+            "row": row,
+            "png": _png(canvases[i]),
+            "box": [side / length for side, length in zip(boxes[i].tolist(), (height, width, height, width), strict=True)],
+            "true": data.classes[labels[row]],
+            "predicted": data.classes[predicted[i]],
+            "middle_map": _rounded(maps[_middle_layer(model)][i]),
+            "last_map": _rounded(maps[-1][i]),
+        }
+        for i, row in enumerate(rows)
+    ]
+
+
+def _middle_layer(model: VisionTransformer) -> int:
+    return (len(model.blocks) - 1) // 2
+
+
+def _grid(model: VisionTransformer) -> int:
+    return math.isqrt(model.tokens - 1)
+
+
+def _png(pixels: Tensor) -> str:
+    """uint8 [C, H, W] as a PNG in base64, made smaller where a side is longer than 64 pixels."""
+    from PIL import Image
+
+    array = pixels.permute(1, 2, 0).cpu().numpy()
+    image = Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+    image.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _rounded(attention: Tensor) -> list[list[float]]:
+    """To five significant digits, for small files."""
+    return [[float(f"{value:.5g}") for value in row] for row in attention.tolist()]

@@ -1,0 +1,1 @@
+"""The Hugging Face hub: the account, the client, and how its requests are bounded."""

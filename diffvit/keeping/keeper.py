@@ -1,0 +1,313 @@
+"""Keeps one run: who may train it, its states here and in the storage, and what becomes of both when it ends.
+
+    with RunKeeper(files, saving) as keeper:      the lock and, if there is a storage, the lease are ours
+        keeper.result                             the run's result, if it has ended already, here or in the storage
+        keeper.load_state(fits)                   the newest state that fits the run, wherever it is
+        keeper.save(state, log)                   a state, at once on disk and in time in the storage
+        keeper.finish(result)                     to the storage; the states go
+
+Copies to the storage are made by a thread of its own: training waits for the local disk only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from diffvit.errors import RunIsBusyError, StorageError
+from diffvit.keeping.lease import Lease, take_lease
+from diffvit.keeping.runs import fetch_run, leftovers, push_run, state_folder
+from diffvit.keeping.saving import Saving
+from diffvit.keeping.state import KEPT, StateFolder, folder_id
+from diffvit.keeping.storage import Storage, open_storage
+from diffvit.ledger.disk import check_writable, sweep_asides
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import LogPosition, TrainingLog
+from diffvit.ledger.results import read_result
+
+# Seconds after which a renewal that failed is tried again.
+_RENEW_AGAIN = 60.0
+
+# A finished run that the storage does not take is offered again after these pauses, and then left to the next command.
+_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+
+
+class RunKeeper:
+    """The right to train a run, and the care for what it leaves. A context manager.
+
+    Args:
+        on_warning: hears of damaged states and of a storage that does not answer.
+
+    Raises:
+        RunIsBusyError: on entry, where another process trains the run.
+        UserError: on entry, where the folder cannot be written.
+        StorageError: on entry, where the storage does not answer and the run is not to begin without it.
+    """
+
+    def __init__(self, files: RunFiles, saving: Saving, on_warning: Callable[[str], None] | None = None):
+        self.result: dict[str, Any] | None = None
+        self._files, self._saving = files, saving
+        self._warn = on_warning or (lambda text: None)
+        self._states = StateFolder(files.checkpoints, files.run_id, on_warning)
+        self._storage: Storage | None = None
+        self._courier: _Courier | None = None
+        self._lease_given_back = False
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> RunKeeper:
+        with contextlib.ExitStack() as stack:
+            self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        files = self._files
+        self.result = read_result(files.result)
+        if self.result is not None:
+            return
+        storage = open_storage(self._saving.storage) if self._saving.storage else None
+        check_writable(files.folder)
+        if not stack.enter_context(self._states.lock()):
+            raise RunIsBusyError(
+                f"another process is training the run {files.run_id}.", "let it finish; the same command then finds it done."
+            )
+        sweep_asides(files.folder, files.stem)
+        if storage:
+            self._storage = storage
+            self._courier = courier = _Courier(storage, files, self._saving, self._warn)
+            stack.callback(self._give_back)
+            with self._unless_needed():
+                if refusal := courier.join_others():
+                    raise RunIsBusyError(
+                        f"another machine trains the run {files.run_id}: {refusal}.",
+                        "wait for it; the same command takes over or finds it done.",
+                    )
+                fetch_run(storage, files)
+                courier.looked = True
+            courier.start()
+            stack.callback(courier.stop)
+        self.result = read_result(files.result)  # it may have ended while we came here
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @contextlib.contextmanager
+    def _unless_needed(self) -> Iterator[None]:
+        """A storage that fails inside is said, and does no harm where the run is to begin without it too."""
+        try:
+            yield
+        except StorageError as error:
+            if self._saving.needs_storage:
+                raise
+            self._warn(f"{error.message} The run {self._files.run_id} is trained without it until it answers.")
+
+    def _give_back(self) -> None:
+        lease = self._courier.lease if self._courier else None
+        if lease and not self._lease_given_back:
+            with contextlib.suppress(StorageError):  # else it runs out by itself
+                lease.release()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another machine has the run, or has ended it, since the storage did not hear of us for too long."""
+        return self._courier is not None and self._courier.lost
+
+    def load_state(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
+        """The newest state that is whole and fits the run and its log, here or in the storage; None where there is none."""
+        usable = lambda state: fits(state) and LogPosition(*state["log"]).fits(self._files.log)  # noqa: E731
+        state = self._states.load(usable)
+        if self._courier and self._courier.lease:
+            with self._unless_needed():
+                if self._fetch_states(newer_than=state["step"] if state else 0):
+                    state = self._states.load(usable)
+        return state
+
+    def _fetch_states(self, newer_than: int) -> bool:
+        """Brings the newest whole state of the storage, and its log, if it is newer than ours."""
+        assert self._storage
+        remote = state_folder(self._files.run_id)
+        for name in reversed(self._storage.names(remote, ".state")):
+            if not re.fullmatch(r"[0-9]{9,12}", Path(name).stem):
+                continue
+            step = int(Path(name).stem)
+            if step <= newer_than:
+                return False
+            # The log last: it replaces the one that our own states fit.
+            if self._storage.get(name, self._states.file(step)):
+                if self._storage.get(f"{remote}/{step:09d}.log", self._files.log):
+                    return True
+                self._states.file(step).unlink()
+            self._warn(f"the resume state {name} in {self._storage.url} is damaged; the one before is used")
+        return False
+
+    def save(self, state: dict[str, Any], log: TrainingLog) -> None:
+        """Keep a state that goes with the log as it is now."""
+        position = log.position()
+        path = self._states.save(state["step"], {**state, "log": tuple(position)})
+        if self._courier:
+            self._courier.offer(_Parcel(state["step"], path, self._files.log, position.bytes))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The run has ended and its result is written: copy it to the storage and forget the states.
+
+        A storage that does not answer never fails a finished run: the next command sends it.
+        """
+        if self._storage and self._courier:
+            self._courier.rest()
+            self._push(result)
+            self._courier.stop(send=False)
+        self._states.remove()
+
+    def _push(self, result: dict[str, Any]) -> None:
+        storage, courier, files = self._storage, self._courier, self._files
+        assert storage and courier
+        for pause in (*_PAUSES, None):
+            try:
+                self._lease_given_back = courier.last(
+                    lambda lease: push_run(storage, files, result, [*leftovers(storage, files.run_id), *lease.names()])
+                )
+                return
+            except StorageError as error:
+                if pause is None:
+                    self._warn(f"the run {files.run_id} is finished here, and not in the storage: {error.message}")
+                else:
+                    time.sleep(pause)
+
+
+@dataclass(frozen=True)
+class _Parcel:
+    """A state on the disk, and the part of the log that goes with it."""
+
+    step: int
+    state: Path
+    log: Path
+    log_bytes: int
+
+
+class _Courier(threading.Thread):
+    """Takes and renews the lease, and carries the newest state to the storage every `sync_every` seconds.
+
+    Attributes:
+        lease: None until the storage has answered.
+        looked: with the lease in hand, whether the run has ended elsewhere.
+        lost: another machine has the run, or has ended it.
+    """
+
+    def __init__(self, storage: Storage, files: RunFiles, saving: Saving, warn: Callable[[str], None]):
+        super().__init__(name=f"courier-{files.run_id}", daemon=True)
+        self.lease: Lease | None = None
+        self.looked = self.lost = False
+        self._storage, self._files, self._saving, self._warn = storage, files, saving, warn
+        self._remote = state_folder(files.run_id)
+        self._parcel: _Parcel | None = None
+        self._sent = 0
+        self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self._silent = self._resting = self._renewed = False
+
+    def join_others(self) -> str | None:
+        """Take the lease. Returns who has it, where that is another machine."""
+        found = take_lease(self._storage, self._files.run_id, folder_id(self._files.checkpoints), self._saving.lease_seconds)
+        if not isinstance(found, Lease):
+            return found
+        self.lease = found
+        return None
+
+    def offer(self, parcel: _Parcel) -> None:
+        """A newer state than the last one."""
+        self._parcel = parcel
+
+    def rest(self) -> None:
+        """From now on send no states; only the lease is renewed."""
+        with self._lock:
+            self._resting = True
+
+    def last(self, action: Callable[[Lease], None]) -> bool:
+        """What gives the lease back too: it is not renewed while this runs, nor afterwards if it succeeds. False where the run is lost."""
+        with self._lock:
+            lease = self._held()
+            if lease:
+                action(lease)
+            self._ending.set()
+            return lease is not None
+
+    def stop(self, send: bool = True) -> None:
+        """End; a state that has not been sent yet is sent, so that another machine can go on from it."""
+        if self._ending.is_set():
+            return
+        self._ending.set()
+        self.join()
+        if send and not self._resting and not self.lost:
+            self._try(self._send)
+
+    def run(self) -> None:
+        renewal = self._saving.lease_seconds / 3
+        renew_at = time.monotonic() + (renewal if self.lease else min(renewal, _RENEW_AGAIN))
+        send_at = time.monotonic() + self._saving.sync_every
+        while not self._ending.wait(max(0.0, min(renew_at, send_at) - time.monotonic())):
+            if time.monotonic() >= send_at:
+                sent = self._try(self._send)
+                send_at = time.monotonic() + self._saving.sync_every
+                if sent and self._renewed:  # it has renewed the lease too
+                    renew_at = time.monotonic() + renewal
+            else:
+                held = self._try(self._renew)
+                renew_at = time.monotonic() + (renewal if held else min(renewal, _RENEW_AGAIN))
+            if self.lost:
+                return
+
+    def _held(self) -> Lease | None:
+        """The lease, taken now if the storage had not answered before; None where the run is lost."""
+        if self.lease is None and not self.lost:
+            self.lost = self.join_others() is not None
+        if not self.looked and not self.lost:
+            self.lost = self._storage.has(f"{self._files.model}/{self._files.result.name}")
+            self.looked = True
+        return None if self.lost else self.lease
+
+    def _renew(self) -> None:
+        fresh = self.lease is None
+        lease = self._held()
+        if lease and not fresh:
+            self.lost = not lease.renew()
+
+    def _send(self) -> None:
+        parcel, self._renewed = self._parcel, False
+        if parcel is None or parcel.step == self._sent or self._resting:
+            return
+        lease = self._held()
+        renewal = lease.renewal() if lease else None
+        if renewal is None:
+            self.lost = True
+            return
+        name = f"{self._remote}/{parcel.step:09d}"
+        there = self._storage.names(self._remote)
+        kept = sorted({*(Path(each).stem for each in there if each.endswith(".state")), f"{parcel.step:09d}"})[-KEPT:]
+        old = [each for each in there if Path(each).stem not in kept]
+        try:
+            # The log first: a state counts only with a log that fits it.
+            self._storage.commit({f"{name}.log": (parcel.log, parcel.log_bytes), f"{name}.state": parcel.state}, old, renewal)
+        except FileNotFoundError:  # a newer state has just taken its place here; it goes next time
+            return
+        self._sent, self._renewed = parcel.step, True
+
+    def _try(self, action: Callable[[], None]) -> bool:
+        """Training goes on without the storage; what could not be done is done at the next time. Whether it could."""
+        try:
+            with self._lock:
+                if not self._ending.is_set() or threading.current_thread() is not self:
+                    action()
+            self._silent = False
+            return True
+        except Exception as error:
+            if not self._silent:  # once for each time that it falls silent
+                self._warn(f"{error.message if isinstance(error, StorageError) else error} Training goes on and tries again.")
+            self._silent = True
+            return False

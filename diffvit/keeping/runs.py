@@ -1,0 +1,88 @@
+"""Runs and the storage: a finished run sent or brought, and what is left of one that was under way."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffvit.errors import StorageError, UserError
+from diffvit.keeping.storage import MARKER, Storage
+from diffvit.ledger.disk import write_atomically
+from diffvit.ledger.files import RunFiles, files_of_result
+from diffvit.ledger.results import read_result
+
+
+def push_run(storage: Storage, files: RunFiles, result: dict[str, Any], removes: Iterable[str] = ()) -> None:
+    """Copy an ended run to the storage, its result last, and then forget other objects."""
+    names = [*result["sha256"], files.result.name]
+    try:
+        storage.commit({f"{files.model}/{name}": files.folder / name for name in names}, removes)
+    except FileNotFoundError as error:
+        raise StorageError(
+            f"the run {files.run_id} cannot be copied to {storage.url}: {error.filename} is missing.",
+            "`run.py list --verify` says what else is.",
+        ) from error
+
+
+def settle_run(storage: Storage, files: RunFiles) -> None:
+    """Bring an ended run that is only in the storage; send one that is only here. What an ended run left there under way is forgotten."""
+    result = read_result(files.result)
+    if result is None:
+        fetch_run(storage, files)
+        return
+    leases = f"{state_folder(files.run_id)}/lease"
+    under_way = [*leftovers(storage, files.run_id), *(f"{leases}/{name}" for name in storage.ls(leases))]
+    if not storage.has(f"{files.model}/{files.result.name}"):
+        push_run(storage, files, result, under_way)
+    elif under_way:
+        storage.commit({}, under_way)
+
+
+def state_folder(run_id: str) -> str:
+    """Where a storage keeps what an unfinished run needs."""
+    return f".state/{run_id}"
+
+
+def leftovers(storage: Storage, run_id: str) -> list[str]:
+    """All that a run's states have left in the storage, also what a machine was killed over."""
+    folder = state_folder(run_id)
+    names = {name.removesuffix(MARKER) for name in storage.ls(folder)}
+    return sorted(f"{folder}/{name}" for name in names if name.endswith((".state", ".log")))
+
+
+def fetch_run(storage: Storage, files: RunFiles, found: tuple[dict[str, Any], bytes] | None = None) -> bool:
+    """Bring an ended run from the storage, its result last. False where the storage does not have all of it.
+
+    Args:
+        found: its remote_result, where that is known already.
+    """
+    found = found or remote_result(storage, files)
+    if found is None:
+        return False
+    result, content = found
+    if not all(storage.get(f"{files.model}/{name}", files.folder / name) for name in result["sha256"]):
+        return False
+    write_atomically(files.result, content)  # the one that was looked at
+    return True
+
+
+def remote_result(storage: Storage, files: RunFiles) -> tuple[dict[str, Any], bytes] | None:
+    """The result that a storage has of a run, and its file's content; None where it has none.
+
+    Raises:
+        StorageError: it is not this run's result.
+    """
+    content = storage.read(f"{files.model}/{files.result.name}")
+    if content is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        path.write_bytes(content)
+        with contextlib.suppress(UserError):
+            result = read_result(path)
+            if result and files_of_result(files.checkpoints, result) == files:
+                return result, content
+    raise StorageError(f"{files.result.name} in {storage.url} is not a result of diffvit.", "remove it there.")

@@ -1,0 +1,1 @@
+"""Attention, blocks and dropout, each in the forms that are fastest on some device. All are exact to rounding."""

@@ -1,0 +1,90 @@
+"""What a run is: a RunSpec, and the run_id that follows from it, which is the same on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffvit.errors import UserError, shown, unknown_name
+from diffvit.protocol import Protocol, protocol_of, resolve_dataset, resolve_model, resolve_size
+
+# Raise it when a change in the code changes what a run computes: old results then count as other work.
+SEMANTICS_VERSION = 3
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One training run. Build it with RunSpec.of, which checks and resolves names.
+
+    Attributes:
+        precision: "fp32", or "bf16" for autocast to bfloat16.
+        overrides: protocol values that replace the data set's own.
+    """
+
+    model: str
+    size: str
+    dataset: str
+    seed: int = 0
+    precision: str = "fp32"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        model: str, size: str, dataset: str, seed: int = 0, precision: str = "fp32", overrides: Mapping[str, Any] | None = None
+    ) -> RunSpec:
+        """A checked RunSpec; names may be aliases. Raises UserError."""
+        if precision not in PRECISIONS:
+            raise unknown_name("precision", precision, PRECISIONS)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise UserError(f"seed is {shown(seed)}.", "give a whole number of at least 0 and less than 2**63.")
+        dataset = resolve_dataset(dataset)
+        given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        protocol_of(dataset).with_overrides(given)
+        return RunSpec(resolve_model(model), resolve_size(size, dataset), dataset, seed, precision, given)
+
+    @property
+    def protocol(self) -> Protocol:
+        """The data set's protocol with this run's overrides."""
+        return protocol_of(self.dataset).with_overrides(self.overrides)
+
+    @property
+    def title(self) -> str:
+        """For a person: model, size, data set, seed, overrides."""
+        return f"{self.model} {self.size} {self.dataset} seed {self.seed} {overrides_text(self.overrides)}".rstrip()
+
+    def names(self, run_id: str) -> dict[str, Any]:
+        """What the run is called, as files say it."""
+        named = {key: getattr(self, key) for key in ("model", "size", "dataset", "seed", "precision")}
+        return {"run_id": run_id, **named}
+
+    def identity(self, fingerprint: str) -> dict[str, Any]:
+        """Everything that decides the result, given the data's fingerprint."""
+        return {
+            "semantics": SEMANTICS_VERSION,
+            "model": self.model,
+            "size": self.size,
+            "dataset": self.dataset,
+            "fingerprint": fingerprint,
+            "protocol": self.protocol.identity(self.size),
+            "seed": self.seed,
+            "precision": self.precision,
+        }
+
+    def run_id(self, fingerprint: str) -> str:
+        """Ten hexadecimal digits."""
+        return hash_of_identity(self.identity(fingerprint))
+
+
+def overrides_text(overrides: Mapping[str, Any]) -> str:
+    """Overrides as tables and titles write them: "epochs=5 lr=0.001"."""
+    return " ".join(f"{name}={value}" for name, value in overrides.items())
+
+
+def hash_of_identity(identity: Mapping[str, Any]) -> str:
+    """The run_id of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]

@@ -1,0 +1,76 @@
+"""Reads every file of a run again and names what is damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffvit.errors import UserError
+from diffvit.findings.kept import read_evaluations
+from diffvit.ledger.disk import file_sha256
+from diffvit.ledger.files import RunFiles, files_of_result
+from diffvit.ledger.results import checksum, read_result
+from diffvit.ledger.spec import hash_of_identity
+from diffvit.ledger.weights import load_weights
+
+
+def verify_run(path: Path) -> list[str]:
+    """Re-reads all files of an ended run and returns what is wrong with them, a sentence each.
+
+    Checked are the result's own checksum, the SHA-256 of every file, the run_id against what it is a hash of, the weights' header and
+    shapes against the result, and the steps in the log.
+
+    Args:
+        path: the run's result file.
+    """
+    try:
+        result = read_result(path)
+    except UserError as error:
+        return [error.message]
+    if result is None:
+        return [f"{path} is gone."]
+    files = files_of_result(path.parent.parent, result)
+    wrong = []
+    if files.result != path:
+        wrong.append(f"{path} has the result of another run, {files.result.name}.")
+    if result.get("checksum") != checksum(result):
+        wrong.append(f"{path} was changed after it was written.")
+    if result["run_id"] != hash_of_identity(result["identity"]):
+        wrong.append(f"{path} has a run_id that does not belong to its identity.")
+    for name, expected in result["sha256"].items():
+        file = path.parent / name
+        if not file.is_file():
+            wrong.append(f"{file} is missing.")
+        elif file_sha256(file) != expected:
+            wrong.append(f"{file} was changed after it was written.")
+    try:
+        read_evaluations(files)
+    except UserError as error:
+        wrong.append(error.message)
+    if not wrong:
+        wrong += [*_verify_log(files, result), *(_verify_weights(files, result) if result["status"] == "done" else [])]
+    return wrong
+
+
+def _verify_log(files: RunFiles, result: Mapping[str, Any]) -> list[str]:
+    from diffvit.ledger.log import read_rows
+
+    try:
+        read_rows(files.log, result["steps"])
+    except UserError as error:
+        return [error.message]
+    return []
+
+
+def _verify_weights(files: RunFiles, result: Mapping[str, Any]) -> list[str]:
+    try:
+        model, facts = load_weights(files.weights)
+    except UserError as error:
+        return [error.message]
+    wrong = [key for key in ("run_id", "model", "size", "dataset", "seed", "precision") if facts[key] != result[key]]
+    if facts["fingerprint"] != result["identity"]["fingerprint"]:
+        wrong.append("fingerprint")
+    if model.count_parameters() != result["parameters"]:
+        wrong.append("parameters")
+    return [f"{files.weights} and the result differ in {', '.join(wrong)}."] if wrong else []

@@ -1,0 +1,97 @@
+"""The numbers of each step, fetched from the device about once a second."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffvit.ledger.log import Step
+from diffvit.protocol import Protocol
+
+# Called with the steps since the last call and the number of all steps; at most about once a second.
+Progress = Callable[[list[Step], int], None]
+_FLUSH_SECONDS = 1.0
+
+
+class Diverged(Exception):  # noqa: N818 (an outcome, not a fault of the program)
+    """A loss or the gradient is not a number: no later step could mend the weights.
+
+    Attributes:
+        step: the record of the step where it was first seen.
+    """
+
+    def __init__(self, step: Step):
+        super().__init__(
+            f"diverged at step {step.step}: training loss {step.train_loss:.4g}, validation loss {step.val_loss:.4g}, "
+            f"gradient norm {step.grad_norm:.4g}, learning rate {step.learning_rate:.3g}"
+        )
+        self.step = step
+
+
+class Recorder:
+    """Keeps the steps' numbers on the device and fetches them about once a second, so that a step need not wait for them.
+
+    In a group all processes must do the same at the same step, so there the numbers are looked at one step late, each time.
+    """
+
+    def __init__(self, protocol: Protocol, total: int, per_epoch: int, on_steps: Progress | None, last: Step | None):
+        self._protocol, self._total, self._per_epoch, self._on_steps = protocol, total, per_epoch, on_steps
+        self._waiting: list[tuple[int, float, Tensor]] = []
+        self._last = last
+        self._bad: Step | None = None
+        self._newest: Tensor | None = None
+        self._flushed = time.perf_counter()
+        self._start = self._flushed - (last.seconds if last else 0.0)
+
+    def add(self, step: int, record: Tensor) -> None:
+        """Takes a step's [train loss, validation loss, validation accuracy, gradient norm, wishes to stop]."""
+        self._newest = record
+        self._waiting.append((step, time.perf_counter() - self._start, record))
+
+    def flush_if_due(self) -> None:
+        """Hands steps on about once a second. Raises Diverged."""
+        if time.perf_counter() - self._flushed >= _FLUSH_SECONDS:
+            self.flush()
+        self.check()
+
+    def asked_to_stop(self) -> bool:
+        """Whether anyone in the group wished to stop at the newest step. Raises Diverged."""
+        if self._newest is None:
+            return False
+        self.flush()
+        self.check()
+        return self._newest[-1].item() > 0
+
+    def check(self) -> None:
+        """Raises Diverged if a step that was handed on is not finite."""
+        if self._bad is not None:
+            raise Diverged(self._bad)
+
+    def flush(self) -> Step | None:
+        """Hands all waiting steps on, up to the first that is not finite. Returns the last, or None after one that is not finite."""
+        if self._waiting and self._bad is None:
+            rows = torch.stack([record for _, _, record in self._waiting]).tolist()
+            # The last step's time is taken now: on a GPU its work has only just ended.
+            self._flushed = time.perf_counter()
+            steps = [
+                Step(
+                    step, self._epoch(step), self._protocol.learning_rate(step, self._total), train_loss, val_loss, accuracy, norm, seconds
+                )
+                for (step, seconds, _), (train_loss, val_loss, accuracy, norm, _) in zip(self._waiting, rows, strict=True)
+            ]
+            steps[-1] = steps[-1]._replace(seconds=self._flushed - self._start)
+            finite = list(itertools.takewhile(lambda step: step.is_finite, steps))
+            self._bad = steps[len(finite)] if len(finite) < len(steps) else None
+            steps = steps[: len(finite) + 1]
+            self._last = steps[-1]
+            if self._on_steps:
+                self._on_steps(steps, self._total)
+        self._waiting.clear()
+        return self._last if self._bad is None else None
+
+    def _epoch(self, step: int) -> int:
+        return (step - 1) // self._per_epoch + 1

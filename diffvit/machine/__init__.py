@@ -1,0 +1,1 @@
+"""The machine: its devices and what this process may have of it."""

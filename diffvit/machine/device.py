@@ -1,0 +1,98 @@
+"""The device that a run trains on: which, in what precision, and what it is called."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diffvit
+from diffvit.errors import UserError
+from diffvit.machine.host import memory_bytes
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Where it ran and on which versions: recorded, and no part of a run's identity."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "diffvit": diffvit.__version__}
+    return {
+        "device": device.type,
+        "device_name": device_title(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "git_commit": _git_commit(),
+    }
+
+
+def device_title(device: torch.device) -> str:
+    """What the maker calls a GPU, or the machine's CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
+def resolve_device(name: str | None = None) -> torch.device:
+    """The named device; without a name the first GPU, or the CPU. Raises UserError for one that is not there."""
+    if name is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        usable = device.type in ("cpu", "cuda")
+        torch.empty(0, device=device if usable else "cpu")
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
+        raise UserError(f"there is no device {name!r} here.", "use --device cpu, or leave it out.")
+    return device
+
+
+def default_precision(device: torch.device) -> str:
+    """bf16 on a GPU that has it, else fp32: a CPU computes bf16 much more slowly."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "fp32"
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, with + where files differ from it; outside a checkout $DIFFVIT_COMMIT, or None."""
+    here = Path(__file__).resolve().parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return os.environ.get("DIFFVIT_COMMIT") or None
+    return described.stdout.strip() or None
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a forward pass runs at a precision, "fp32" or "bf16"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def autocast_dtype(precision: str) -> torch.dtype:
+    """What matrix products are computed in at a precision, "fp32" or "bf16"."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def set_matmul_precision(precision: str) -> None:
+    """What a GPU does with products that stay fp32: TF32 beside bf16, full fp32 for a run that asks for fp32."""
+    torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "bf16"
+
+
+def device_memory(device: torch.device) -> int:
+    """All memory of a GPU, or what this process may have of the machine's, in bytes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return memory_bytes()

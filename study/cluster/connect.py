@@ -1,0 +1,167 @@
+"""Connecting to Ray: the cluster that runs on this host, one that is named, or one of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffvit.errors import UserError
+from diffvit.machine.host import cpus
+from diffvit.signals import kept_from_children
+from study.cluster.address import check_token, ensure_token, find_address, gcs_answers, given_address, listens
+
+# No object of a study is larger than a report of a few numbers.
+_OBJECT_STORE_BYTES = 200 * 1024**2
+
+# Where sockets lie in Ray's folder, and what a socket's path has room for.
+_SOCKETS = "/session_2026-01-31_23-59-59_123456_1234567/sockets/"
+_SOCKET_BYTES = 107
+# What Ray's logs and a study's record take, with some to spare.
+_DISK_BYTES = 50 * 1024**2
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connected Ray cluster.
+
+    Attributes:
+        dashboard: the address that Ray reports; None: there is none.
+        no_dashboard: why not, or why it cannot be seen from here.
+    """
+
+    address: str
+    own: bool
+    nodes: int
+    cpus: float
+    gpus: float
+    dashboard: str | None
+    no_dashboard: str = ""
+    resources: dict[str, float] = field(default_factory=dict)
+
+    def sentence(self) -> str:
+        """For the first line of a study."""
+        kind = "started a local Ray" if self.own else f"joined the Ray cluster at {self.address}"
+        nodes = f"{self.nodes} node{'s' if self.nodes != 1 else ''}"
+        dashboard = f"dashboard http://{self.dashboard}" if self.dashboard else "no dashboard"
+        why = f" ({self.no_dashboard})" if self.no_dashboard else ""
+        return f"{kind}: {nodes}, {self.gpus:g} GPUs, {self.cpus:g} CPUs; {dashboard}{why}"
+
+
+@contextlib.contextmanager
+def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Cluster]:
+    """A connection to Ray, ended with the block; a cluster of our own is ended too.
+
+    Args:
+        address: as find_address takes it.
+        dashboard: whether a cluster of our own gets one, and with it the file that tells Prometheus where metrics are.
+
+    Raises:
+        UserError: there is no cluster at the address, or it wants another token, or Ray has no place for a cluster of our own.
+    """
+    import ray  # two seconds that a study with nothing to train does not need
+
+    chosen = find_address(address)
+    if chosen.startswith("ray://"):
+        raise UserError(
+            f"{chosen} is an address for Ray's client, which cannot run a study.",
+            "run the study on the cluster, with host:port of its head.",
+        )
+    own = chosen == "local"
+    without = "" if dashboard else "--dashboard false"
+    if own:
+        without = without or _no_room_for_dashboard(_check_ray_folder())
+        ensure_token()
+    elif not gcs_answers(chosen):
+        raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
+    else:
+        check_token(chosen, found=given_address(address) is None)
+    # None: a dashboard, which Ray does without if it does not come up.
+    options: dict[str, Any] = {
+        "num_cpus": cpus(), "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False if without else None,
+    }  # fmt: skip
+    try:
+        with kept_from_children():
+            context = _start(chosen, options if own else {})
+    except (ConnectionError, ValueError) as error:
+        raise UserError(
+            f"the Ray cluster at {chosen} cannot be joined: {str(error).splitlines()[0]}.", "check `ray status`, or use --address local."
+        ) from error
+    try:
+        resources = ray.cluster_resources()
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        why = _no_dashboard(context, without) if own or context.dashboard_url else ""
+        yield Cluster(
+            str(context.address_info["address"]), own, nodes,
+            resources.get("CPU", 0), resources.get("GPU", 0), context.dashboard_url or None, why, resources,
+        )  # fmt: skip
+    finally:
+        ray.shutdown()
+
+
+def _no_dashboard(context: Any, without: str) -> str:
+    """Why there is no dashboard, or none that answers here; "" where it does."""
+    if context.dashboard_url:
+        host, _, port = context.dashboard_url.rpartition(":")
+        return "" if listens((host.strip("[]"), int(port))) else "on the cluster's head; it does not answer here"
+    return without or f"it did not come up, see {context.address_info['session_dir']}/logs/dashboard.log"
+
+
+def _no_room_for_dashboard(folder: Path) -> str:
+    """Which setting makes the paths of the dashboard's sockets too long; "" where none does."""
+    paths = {"RAY_TMPDIR": f"{folder}{_SOCKETS}dash_MetricsHead", "TMPDIR": f"{tempfile.gettempdir()}/pymp-12345678/listener-12345678"}
+    too_long = (name for name, path in paths.items() if len(os.fsencode(path)) > _SOCKET_BYTES)
+    return next((f"{name} is too long a path for its sockets" for name in too_long), "")
+
+
+def _check_ray_folder() -> Path:
+    """The folder of a Ray of our own, in which it can keep its sessions and sockets. Raises UserError."""
+    from ray._common.utils import get_default_ray_temp_dir
+
+    folder = Path(get_default_ray_temp_dir()).absolute()
+    fault, room = "", _SOCKET_BYTES - len(f"{_SOCKETS}plasma_store")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder):
+            free = shutil.disk_usage(folder).free
+        if free < _DISK_BYTES:
+            fault = f"has {free / 1024**2:.0f} MB left"
+    except OSError as error:
+        fault = f"cannot be written: {error.strerror}"
+    if len(os.fsencode(folder)) > room:
+        fault = f"has a path of {len(os.fsencode(folder))} bytes, and Ray's sockets in it leave room for {room}"
+    if fault:
+        raise UserError(
+            f"Ray's temporary folder {folder} {fault}.", "set RAY_TMPDIR to a short path of a folder that is yours, such as /tmp/me."
+        )
+    return folder
+
+
+def _start(address: str, options: dict[str, Any]) -> Any:
+    """ray.init. A Ray of our own gets a second chance: on a machine that is busy, its processes can miss Ray's own deadlines."""
+    import ray
+
+    tries = 2 if address == "local" else 1
+    while True:
+        tries -= 1
+        try:
+            return ray.init(address=address, log_to_driver=False, logging_level="CRITICAL", **options)
+        except (ConnectionError, ValueError):
+            raise
+        except Exception as error:  # Ray raises a bare Exception for it
+            ray.shutdown()
+            if not tries:
+                raise RayDidNotStartError(
+                    f"Ray did not start: {' '.join(str(error).split())[:200]}", "free some of the machine, and give the same command again."
+                ) from error
+
+
+class RayDidNotStartError(UserError):
+    """Not the user's fault; trying again may help."""
+
+    exit_code = 1

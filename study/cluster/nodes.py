@@ -1,0 +1,130 @@
+"""What the nodes of a cluster are and what they reach."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffvit.errors import UserError
+
+
+def gpu_precision() -> str:
+    """The precision that the connected cluster's GPUs train in."""
+    import ray
+
+    from diffvit.machine.device import default_precision, resolve_device
+
+    return ray.get(ray.remote(num_gpus=0.01, num_cpus=0)(lambda: default_precision(resolve_device())).remote())
+
+
+def gpu_title() -> str:
+    """What torch calls a GPU of the connected cluster."""
+    import ray
+
+    from diffvit.machine.device import device_title, resolve_device
+
+    return ray.get(ray.remote(num_gpus=0.01, num_cpus=0)(lambda: device_title(resolve_device())).remote())
+
+
+def unreachable(fault: Callable[[], str], seconds: float = 120.0, here_too: bool = False) -> dict[str, str]:
+    """Runs a check on each other living node; address -> why it failed there, for the nodes where it did.
+
+    Args:
+        fault: the check; a reason, or "" where all is well.
+        here_too: also in a worker on this node, if it has CPUs for any.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    check = ray.remote(num_cpus=0, max_retries=0)(fault)
+    asked = {
+        node["NodeManagerAddress"] + f" ({node['NodeID'][:8]})": check.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote()
+        for node in ray.nodes()
+        if node["Alive"] and ((here_too and node["Resources"].get("CPU")) or node["NodeID"] != here)
+    }
+    failed = {}
+    for name, answer in asked.items():
+        try:
+            reason = ray.get(answer, timeout=seconds)
+        except Exception as error:
+            reason = type(error).__name__
+        if reason:
+            failed[name] = reason
+    return failed
+
+
+def check_shared_folder(checkpoints: Path, data_root: str | None) -> None:
+    """Finds out whether all nodes see the same checkpoints folder and data. Raises UserError."""
+    mark = checkpoints.resolve() / ".state" / f"reach-{uuid.uuid4().hex}"
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+    data = str(Path(data_root).resolve()) if data_root else None
+    try:
+        failed = unreachable(lambda: _cannot_see(str(mark), data))
+    finally:
+        mark.unlink(missing_ok=True)
+    if failed:
+        listed = "; ".join(f"{node}: {reason}" for node, reason in failed.items())
+        raise UserError(
+            f"not every node can use the folders of this study: {listed}.",
+            "put them where all nodes mount them (NFS), or give --storage URL and data that are on each node.",
+        )
+
+
+def check_storage_and_data(storage: str, data_root: str | None) -> None:
+    """Finds out whether all nodes reach the storage and the data. Raises UserError."""
+    data = str(Path(data_root).resolve()) if data_root else None
+    failed = unreachable(lambda: _cannot_reach(storage, data), here_too=True)
+    if failed:
+        listed = "; ".join(f"{node}: {reason}" for node, reason in failed.items())
+        raise UserError(f"not every node can reach the storage and the data: {listed}.", "check the address and access on these nodes.")
+
+
+def _cannot_see(mark: str, data_root: str | None) -> str:
+    if not os.path.exists(mark):
+        return f"{Path(mark).parent.parent} is another folder there"
+    if not os.access(mark, os.W_OK):
+        return f"{Path(mark).parent.parent} cannot be written"
+    return _no_data(data_root)
+
+
+def _cannot_reach(storage: str, data_root: str | None) -> str:
+    from diffvit.keeping.storage import open_storage
+
+    try:
+        open_storage(storage).check()
+    except UserError as error:
+        return error.message
+    return _no_data(data_root)
+
+
+def _no_data(data_root: str | None) -> str:
+    return f"there is no data folder {data_root}" if data_root and not os.path.isdir(data_root) else ""
+
+
+class StopFlag:
+    """An actor that says whether runs shall save their states and end; all nodes can ask it."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def set(self) -> None:
+        """From now on, yes."""
+        self._is_set = True
+
+    def is_set(self) -> bool:
+        """The answer."""
+        return self._is_set
+
+
+def make_stop_flag() -> Any:
+    """A StopFlag that is started again if its process dies; who set it must then set it again."""
+    import ray
+
+    return ray.remote(num_cpus=0, max_restarts=-1)(StopFlag).remote()

@@ -1,0 +1,397 @@
+"""Schedules runs: a Ray Tune grid of trials, each a Ray Train TorchTrainer around the shared loop.
+
+One worker: the trainer is in local mode, the trial's process trains, and actors are reused from run to run.
+Several workers: the trainer starts a worker group, and the trial only waits for it.
+
+A run that dies is tried again, from its last state, after a pause that grows; one that dies three times at the same step has
+failed. A run that another study or machine trains is left to the end and then looked at again. To stop a study, its stop flag is
+set: every run saves its state and ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import logging
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import study.cluster  # noqa: F401  (sets what Ray reads when it is imported)
+
+# isort: split
+import ray
+import torch
+from ray import train as ray_train
+from ray import tune
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+from ray.tune import Callback, ResultGrid, TuneConfig, Tuner
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from diffvit.compute import DEFAULT_COMPUTE, Compute
+from diffvit.dataset import load
+from diffvit.errors import RunIsBusyError, StorageError, UserError, redacted
+from diffvit.keeping.keeper import RunKeeper
+from diffvit.keeping.saving import DEFAULT_SAVING, Every, Saving
+from diffvit.keeping.state import StateFolder
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import Step
+from diffvit.ledger.spec import RunSpec
+from diffvit.loop.fit import Stopped
+from diffvit.machine.host import cpus
+from diffvit.signals import StopSignals
+from diffvit.train import train
+from study.cluster.connect import Cluster
+from study.cluster.metrics import RunGauges
+from study.cluster.nodes import make_stop_flag
+from study.plan import PlannedRun
+
+# What a trial that only waits for its workers takes of a CPU, and what is left for each worker.
+_WAITING_CPU = 0.01
+
+# What Tune logs of a failed try is a traceback of its own; the study reports the run's reason.
+logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+
+# A run that dies this often at the same step has failed; a disk that fails is given a minute more, and a storage that does not answer
+# is from then on not waited for. The pause before a try doubles from a second to a minute. Tune starts a trial again whose process
+# died, at most so often.
+_TRIES = 3
+_STORAGE_TRIES = 7
+_LONGEST_PAUSE = 60.0
+_MOST_DEATHS = 100
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How runs are placed, computed and saved; nothing here changes a result beyond rounding.
+
+    Attributes:
+        checkpoints: absolute path of the ledger.
+        gpus_per_run: of each worker; a fraction lets runs share a GPU. 0: train on CPUs.
+        cpus_per_run: of each worker; on a CPU this is its number of threads.
+        workers: processes that train one run together.
+        resources: custom Ray resources of each worker.
+        compute: but for its memory_share, which follows from the above.
+        price: dollars an hour of one GPU, or of a machine where runs train on CPUs; None: unknown.
+        study: a name for this execution of a study.
+    """
+
+    checkpoints: str
+    data_root: str | None = None
+    gpus_per_run: float = 0.0
+    cpus_per_run: int = 1
+    workers: int = 1
+    resources: dict[str, float] = field(default_factory=dict)
+    compute: Compute = DEFAULT_COMPUTE
+    saving: Saving = DEFAULT_SAVING
+    price: float | None = None
+    study: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+
+    @staticmethod
+    def of(values: dict[str, Any]) -> Settings:
+        """From what dataclasses.asdict made of it."""
+        saving = {**values["saving"], "every": Every(**values["saving"]["every"])}
+        return Settings(**{**values, "compute": Compute(**values["compute"]), "saving": Saving(**saving)})
+
+
+def slots(cluster: Cluster, settings: Settings) -> int:
+    """How many runs train at a time on the cluster."""
+    needs = {"CPU": settings.cpus_per_run, **({"GPU": settings.gpus_per_run} if settings.gpus_per_run else {}), **settings.resources}
+    has = {**cluster.resources, "CPU": cluster.cpus, "GPU": cluster.gpus}
+    return int(min(has.get(name, 0.0) / (amount * settings.workers) for name, amount in needs.items()) + 1e-9)
+
+
+def run_all(
+    runs: list[PlannedRun], settings: Settings, cluster: Cluster, callback: Callback, wait_for_others: bool = True
+) -> tuple[dict[str, dict[str, Any]], int | None]:
+    """Train the runs, longest first. A run that fails does not stop the others.
+
+    Args:
+        callback: hears of every report and every end, in this process.
+        wait_for_others: until runs that another machine trains have ended or been left.
+
+    Returns:
+        run_id -> the run's last report, which holds its outcome or, under "failed", why it has none; and the exit code if a signal ended
+        the study.
+    """
+    record = Path(tempfile.mkdtemp(prefix="diffvit-tune-"))
+    pending = sorted(runs, key=lambda run: run.train_flops, reverse=True)
+    reports: dict[str, dict[str, Any]] = {}
+    try:
+        with StopSignals() as signals, contextlib.redirect_stdout(io.StringIO()):  # Tune prints a banner; stdout is for results
+            stop_flag = make_stop_flag()
+            callbacks = [callback, _PassOnStop(signals, stop_flag)]
+            while pending and not signals.seen():
+                reports |= _reports(_tuner(pending, record, settings, cluster, callbacks, stop_flag).fit())
+                busy = [run for run in pending if reports.get(str(run.run_id), {}).get("busy")]
+                pending = _when_one_is_free(busy, settings, signals) if wait_for_others else []
+        return reports, signals.exit_code if signals.seen() else None
+    finally:
+        # The ledger is the checkpoints folder; Tune's own record of the experiment is not kept.
+        shutil.rmtree(record, ignore_errors=True)
+        shutil.rmtree(_tries_folder(settings), ignore_errors=True)
+
+
+class _PassOnStop(Callback):
+    """Tells the runs of a signal that this process got. Again and again: the flag's process may have died."""
+
+    def __init__(self, signals: StopSignals, stop_flag: Any):
+        self._signals, self._stop_flag = signals, stop_flag
+
+    def __getstate__(self) -> dict:
+        return {}  # as StudyDisplay
+
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        if self._signals.seen():
+            self._stop_flag.set.remote()
+
+
+def _reports(results: ResultGrid) -> dict[str, dict[str, Any]]:
+    reports = {}
+    for result in results:
+        if result.config:
+            failed = {"failed": _reason(result.error)} if result.error else {}
+            reports[result.config["run"]["run_id"]] = {**(result.metrics or {}), **failed}
+    return reports
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in redacted(str(getattr(error, "cause", None) or error)).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__
+
+
+def _when_one_is_free(runs: list[PlannedRun], settings: Settings, signals: StopSignals) -> list[PlannedRun]:
+    """Waits until nobody else trains one of the runs. Returns those that have not ended."""
+    pause = 10.0 if settings.saving.storage else 1.0
+    while runs and not signals.seen():
+        left = []
+        for run in runs:
+            files = RunFiles.of(Path(settings.checkpoints), run.spec, str(run.run_id))
+            try:
+                with RunKeeper(files, settings.saving) as keeper:
+                    if keeper.result is None:
+                        return runs
+            except (RunIsBusyError, StorageError):
+                left.append(run)
+        runs = left
+        wait_until = time.monotonic() + pause
+        while runs and time.monotonic() < wait_until and not signals.seen():
+            time.sleep(_POLL_SECONDS)
+    return []
+
+
+def _tuner(runs: list[PlannedRun], record: Path, settings: Settings, cluster: Cluster, callbacks: list[Callback], stop_flag: Any) -> Tuner:
+    return Tuner(
+        tune.with_resources(_trial, _trial_resources(settings)),
+        param_space={
+            "run": tune.grid_search([{"spec": dataclasses.asdict(run.spec), "run_id": run.run_id} for run in runs]),
+            "settings": dataclasses.asdict(settings),
+            "stop_flag": stop_flag,
+        },
+        tune_config=TuneConfig(
+            # Trials that wait for workers must not take what these need; others are held back by what they take.
+            max_concurrent_trials=slots(cluster, settings) if settings.workers > 1 else None,
+            reuse_actors=settings.workers == 1,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            storage_path=str(record),
+            name=f"study-{uuid.uuid4().hex[:8]}",
+            verbose=0,
+            callbacks=callbacks,
+            failure_config=tune.FailureConfig(max_failures=_MOST_DEATHS),
+        ),
+    )
+
+
+def _trial_resources(settings: Settings) -> dict[str, float]:
+    return {"CPU": _WAITING_CPU} if settings.workers > 1 else worker_resources(settings, settings.cpus_per_run)
+
+
+def worker_resources(settings: Settings, cpus: float) -> dict[str, float]:
+    """What Ray keeps for one process that trains."""
+    return {"CPU": cpus, **({"GPU": settings.gpus_per_run} if settings.gpus_per_run else {}), **settings.resources}
+
+
+def _trial_name(trial: Any) -> str:
+    spec = RunSpec(**trial.config["run"]["spec"])
+    return f"{spec.model}_{spec.size}_{spec.dataset}_seed{spec.seed}_{trial.trial_id}"
+
+
+def _trial(config: dict[str, Any]) -> None:
+    """One Tune trial: tries of a run, until it has ended, is stopped or given up."""
+    settings, spec, run_id = Settings.of(config["settings"]), RunSpec(**config["run"]["spec"]), config["run"]["run_id"]
+    should_stop = _should_stop(config["stop_flag"])
+    tries = _Tries(settings, run_id)
+    reason, limit = "its process died", _TRIES
+    while not should_stop():
+        number = tries.count()
+        if number > limit:
+            failed = f"{reason} ({limit} times at the same step){_last_lines(settings, spec, run_id)}"
+            tune.report({"run_id": run_id, "failed": failed})
+            return
+        if number > 1:
+            time.sleep(min(2.0 ** (number - 2), _LONGEST_PAUSE))
+        try:
+            _trainer(_of_try(config, number), settings).fit()
+            tries.forget()  # done, stopped, or somebody else has the run
+            return
+        except Exception as error:
+            cause = _cause(error)
+            if isinstance(cause, StorageError):
+                reason, limit = str(cause), _STORAGE_TRIES
+            elif isinstance(cause, UserError):  # no try will change it
+                tune.report({"run_id": run_id, "failed": str(cause)})
+                return
+            else:
+                reason, limit = f"{type(cause).__name__}: {cause}".splitlines()[0], _TRIES
+
+
+def _cause(error: Exception) -> BaseException:
+    """What a run failed of: of a group, what one of its workers raised, ours before what the others make of it."""
+    failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values())
+    return next((failure for failure in failures if isinstance(failure, UserError)), error)
+
+
+def _of_try(config: dict[str, Any], number: int) -> dict[str, Any]:
+    """A run's config for its first, second, … try."""
+    saving = {**config["settings"]["saving"], "needs_storage": number <= _TRIES}
+    return {**config, "settings": {**config["settings"], "saving": saving}}
+
+
+def _trainer(config: dict[str, Any], settings: Settings) -> TorchTrainer:
+    """A TorchTrainer around the loop."""
+    if settings.workers == 1:
+        scaling, run_config = ScalingConfig(num_workers=0, use_gpu=settings.gpus_per_run > 0), None
+    else:
+        scaling = ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.gpus_per_run > 0,
+            resources_per_worker=worker_resources(settings, settings.cpus_per_run - _WAITING_CPU),
+        )
+        name = f"workers-{uuid.uuid4().hex[:8]}"
+        run_config = ray_train.RunConfig(storage_path=tune.get_context().get_trial_dir(), name=name, callbacks=[TuneReportCallback()])
+    return TorchTrainer(_worker, train_loop_config=config, scaling_config=scaling, run_config=run_config)
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """One training process: the shared loop, told where to report."""
+    settings, spec = Settings.of(config["settings"]), RunSpec(**config["run"]["spec"])
+    alone = settings.workers == 1
+    report = tune.report if alone else ray_train.report
+    if not settings.gpus_per_run:
+        torch.set_num_threads(settings.cpus_per_run)
+
+    gauges = RunGauges(spec, config["run"]["run_id"], dollars_per_second(settings))
+
+    def on_steps(steps: list[Step], total: int) -> None:
+        last = steps[-1]
+        numbers = {**last._asdict(), "total_steps": total, "images_per_second": _pace(spec, last)}
+        gauges.set(numbers)
+        if alone:  # a worker group reports together, and only its first process hears of steps
+            report(numbers)
+
+    try:
+        load(spec.dataset, settings.data_root)  # once a process, and no part of a run's time
+        start = time.perf_counter()
+        result = train(
+            spec,
+            Path(settings.checkpoints),
+            data_root=settings.data_root,
+            device=(None if settings.gpus_per_run else "cpu") if alone else get_device(),
+            compute=dataclasses.replace(settings.compute, memory_share=memory_share(settings)),
+            on_steps=on_steps,
+            on_preparing=(lambda: report({"preparing": True})) if alone else None,
+            saving=settings.saving,
+            should_stop=_should_stop(config["stop_flag"]),
+        )
+    except Stopped:
+        return
+    except RunIsBusyError:
+        report({"run_id": config["run"]["run_id"], "busy": True})
+        return
+    # The outcome, flat, as Tune keeps it, and what the whole run took this process.
+    outcome = {key: value for key, value in result.items() if isinstance(value, (str, int, float, bool))}
+    report({**outcome, "run_seconds": time.perf_counter() - start})
+
+
+def _should_stop(stop_flag: Any) -> Callable[[], bool]:
+    """Whether the study's stop flag is set, asked twice a second at most."""
+    looked, is_set = float("-inf"), False
+
+    def should_stop() -> bool:
+        nonlocal looked, is_set
+        if not is_set and time.monotonic() - looked >= _POLL_SECONDS:
+            with contextlib.suppress(ray.exceptions.RayError):  # its process has died and is being started again
+                is_set = ray.get(stop_flag.is_set.remote(), timeout=2)
+            looked = time.monotonic()
+        return is_set
+
+    return should_stop
+
+
+def _tries_folder(settings: Settings) -> Path:
+    return Path(settings.checkpoints) / ".state" / f"tries-{settings.study}"
+
+
+class _Tries:
+    """Counts a run's tries from the same step: in a file, to outlive the process, and in memory, for a disk that is full."""
+
+    def __init__(self, settings: Settings, run_id: str):
+        self._file = _tries_folder(settings) / run_id
+        self._states = StateFolder(Path(settings.checkpoints), run_id)
+        self._noted: list[str] = []
+
+    def count(self) -> int:
+        """Notes a try and returns how many there have been from the same step, this one included."""
+        step = str(next(iter(self._states.steps()), 0))
+        with contextlib.suppress(OSError):
+            self._noted = max(self._noted, self._file.read_text(errors="replace").split(), key=len)
+        self._noted.append(step)
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text("\n".join(self._noted))
+        return len(list(itertools.takewhile(step.__eq__, reversed(self._noted))))
+
+    def forget(self) -> None:
+        """It did not die."""
+        self._noted.clear()
+        self._file.unlink(missing_ok=True)
+
+
+def _last_lines(settings: Settings, spec: RunSpec, run_id: str) -> str:
+    """The end of a run's log, for the report of its failure."""
+    try:
+        lines = RunFiles.of(Path(settings.checkpoints), spec, run_id).log.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "; its log ends: " + " | ".join(lines[-3:])
+
+
+def _pace(spec: RunSpec, last: Step) -> float:
+    return last.step * spec.protocol.batch_size / max(last.seconds, 1e-9)
+
+
+def memory_share(settings: Settings) -> float:
+    """The part of its device's memory that a run may count on."""
+    if settings.gpus_per_run:
+        return min(settings.gpus_per_run, 1.0)
+    return min(1.0, settings.cpus_per_run / cpus())
+
+
+def dollars_per_second(settings: Settings) -> float | None:
+    """What a run's devices cost; None where the price is unknown."""
+    if settings.price is None:
+        return None
+    share = settings.gpus_per_run or memory_share(settings)
+    return settings.price / 3600 * share * settings.workers

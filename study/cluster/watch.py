@@ -1,0 +1,73 @@
+"""A watch over Ray: where its processes die, its driver would wait for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from study.cluster.address import listens
+from study.cluster.connect import Cluster
+
+_WATCH_SECONDS = 2.0
+_MISSES = 3
+_RESTARTS = "DIFFVIT_RESTARTS"
+_MOST_RESTARTS = 5
+
+
+@contextlib.contextmanager
+def watch(cluster: Cluster, say: Callable[[str], None], command: str) -> Iterator[None]:
+    """While the block runs, notices when Ray's own processes on this host die, upon which a study would wait forever.
+
+    With a Ray of our own, what is left of it is ended, and this process starts over: finished runs are skipped, others resumed. With a
+    cluster that was joined, the process ends with code 1 and the command that carries on.
+    """
+    import ray
+
+    here = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
+    head, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    places = [(head, int(port)), (here["NodeManagerAddress"], here["NodeManagerPort"])]
+    over = threading.Event()
+
+    def look() -> None:
+        import psutil
+
+        misses, family = 0, {}
+        me = psutil.Process()
+        while not over.wait(_WATCH_SECONDS):
+            misses = 0 if all(listens(place) for place in places) else misses + 1
+            if not misses:  # once Ray is dead, its processes are no longer our children
+                family = {child.pid: child for child in me.children(recursive=True)}
+            if misses >= _MISSES:
+                _start_over(cluster, list(family.values()), say, command)
+
+    thread = threading.Thread(target=look, name="watch-ray", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _start_over(cluster: Cluster, family: list[Any], say: Callable[[str], None], command: str) -> None:
+    import psutil
+
+    restarts = int(os.environ.get(_RESTARTS, "0"))
+    if not cluster.own or restarts >= _MOST_RESTARTS:
+        say(f"error: the Ray cluster at {cluster.address} is gone\nhint: carry on with {command}")
+        os._exit(1)
+    say("warning: a process of Ray died; starting over with the runs that are not done")
+    for each in family:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(family, timeout=10)
+    time.sleep(2.0**restarts)
+    os.environ[_RESTARTS] = str(restarts + 1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, sys.orig_argv)

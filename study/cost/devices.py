@@ -1,0 +1,205 @@
+"""What computes, and how fast: a table of GPUs from their data sheets, and what was measured on machines that were at hand.
+
+Measurements are kept in the user's cache folder, `measured_rates.json`, so that a machine is measured once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffvit.errors import unknown_name
+
+if TYPE_CHECKING:
+    from diffvit.compute import Compute
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A GPU's data sheet.
+
+    Attributes:
+        name: what `--gpu` calls it.
+        title: its full name.
+        names: a regular expression for what torch calls it.
+        bf16: dense bf16 products summed up in fp32, TFLOP/s; None where it has no bf16.
+        fp32: fp32 outside of the tensor cores, TFLOP/s: what a run at fp32 uses.
+        memory: GB as it is sold, which are 2^30 bytes each.
+        bandwidth: of its memory, GB/s.
+        measured: when cells of the full grid were measured on it, and by which torch; "": never.
+    """
+
+    name: str
+    title: str
+    names: str
+    bf16: float | None
+    fp32: float
+    memory: float
+    bandwidth: float
+    measured: str = ""
+
+    @property
+    def precision(self) -> str:
+        """What `--precision auto` is on it."""
+        return "fp32" if self.bf16 is None else "bf16"
+
+
+# NVIDIA's data sheets and, for GeForce cards, the white papers of the Ada and Ampere architectures.
+SHEETS = {
+    sheet.name: sheet
+    for sheet in (
+        Sheet("h200", "NVIDIA H200 SXM", r"H200", 989, 67, 141, 4800, measured="2026-11-27, torch 2.11"),
+        Sheet("h100", "NVIDIA H100 SXM", r"H100.*80GB HBM3", 989, 67, 80, 3350),
+        Sheet("a100", "NVIDIA A100 SXM 80 GB", r"A100.*80GB", 312, 19.5, 80, 2039),
+        Sheet("a100-40", "NVIDIA A100 SXM 40 GB", r"A100.*40GB", 312, 19.5, 40, 1555),
+        Sheet("l40s", "NVIDIA L40S", r"L40S", 362, 91.6, 48, 864),
+        Sheet("4090", "NVIDIA GeForce RTX 4090", r"RTX 4090$", 165, 82.6, 24, 1008),
+        Sheet("3090", "NVIDIA GeForce RTX 3090", r"RTX 3090$", 71, 35.6, 24, 936),
+        Sheet("a10", "NVIDIA A10", r"A10$", 125, 31.2, 24, 600),
+        Sheet("v100", "NVIDIA V100 SXM2 16 GB", r"V100-SXM2-16GB", None, 15.7, 16, 900),
+        Sheet("t4", "NVIDIA T4", r"T4$", None, 8.1, 16, 320),
+    )
+}
+
+
+def find_sheet(name: str) -> Sheet:
+    """The data sheet of a GPU by the name that `--gpu` takes. Raises UserError."""
+    by_name = {known.lower(): sheet for known, sheet in SHEETS.items()}
+    if name.lower() not in by_name:
+        raise unknown_name("GPU", name, SHEETS)
+    return by_name[name.lower()]
+
+
+def sheet_of(device_name: str) -> Sheet | None:
+    """The data sheet of what torch calls so."""
+    return next((sheet for sheet in SHEETS.values() if re.search(sheet.names, device_name)), None)
+
+
+# ------------------------------------------------------------------------------------------------------------- measured
+
+
+@dataclass(frozen=True)
+class CellRate:
+    """What a cell's work was measured to take on a machine, in seconds.
+
+    Attributes:
+        train: an image's part of a training step, without validation.
+        evaluate: of one image, without gradients.
+        start: what a run takes before its first step and after its last evaluation.
+        images: of a measured step; fewer than the batch where a whole step takes too long.
+        flops: of one image's forward pass.
+        date: of the measurement, UTC.
+    """
+
+    train: float
+    evaluate: float
+    start: float
+    images: int
+    flops: int
+    date: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine on which something was measured, as a study uses it.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        at_once: runs that shared the device, or the whole machine where that is a CPU, while it was measured.
+        memory: of the device, or of the machine, in bytes.
+        start: seconds that a study takes until its first run begins, without loading data.
+        load: data set -> seconds that a process takes to load it.
+        cells: cell_of(spec) -> its rate.
+    """
+
+    device_name: str
+    device: str
+    precision: str
+    threads: int
+    at_once: int
+    memory: int
+    computing: str
+    start: float
+    load: dict[str, float] = field(default_factory=dict)
+    cells: dict[str, CellRate] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What must agree for two measurements to be of the same thing."""
+        return f"{self.device_name}, {self.precision}, {self.threads} threads, {self.at_once} at once, {self.computing}"
+
+
+def measurements_file() -> Path:
+    """Where measurements are kept."""
+    from diffvit.data.cache import cache_folder
+
+    return cache_folder() / "measured_rates.json"
+
+
+def read_machines() -> list[Machine]:
+    """All machines in the measurements' file; none where it is missing. What cannot be read is as good as missing."""
+    try:
+        found = json.loads(measurements_file().read_text(encoding="utf-8")).values()
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [machine for values in found if (machine := _machine(values))]
+
+
+def _machine(values: Any) -> Machine | None:
+    """A machine as it was kept; None for one of another version, or with something else than finite numbers."""
+    try:
+        machine = Machine(**{**values, "cells": {cell: CellRate(**rate) for cell, rate in values["cells"].items()}})
+        rates = [rate for cell in machine.cells.values() for rate in (cell.train, cell.evaluate, cell.images, cell.flops)]
+        times = [machine.start, *machine.load.values(), *(cell.start for cell in machine.cells.values())]
+        texts = [machine.device_name, machine.device, machine.precision, machine.computing, *(cell.date for cell in machine.cells.values())]
+        sound = all(0 < rate < math.inf for rate in (*rates, machine.threads, machine.at_once, machine.memory))
+        sound = sound and all(0 <= seconds < math.inf for seconds in times) and all(isinstance(text, str) for text in texts)
+        return machine if sound else None
+    except (KeyError, TypeError, AttributeError):
+        return None
+
+
+def how(compute: Compute) -> str:
+    """How runs are computed, as far as it decides their speed, and by which torch."""
+    import torch
+
+    names = ("fused", "graphs", "compile", "recompute", "deterministic")
+    chosen = {name: getattr(compute, name) for name in names}
+    words = [f"torch {torch.__version__}", *(name if value else f"no {name}" for name, value in chosen.items() if value is not None)]
+    return ", ".join([*words, *([f"{compute.micro_batch} images at once"] if compute.micro_batch else [])])
+
+
+def find_machine(names: str, precision: str, threads: int, compute: Compute) -> Machine | None:
+    """The machine that was measured last among those that fit, or None.
+
+    Args:
+        names: a regular expression for the device's name.
+    """
+    fitting = [
+        machine for machine in read_machines()
+        if re.search(names, machine.device_name)
+        and machine.cells
+        and (machine.precision, machine.threads, machine.computing) == (precision, threads, how(compute))
+    ]  # fmt: skip
+    return max(fitting, key=lambda machine: max(rate.date for rate in machine.cells.values()), default=None)
+
+
+def keep_machine(machine: Machine, on_warning: Callable[[str], None] = lambda text: None) -> Machine:
+    """Adds a machine's measurements to the file, over older ones of the same cells. Returns the machine with all of its cells.
+
+    Args:
+        on_warning: hears of a file that cannot be written.
+    """
+    from diffvit.compute import remember
+
+    if older := next((each for each in read_machines() if each.key == machine.key), None):
+        machine = dataclasses.replace(machine, load={**older.load, **machine.load}, cells={**older.cells, **machine.cells})
+    if fault := remember(measurements_file(), machine.key, dataclasses.asdict(machine)):
+        on_warning(f"the measurements cannot be kept in {measurements_file()}: {fault.strerror}; DIFFVIT_CACHE names another folder")
+    return machine

@@ -1,0 +1,417 @@
+"""What a study will take: memory, time and money of each run, and when the last one ends.
+
+A run takes the seconds of its training images, of the images that it evaluates, and of its start. These come from measurements on a
+machine (probe.py), or are estimated from a GPU's data sheet. The study's end follows from the order in which it starts its runs:
+longest first, each where a place is free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import heapq
+import io
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffvit.compute import Compute
+from diffvit.keeping.state import StateFolder
+from diffvit.ledger.spec import RunSpec, overrides_text
+from diffvit.memory import micro_batch_within, training_memory
+from diffvit.protocol import images_in_steps
+from diffvit.vit import VisionTransformer, build_model
+from study.cost.devices import SHEETS, Machine, Sheet
+from study.plan import PlannedRun, precision_notes
+
+# The model of a GPU of which only the data sheet is known, for fused or compiled blocks: a pass takes its products at a share of
+# the peak, and the bytes that its blocks move at a share of the bandwidth. Both add up. `python -m bench.fit_sheet` fits the shares to
+# measured cells; fp32 was not measured, and its share is assumed. The size of a micro-batch makes no difference.
+SHARE_OF_PEAK = {"bf16": 0.75, "fp32": 0.5}
+SHARE_OF_BANDWIDTH = 0.61
+PASSES_TRAINING = 3  # one forward, and a backward pass of twice that; one more with recomputation
+_PASSES_OF_A_PRODUCT = 2  # its input and its output are written by one kernel and read by the next
+_PASSES_OF_THE_STREAM = 6  # fp32 between the layers: each of the two residual sums reads and writes it, and the norm reads it again
+SHEET_STUDY_START = 30.0
+SHEET_FIRST_RUN = 37.0  # more than for later runs of the same process, which find compiled code
+SHEET_RUN_START = 3.0
+
+_WIDER_THAN_ANY = 10_000  # columns: of tables and lines that are not folded
+
+MEASURED, SCALED, SHEET = "measured", "scaled", "sheet"
+_TO_BE_MEASURED = "the truth may be half or twice that, and --probe on the machine measures it"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Seconds of an image's training step, of an image's evaluation, and of a run's start and end, and where they are from.
+
+    Attributes:
+        source: MEASURED; SCALED by FLOPs from another cell that was measured; SHEET, estimated from a data sheet.
+        images: of a measured step; None elsewhere.
+        date: of a measurement, or of the one that was scaled.
+    """
+
+    train: float
+    evaluate: float
+    start: float
+    source: str
+    images: int | None = None
+    date: str = ""
+
+
+@dataclass(frozen=True)
+class RunForecast:
+    """What a run will take.
+
+    Attributes:
+        micro_batch: images at once.
+        memory: bytes at that micro-batch: parameters with all that belongs to them, and activations.
+        fits: whether that is within the device's memory.
+        steps_done: of a run that has begun, up to its last saved state; of one that has ended, all.
+        seconds: what is left of it.
+    """
+
+    run: PlannedRun
+    micro_batch: int
+    memory: int
+    fits: bool
+    steps_done: int
+    seconds: float
+    rate: Rate
+
+    @property
+    def state(self) -> str:
+        """For a table."""
+        if self.run.status:
+            return self.run.status
+        return f"{100 * self.steps_done / self.run.steps:.0f} % done" if self.steps_done else "to do"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study will run.
+
+    Attributes:
+        title: the device, for a person.
+        kind: "cpu" or "cuda".
+        memory: bytes of a device, or of the machine.
+        devices: GPUs, or machines where the device is a CPU.
+        at_once: runs that share a device.
+        slots: runs that train at a time on all of them.
+        start: seconds until the first run begins, loading data included.
+        rate: of a run's cell.
+        sheet: the data sheet that rates are estimated from; None where they were measured.
+        price: of a device, per hour; None: unknown.
+    """
+
+    title: str
+    kind: str
+    memory: int
+    precision: str
+    devices: int
+    at_once: int
+    slots: int
+    start: float
+    rate: Callable[[PlannedRun], Rate]
+    compute: Compute
+    sheet: Sheet | None = None
+    price: float | None = None
+
+
+@dataclass(frozen=True)
+class StudyForecast:
+    """What a study will take.
+
+    Attributes:
+        runs: in the grid's order.
+        makespan: seconds from the command to the end of the last run.
+    """
+
+    runs: list[RunForecast]
+    place: Place
+    makespan: float
+
+    @property
+    def pending(self) -> list[RunForecast]:
+        """Runs that have not ended."""
+        return [each for each in self.runs if not each.run.ended]
+
+    @property
+    def seconds(self) -> float:
+        """Of all runs together."""
+        return sum(each.seconds for each in self.runs)
+
+    def price(self, seconds: float) -> float | None:
+        """Of so many seconds on a run's share of a device."""
+        return None if self.place.price is None else seconds / 3600 * self.place.price / self.place.at_once
+
+    @property
+    def bill(self) -> float | None:
+        """Of all devices, paid for until the last run ends."""
+        return None if self.place.price is None else self.makespan / 3600 * self.place.price * self.place.devices
+
+
+def forecast_study(runs: Sequence[PlannedRun], place: Place, checkpoints: Path) -> StudyForecast:
+    """What the runs will take at a place. Ended runs take nothing, those that have begun the rest after their last saved state."""
+    forecasts = [_forecast_run(run, place, checkpoints) for run in runs]
+    # As the study does: by the work of the whole run, also where a part of it is done.
+    order = sorted((each for each in forecasts if not each.run.ended), key=lambda each: each.run.train_flops, reverse=True)
+    end = makespan([each.seconds for each in order], place.slots)
+    return StudyForecast(forecasts, place, place.start + end if order else 0.0)
+
+
+def makespan(seconds: Iterable[float], slots: int) -> float:
+    """When the last of some jobs ends that begin in the given order, each where a slot is free first."""
+    free = [0.0] * slots
+    for each in seconds:
+        heapq.heappush(free, heapq.heappop(free) + each)
+    return max(free)
+
+
+def _forecast_run(run: PlannedRun, place: Place, checkpoints: Path) -> RunForecast:
+    protocol, rate = run.spec.protocol, place.rate(run)
+    model, recompute = model_of(run.spec), bool(place.compute.recompute)
+    kind, precision = place.kind, run.spec.precision
+    memory = place.memory / place.at_once
+    batch = protocol.batch_size
+    at_once = min(place.compute.micro_batch or micro_batch_within(model, batch, memory, precision, kind, recompute), batch)
+    needed = training_memory(model, at_once, precision, kind, recompute)
+    done = run.steps if run.ended else _steps_saved(run, checkpoints)
+    seconds = 0.0 if run.ended else run_seconds(run, rate, done)
+    return RunForecast(run, at_once, needed, needed <= memory, done, seconds, rate)
+
+
+def run_seconds(run: PlannedRun, rate: Rate, done: int = 0) -> float:
+    """What a run takes after so many of its steps."""
+    protocol = run.spec.protocol
+    train, val, test = protocol.images
+    trained, validated = (
+        images_in_steps(rows, protocol.batch_size, run.steps) - images_in_steps(rows, protocol.batch_size, done) for rows in (train, val)
+    )
+    # A trial run is evaluated on as many images as it was trained on, at least 64.
+    limit = max(64, images_in_steps(train, protocol.batch_size, run.steps)) if protocol.max_steps is not None else train + val + test
+    evaluated = sum(min(images, limit) for images in (val, test, protocol.false_labels()))
+    return rate.start + trained * rate.train + (validated + evaluated) * rate.evaluate
+
+
+def _steps_saved(run: PlannedRun, checkpoints: Path) -> int:
+    return next(iter(StateFolder(checkpoints, run.run_id).steps()), 0) if run.run_id else 0
+
+
+def model_of(spec: RunSpec) -> VisionTransformer:
+    """The run's model, without memory."""
+    return _model_of(spec.model, spec.size, spec.dataset, spec.protocol.dropout)
+
+
+@functools.cache
+def _model_of(model: str, size: str, dataset: str, dropout: float) -> VisionTransformer:
+    return build_model(model, size, RunSpec.of(model, size, dataset, overrides={"dropout": dropout}).protocol, device="meta")
+
+
+def cell_of(spec: RunSpec) -> str:
+    """What decides how long a run's steps take on a machine: runs of one cell are measured once."""
+    protocol = spec.protocol
+    shape = f"{protocol.image_size}/{protocol.patch_size} d{protocol.d_model} depth{protocol.depths[spec.size]}"
+    return f"{spec.model} {shape} batch{protocol.batch_size}{' dropout' if protocol.dropout else ''}"
+
+
+# --------------------------------------------------------------------------------------------------------------- rates
+
+
+def sheet_rate(sheet: Sheet, recompute: bool = False) -> Callable[[PlannedRun], Rate]:
+    """Rates estimated from a data sheet, by the model at the top of this file."""
+
+    def rate(run: PlannedRun) -> Rate:
+        products, moved = least_seconds(sheet, run)
+        forward = products / SHARE_OF_PEAK[_precision_on(sheet, run)] + moved / SHARE_OF_BANDWIDTH
+        return Rate((PASSES_TRAINING + recompute) * forward, forward, SHEET_RUN_START, SHEET)
+
+    return rate
+
+
+def least_seconds(sheet: Sheet, run: PlannedRun) -> tuple[float, float]:
+    """What an image's forward pass takes for its products at the whole peak, and for its bytes at the whole bandwidth."""
+    model, precision = model_of(run.spec), _precision_on(sheet, run)
+    tokens, d_model = model.pos_embed.shape[1:]
+    layers = [module for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
+    values = (2 if precision == "bf16" else 4) * sum(layer.in_features + layer.out_features for layer in layers)
+    blocks = len(model.blocks) - 1  # of the last one only the class token is computed
+    moved = blocks * tokens * (_PASSES_OF_A_PRODUCT * values + _PASSES_OF_THE_STREAM * 4 * d_model)
+    peak = sheet.bf16 if precision == "bf16" and sheet.bf16 else sheet.fp32
+    return run.forward_flops / (peak * 1e12), moved / (sheet.bandwidth * 1e9)
+
+
+def _precision_on(sheet: Sheet, run: PlannedRun) -> str:
+    return run.spec.precision if sheet.bf16 else "fp32"
+
+
+def measured_rate(machine: Machine) -> Callable[[PlannedRun], Rate]:
+    """Rates that were measured on a machine; a cell that was not has those of the one nearest to it, scaled by FLOPs."""
+
+    def rate(run: PlannedRun) -> Rate:
+        cell = machine.cells.get(cell_of(run.spec))
+        if cell:
+            return Rate(cell.train, cell.evaluate, cell.start, MEASURED, cell.images, cell.date)
+        nearest = min(machine.cells.values(), key=lambda other: abs(other.flops / run.forward_flops - 1))
+        factor = run.forward_flops / nearest.flops
+        return Rate(nearest.train * factor, nearest.evaluate * factor, nearest.start, SCALED, None, nearest.date)
+
+    return rate
+
+
+def sheet_place(sheet: Sheet, devices: int, compute: Compute, price: float | None) -> Place:
+    """GPUs of which only the data sheet is known."""
+    compiles = compute.compile or compute.fused or not (compute.deterministic or compute.compile is compute.fused is False)
+    start = SHEET_STUDY_START + (SHEET_FIRST_RUN if compiles else 0.0)  # the first runs compile side by side
+    return Place(
+        title=sheet.title, kind="cuda", memory=int(sheet.memory * 2**30), precision=sheet.precision,
+        devices=devices, at_once=1, slots=devices,
+        start=start, rate=sheet_rate(sheet, bool(compute.recompute)), compute=compute, sheet=sheet, price=price,
+    )  # fmt: skip
+
+
+def measured_place(machine: Machine, runs: Iterable[PlannedRun], devices: int, compute: Compute, price: float | None) -> Place:
+    """Machines like one that was measured."""
+    datasets = {run.spec.dataset for run in runs if not run.ended}
+    known = max(machine.load.values(), default=0.0)
+    # The study loads each data set itself, and so does each process that trains.
+    start = machine.start + 2 * sum(machine.load.get(dataset, known) for dataset in datasets)
+    return Place(
+        title=machine.device_name, kind=machine.device, memory=machine.memory, precision=machine.precision, devices=devices,
+        at_once=machine.at_once, slots=devices * machine.at_once, start=start, rate=measured_rate(machine), compute=compute, price=price,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- for a person
+
+
+def forecast_text(forecast: StudyForecast, width: int | None = None) -> str:
+    """The forecast as a table and the sentences that belong to it: folded at a terminal's width, where one is given."""
+    from rich.console import Console
+    from rich.table import Table
+
+    runs, priced = forecast.runs, forecast.place.price is not None
+    seeds = len({each.run.spec.seed for each in runs}) > 1
+    conditions = len({overrides_text(each.run.spec.overrides) for each in runs}) > 1
+    most = max(each.run.train_flops for each in runs)
+    flops, unit = (1e18, "EFLOP") if most >= 1e18 else (1e15, "PFLOP") if most >= 1e15 else (1e12, "TFLOP")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    for header in ("model", "size", "data set", *(["seed"] if seeds else []), *(["overrides"] if conditions else [])):
+        table.add_column(header, no_wrap=header != "overrides", overflow="fold")
+    for header in ("parameters", unit, "micro", "GB", "time", *(["$"] if priced else [])):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("from", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for each in runs:
+        spec = each.run.spec
+        table.add_row(
+            spec.model, spec.size, spec.dataset, *([str(spec.seed)] if seeds else []),
+            *([overrides_text(spec.overrides)] if conditions else []),
+            f"{each.run.parameters:,}", significant(each.run.train_flops / flops), str(each.micro_batch),
+            f"{each.memory / 2**30:.1f}" + ("" if each.fits else "!"), clock(each.seconds),
+            *([f"{forecast.price(each.seconds):,.2f}"] if priced else []), each.rate.source, each.state,
+        )  # fmt: skip
+    out = io.StringIO()
+    console = Console(file=out, width=_WIDER_THAN_ANY, no_color=True, highlight=False, legacy_windows=False)
+    console.print(table)
+    lines = [*(line.rstrip() for line in out.getvalue().splitlines()), ""]
+    for sentence in _sentences(forecast):
+        lines += textwrap.wrap(sentence, width or _WIDER_THAN_ANY, subsequent_indent=10 * " ", break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def _sentences(forecast: StudyForecast) -> list[str]:
+    place, pending = forecast.place, forecast.pending
+    unit = "GPU" if place.kind == "cuda" else "machine"
+    where = f"{place.devices} x {place.title}" + (f", {place.at_once} runs at a time on each" if place.at_once > 1 else "")
+    ended, begun = len(forecast.runs) - len(pending), sum(bool(each.steps_done) for each in pending)
+    lines = [
+        f"place     {where}, {place.precision}, {place.memory / 2**30:,.0f} GB",
+        f"runs      {len(pending)} to train" + (f", {begun} of them begun" if begun else "") + f"; {ended} ended, which cost nothing",
+        f"work      {duration(forecast.seconds / place.at_once)} of {unit} time"
+        + (f", ${forecast.price(forecast.seconds):,.2f}" if place.price is not None else "; --price P says what that costs"),
+        f"end       {duration(forecast.makespan)} after the start, longest runs first"
+        + (f"; ${forecast.bill:,.2f} where all is paid until then" if forecast.bill is not None else ""),
+    ]
+    lines += _sources(forecast)
+    if any(each.run.run_id is None for each in forecast.runs):
+        lines.append("note      data that are not here: whether their runs are done cannot be seen")
+    lines += [f"note      {note}" for note in precision_notes([each.run for each in forecast.runs])]
+    if not all(each.fits for each in pending):
+        lines.append("warning   ! does not fit into memory: lower --micro_batch, or give --recompute")
+    return lines
+
+
+def _sources(forecast: StudyForecast) -> list[str]:
+    """How each rate was come by, a sentence for each source there is."""
+    chosen = forecast.pending or forecast.runs
+    sources = {each.rate.source for each in chosen}
+    lines = []
+    if MEASURED in sources:
+        rates = [
+            (each.rate.date, each.rate.images or 0, each.run.spec.protocol.batch_size) for each in chosen if each.rate.source == MEASURED
+        ]
+        few = "; some with fewer images a step than the batch, for which --probe_seconds is too short"
+        days = " and ".join(sorted({date for date, _, _ in rates}))
+        lines.append(f"measured  on {forecast.place.title}, {days}" + (few if any(images < batch for _, images, batch in rates) else ""))
+    if SCALED in sources:
+        lines.append("scaled    by FLOPs from the nearest cell that was measured; --probe measures these too")
+    if SHEET in sources:
+        lines.append(f"sheet     ESTIMATED from the data sheet: {_assumptions(forecast.place.sheet, chosen[0].run)}")
+    return lines
+
+
+def _assumptions(sheet: Sheet | None, run: PlannedRun) -> str:
+    """What an estimate from a data sheet rests on."""
+    assert sheet
+    precision = _precision_on(sheet, run)
+    memory = f"memory at {100 * SHARE_OF_BANDWIDTH:.0f} % of bandwidth"
+    products = f"products at {100 * SHARE_OF_PEAK[precision]:.0f} % of peak"
+    fitted = "fitted to measurements on " + " and ".join(f"{each.title}, {each.measured}" for each in SHEETS.values() if each.measured)
+    if precision != "bf16":
+        return f"{memory}, {fitted}, and {products}, which is assumed; not measured at {precision}: {_TO_BE_MEASURED}"
+    return f"{products} and {memory}, {fitted}" + ("" if sheet.measured else f"; not measured on this GPU: {_TO_BE_MEASURED}")
+
+
+def forecast_json(forecast: StudyForecast) -> dict[str, Any]:
+    """The forecast for machines: seconds, bytes, dollars."""
+    place = forecast.place
+    return {
+        "device": place.title, "kind": place.kind, "precision": place.precision, "devices": place.devices, "runs_per_device": place.at_once,
+        "memory": place.memory, "price": place.price, "start_seconds": place.start, "seconds": forecast.seconds,
+        "makespan_seconds": forecast.makespan, "dollars": forecast.price(forecast.seconds), "bill": forecast.bill,
+        "runs": [
+            {
+                **each.run.spec.names(str(each.run.run_id)), "run_id": each.run.run_id, "overrides": dict(each.run.spec.overrides),
+                "parameters": each.run.parameters, "train_flops": each.run.train_flops, "steps": each.run.steps,
+                "steps_done": each.steps_done, "state": each.state, "micro_batch": each.micro_batch, "memory": each.memory,
+                "fits": each.fits, "seconds": each.seconds, "dollars": forecast.price(each.seconds), "rate": dataclasses.asdict(each.rate),
+            }
+            for each in forecast.runs
+        ],
+    }  # fmt: skip
+
+
+def significant(value: float) -> str:
+    """Three significant digits at least, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units that it has."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+    return f"{int(seconds // 3600):,} h {int(seconds % 3600 // 60)} min"

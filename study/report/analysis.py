@@ -1,0 +1,181 @@
+"""What the runs say: comparisons, answers and findings, as numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diffvit.data.corruptions import CORRUPTIONS
+from diffvit.errors import UserError
+from diffvit.findings.kept import read_evaluations
+from diffvit.findings.robustness import right_answers, summarise
+from diffvit.protocol import ARMS
+from study.report import verdict
+from study.report.figures import model_title
+from study.report.scaling import Estimate
+from study.report.verdict import Answer, Comparison, WrongAnswers
+from study.table import all_overrides, comparable, conditions, file_stem, files_of, wrong_answers
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The runs of one data set under one condition.
+
+    Attributes:
+        name: for sentences, with all overrides. stem: what the names of its figures begin with. condition: as table.conditions names it,
+            "" for the plain one. base: the data set's condition of reference.
+    """
+
+    name: str
+    stem: str
+    dataset: str
+    condition: str
+    table: pd.DataFrame
+    base: bool
+
+    @property
+    def overrides(self) -> set[str]:
+        """Names of the overrides that make the condition."""
+        return {part.partition("=")[0] for part in self.condition.split()}
+
+
+def subjects(table: pd.DataFrame) -> list[Subject]:
+    """The data sets and conditions of a run table, each data set's base first: the plain condition, or the one of fewest overrides."""
+    groups = table.groupby(["dataset", pd.Series(conditions(table), index=table.index)], sort=False)
+    order = list(dict.fromkeys(table["dataset"]))
+    found: list[Subject] = []
+    for (dataset, condition), runs in sorted(groups, key=lambda item: (order.index(item[0][0]), len(item[0][1].split()), item[0][1])):
+        overrides = all_overrides(runs[:1])[0]
+        name = f"{dataset} ({', '.join(overrides.split())})" if overrides else str(dataset)
+        base = not any(part.dataset == dataset for part in found)
+        found.append(Subject(name, file_stem(str(dataset), overrides), dataset, condition, runs, base))
+    return found
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All that the report says, as numbers.
+
+    Attributes:
+        comparisons: of each subject's two arms. answers: the family, with verdicts. noise_source: what the noise answer compares.
+        other_noise: (what is compared, answer) for the exploratory ones. controls: (title, estimate, pairs) of other architectures
+            against the classic one. findings: run_id -> what `evaluate` found. left_out: runs that enter no comparison, a phrase each.
+    """
+
+    table: pd.DataFrame
+    subjects: list[Subject]
+    comparisons: dict[str, Comparison]
+    answers: list[Answer]
+    noise_source: str
+    other_noise: list[tuple[str, Answer]]
+    controls: list[tuple[str, Estimate, int]]
+    findings: dict[str, dict[str, Any]]
+    left_out: list[str]
+
+
+def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str] = ARMS) -> Analysis:
+    """Compare the arms of a run table's subjects and answer the questions.
+
+    Args:
+        checkpoints: the ledger, for predictions and for what `evaluate` found; None: the table only.
+    """
+    table, left_out = comparable(table)
+    findings, more_left_out = _findings(table, checkpoints)
+    left_out += more_left_out
+    corrupted = pd.DataFrame([_errors_found(findings.get(run_id, {})) for run_id in table["run_id"]], table.index, _FOUND)
+    table = pd.concat([table, corrupted], axis=1)
+    parts = subjects(table)
+    left_out += [f"{part.name}: {phrase}" for part in parts for phrase in verdict.left_out(part.table, arms)]
+    wrong_of = (lambda run: wrong_answers(checkpoints, run)) if checkpoints else None
+    comparisons = {part.name: found for part in parts if (found := verdict.compare(part.table, part.name, arms, wrong_of))}
+    family = [answer for part in parts if part.base and part.name in comparisons for answer in comparisons[part.name].answers]
+    confirmatory, exploratory = _noise_answers(parts, arms, wrong_of, findings)
+    noise, more = confirmatory[:1], [*confirmatory[1:], *exploratory]
+    decided = verdict.decide([*family, *(answer for _, answer in noise)])
+    controls = []
+    for part in parts:
+        for model in part.table["model"].unique():
+            if model not in arms and (other := verdict.compare(part.table, part.name, (arms[0], model))):
+                title = f"{model_title(model)} against {model_title(arms[0])} on {part.name}"
+                controls.append((title, other.answers[0].estimate, other.answers[0].pairs))
+    return Analysis(table, parts, comparisons, decided, noise[0][0] if noise else "", more, controls, findings, left_out)
+
+
+def _findings(table: pd.DataFrame, checkpoints: Path | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """run_id -> what `evaluate` found, by kind; and a phrase for findings with warnings, which are not used."""
+    found: dict[str, dict[str, Any]] = {}
+    left_out = []
+    for run in table.itertuples() if checkpoints else []:
+        files = files_of(Path(str(checkpoints)), run)
+        kinds = read_evaluations(files)
+        if "attention" in kinds and len(kinds["attention"]["layers"]) != run.depth:
+            raise UserError(f"{files.evaluations} is of a model of another depth.", "delete it and evaluate again.")
+        found[run.run_id] = {kind: findings for kind, findings in kinds.items() if not findings["warnings"]}
+        left_out += [f"{kind} of the run {run.run_id}: {each['warnings'][0]}" for kind, each in kinds.items() if each["warnings"]]
+    return found, left_out
+
+
+_FOUND = ["evaluated_error", "corrupted_error", "evaluated_images"]
+
+
+def _errors_found(findings: dict[str, Any]) -> list[float]:
+    """A run's error on clean images, its mean error under the five corruptions, both of the same evaluation, and its images."""
+    if "corruptions" not in findings:
+        return [math.nan] * 3
+    errors = {row["corruption"]: row["error"] for row in summarise(findings["corruptions"])}
+    return [errors["clean"], errors["mean"], findings["corruptions"]["images"]]
+
+
+_Named = tuple[str, Answer]
+
+
+def _noise_answers(
+    parts: Sequence[Subject], arms: tuple[str, str], wrong_of: WrongAnswers | None, findings: dict[str, dict[str, Any]]
+) -> tuple[list[_Named], list[_Named]]:
+    """What is compared, and the answer: candidates for the study's question about noise, and others.
+
+    The first candidate is the question, in an order that was fixed beforehand: training on noisy images; else a noisy twin of the data
+    set; else corrupted test images; of several data sets, the one with most test images. False labels are another axis.
+    """
+    parts = sorted(parts, key=lambda part: -part.table["test_images"].fillna(0).max())
+    base = {part.dataset: part for part in parts if part.base}
+    of_predictions = (wrong_of, wrong_of) if wrong_of else None
+    candidates: list[tuple[str, Answer | None]] = []
+    for part in parts:
+        if part.overrides == {"input_noise"} and not part.base:
+            answer = verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms, wrong=of_predictions)
+            candidates.append((f"{part.name}: trained on noisy images, tested on clean ones", answer))
+    for dataset, part in base.items():
+        if twin := base.get(f"{dataset}-noisy"):
+            answer = verdict.noise_answer(part.table, twin.table, twin.name, arms, wrong=of_predictions)
+            candidates.append((f"{twin.name}: noise in training and test images", answer))
+    corrupted = tuple(_wrong_under(names, findings) for names in (["clean"], list(CORRUPTIONS)))
+    for part in base.values():
+        evaluated = part.table[part.table["corrupted_error"].notna()]
+        measures = ("evaluated error", "corrupted error")
+        answer = verdict.noise_answer(evaluated, evaluated, part.name, arms, measures, (corrupted[0], corrupted[1]))
+        candidates.append((f"{part.name}: test images under five corruptions", answer))
+    others = [
+        (f"{part.name}: false training labels", verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms))
+        for part in parts
+        if part.overrides == {"label_noise"} and not part.base
+    ]
+    known, known_others = ([(what, answer) for what, answer in each if answer is not None] for each in (candidates, others))
+    return known, known_others
+
+
+def _wrong_under(corruptions: Sequence[str], findings: dict[str, dict[str, Any]]) -> WrongAnswers:
+    """Run -> for each test image, the share of its answers under these corruptions that were wrong."""
+
+    def of_run(run: Any) -> np.ndarray:
+        found = findings[run.run_id]["corruptions"]
+        asked = [each for each in found["conditions"] if each["corruption"] in corruptions]
+        return np.mean([~right_answers(each, found["images"]) for each in asked], axis=0)
+
+    return of_run

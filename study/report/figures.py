@@ -1,0 +1,270 @@
+"""The user's figures: loss per batch, accuracy over size, and both architectures in one picture. PNG and SVG.
+
+For each data set: training and validation loss per step for each architecture, all sizes in one plot; test accuracy over
+model size for each architecture; and one overlay of all. Runs under overrides have figures of their own, whose names
+and titles say them. Colours differ in lightness too, so that grey prints work, and lines are named at their end.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from study.report.drawing import our_style, save
+
+# isort: split
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, protocol_of
+from study.report import scaling
+from study.table import all_overrides, comparable, file_stem
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Light to dark with size, and a lightness of its own for each architecture, classic ones blue; safe for the common forms of
+# colour blindness.
+_SIZE_COLOURS = ("#E9A03B", "#C2477F", "#2A1E6E")
+_MODEL_STYLES: dict[str, dict[str, Any]] = {
+    "vit_classic": {"color": "#1F3A6E", "marker": "o", "linestyle": "-"},
+    "vit_differential": {"color": "#E07B39", "marker": "s", "linestyle": (0, (5, 1.5))},
+    "vit_classic_wide_heads": {"color": "#8DB6DB", "marker": "^", "linestyle": (0, (6, 1.5, 1, 1.5))},
+    "vit_differential_v2": {"color": "#B0413E", "marker": "v", "linestyle": (0, (2, 1))},
+}
+_OTHER_STYLE: dict[str, Any] = {"color": "#6B7A89", "marker": "D", "linestyle": ":"}
+_LOSSES = {"train_loss": "training", "val_loss": "validation"}
+
+
+def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path, prefix: str = "") -> list[Path]:
+    """All figures of all data sets in the tables.
+
+    Args:
+        runs: a run table, steps: its step table (see table.py).
+        out: folder for {data set}_{what}.png and .svg, or {data set}_{overrides}_{what} (see file_stem in table.py); created if missing.
+        prefix: what their names begin with.
+
+    Returns:
+        The files written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    with our_style():
+        for (dataset, overrides), of_dataset in runs.groupby(["dataset", pd.Series(all_overrides(runs), index=runs.index)], sort=False):
+            figures: dict[str, Figure] = {}
+            models = [model for model in MODELS if (of_dataset["model"] == model).any()]
+            have_accuracy = []
+            for model in models:
+                of_model = of_dataset[of_dataset["model"] == model]
+                for loss in _LOSSES:
+                    figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss, overrides)
+                if (of_model["status"] == "done").any():
+                    have_accuracy.append(model)
+                    figures[f"{model}_scaling"] = scaling_figure(of_model, of_dataset, overrides)
+            if len(have_accuracy) > 1:
+                figures["scaling_overlay"] = scaling_figure(of_dataset, overrides=overrides)
+            for name, figure in figures.items():
+                written += save(figure, out / f"{prefix}{file_stem(str(dataset), str(overrides))}_{name}")
+    return written
+
+
+def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, overrides: str = "") -> Figure:
+    """Loss per batch of one architecture on one data set: the raw curve thin, its running mean on top, a colour a size.
+
+    Args:
+        overrides: a second line of the title.
+    """
+    model, dataset = runs["model"].iloc[0], runs["dataset"].iloc[0]
+    figure, axes = _axes()
+    ends = []
+    for size, of_size in runs.groupby("size", sort=False):
+        colour = _size_colour(dataset, size)
+        curves = steps[steps["run_id"].isin(of_size["run_id"])].pivot(index="step", columns="run_id", values=loss)
+        curves = curves.replace([np.inf, -np.inf], np.nan)
+        for run_id in curves:
+            axes.plot(curves.index, curves[run_id], color=colour, linewidth=0.5, alpha=0.4)
+        smooth = _running_mean(curves.mean(axis=1))
+        axes.plot(smooth.index, smooth, color=colour, linewidth=2.0)
+        drawn = smooth.dropna()
+        diverged = int((of_size["status"] == "diverged").sum())
+        of_several = f"{diverged} of {len(of_size)} " if len(of_size) > 1 else ""
+        name = millions(of_size["parameters"].iloc[0]) + (f" ({of_several}diverged)" if diverged else "")
+        if len(drawn):
+            ends.append((drawn.index[-1], drawn.iloc[-1], name, colour))
+    _log_loss_axis(axes)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("training step (one batch each)")
+    axes.set_ylabel("cross-entropy (nats), log scale")
+    axes.set_title(f"{model_title(model)} on {dataset}: {_LOSSES[loss]} loss per batch" + _second_line(overrides))
+    _name_ends(axes, ends)
+    seeds = runs["seed"].nunique()
+    batch = "each step's own batch, before its update" if loss == "train_loss" else "one validation batch after each step"
+    add_caption(
+        figure, f"thin: {batch}{'' if seeds == 1 else f', {seeds} seeds'}; thick: running mean{'' if seeds == 1 else ' over seeds'}"
+    )
+    return figure
+
+
+def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, overrides: str = "") -> Figure:
+    """Test accuracy in % over model size in millions of parameters, a line an architecture, with 95 % Wilson intervals.
+
+    Runs that diverged have no accuracy and are named in the caption.
+
+    Args:
+        scale_like: runs whose accuracies set the vertical range, so that two figures can be compared.
+        overrides: a second line of the title.
+    """
+    dataset = runs["dataset"].iloc[0]
+    diverged = runs[runs["status"] == "diverged"]
+    runs = runs[runs["status"] == "done"]
+    figure, axes = _axes()
+    ends = []
+    models = list(dict.fromkeys(runs["model"]))
+    several = len(models) > 1
+    for model, of_model in runs.groupby("model", sort=False):
+        style = model_style(str(model))
+        cells = of_model.groupby("parameters")
+        mean = 100 * cells["test_accuracy"].mean()
+        # Architectures have nearly the same sizes: intervals side by side, not on top of each other.
+        x = np.asarray(mean.index, dtype=float) / 1e6 * (1 + 0.012 * (2 * models.index(model) - (len(models) - 1)))
+        low, high = np.asarray(
+            [wilson(100 * accuracy, n) for accuracy, n in zip(cells["test_accuracy"].mean(), cells["test_images"].min(), strict=True)]
+        ).T
+        axes.plot(x, mean, linewidth=2.0, markersize=7, **style)
+        axes.vlines(x, low, high, color=style["color"], linewidth=1.2, alpha=0.75)
+        if of_model["seed"].nunique() > 1:
+            scatter_x = [x[list(mean.index).index(p)] for p in of_model["parameters"]]
+            axes.scatter(scatter_x, 100 * of_model["test_accuracy"], s=14, color=style["color"], alpha=0.5, linewidths=0)
+        if not several:
+            for i, value in enumerate(mean):
+                axes.annotate(f"{value:.1f}", (x[i], value), textcoords="offset points", xytext=(7, 6), fontsize=9, color="#30363D")
+        ends.append((x[-1], mean.iloc[-1], model_title(model), style["color"]))
+    _size_axis(axes, runs)
+    axes.set_ylabel("test accuracy (%)")
+    title = model_title(models[0]) if not several else "Both architectures" if len(models) == 2 else f"{len(models)} architectures"
+    axes.set_title(f"{title} on {dataset}: test accuracy over model size" + _second_line(overrides))
+    axes.set_ylim(*_accuracy_range(runs if scale_like is None else scale_like[scale_like["status"] == "done"]))
+    if several:
+        right = max(x for x, *_ in ends)  # beside all intervals, on top of none
+        _name_ends(axes, [(right, *end) for _, *end in ends])
+    seeds = int(runs.groupby(["model", "parameters"])["seed"].nunique().min())
+    images = int(runs["test_images"].min())
+    note = "no interval over seeds (1 seed)" if seeds == 1 else f"dots: {seeds} seeds"
+    caption = f"bars: 95 % Wilson interval for {images:,} test images; {note}; only depth varies"
+    if len(diverged):
+        named = ", ".join(f"{model_title(run.model)} {millions(run.parameters)} seed {run.seed}" for run in diverged.itertuples())
+        caption += f"\ndiverged, and so without an accuracy: {named}"
+    add_caption(figure, (_draw_match(axes, runs) if several else "") + caption)
+    return figure
+
+
+def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
+    """An arrow from the size that a classic model would need to the differential one of the same error, and what it means.
+
+    Of the sizes that have one within the measured range, the one nearest the middle; "" where none has.
+    """
+    runs, _ = comparable(runs)
+    first, second = (runs[runs["model"] == arm] for arm in ARMS)
+    cells = scaling.cells_of(scaling.pair_table(first, second)) if len(first) and len(second) else None
+    if cells is None or len(cells.logs) < 2:
+        return ""
+    middle = (len(cells.logs) - 1) / 2
+    for i in sorted(range(len(cells.logs)), key=lambda i: abs(i - middle)):
+        equal = scaling.equal_cost(cells, i)
+        if equal is not None:
+            parameters, accuracy = math.exp(cells.log_costs[1, i]), 100 * (1 - math.exp(cells.means[1, i]))
+            axes.annotate("", (parameters / 1e6, accuracy), (equal / 1e6, accuracy), arrowprops={"arrowstyle": "->", "color": "#30363D"})
+            share = f"{parameters / equal:.2f} of its parameters"
+            return f"arrow: {parameters / 1e6:.3g} M differential has the error of {equal / 1e6:.3g} M classic, {share}\n"
+    return ""
+
+
+def _second_line(overrides: str) -> str:
+    return f"\n{overrides}" if overrides else ""
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _log_loss_axis(axes: Axes) -> None:
+    """A log axis with plain numbers, closer together where the range is short."""
+    axes.set_yscale("log", nonpositive="mask")
+    low, high = axes.get_ylim()
+    steps = (1,) if high / low > 1e4 else (1, 3) if high / low > 100 else (1, 2, 5) if high / low > 8 else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _size_axis(axes: Axes, runs: pd.DataFrame) -> None:
+    """A log axis of millions of parameters, ticked where the models are."""
+    sizes = runs.groupby("size", sort=False)["parameters"].mean().sort_values() / 1e6
+    axes.set_xscale("log")
+    axes.set_xticks(sizes.to_list(), [f"{value:.3g}" for value in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(sizes.iloc[0] * 0.85, sizes.iloc[-1] * 1.18)
+    axes.set_xlabel("model size (million parameters), log scale")
+
+
+def _accuracy_range(runs: pd.DataFrame) -> tuple[float, float]:
+    intervals = [wilson(100 * accuracy, n) for accuracy, n in zip(runs["test_accuracy"], runs["test_images"], strict=True)]
+    low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
+    margin = 0.08 * (high - low)
+    return max(0.0, low - margin), min(100.0, high + margin) if high < 100 else 100.0
+
+
+def wilson(percent: float, n: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a share, both in percent."""
+    z, p = 1.959964, percent / 100
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return 100 * (centre - half), 100 * (centre + half)
+
+
+def _running_mean(curve: pd.Series) -> pd.Series:
+    """A centred mean over about a fortieth of the curve; shorter windows at its ends."""
+    return curve.rolling(max(1, len(curve) // 40), center=True, min_periods=1).mean()
+
+
+def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the lines' ends, moved apart where they would overlap."""
+    cast(Figure, axes.figure).draw_without_rendering()  # fixes the scales, so that positions can be measured
+    gap = 15.0  # pixels at 100 dpi: a line of text
+    placed: list[float] = []
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        pixel = axes.transData.transform((x, y))[1]
+        target = max(pixel, placed[-1] + gap) if placed else pixel
+        placed.append(target)
+        offset = (target - pixel) * 72 / axes.figure.dpi
+        axes.annotate(name, (x, y), xytext=(8, offset), textcoords="offset points", va="center", color=colour, fontsize=9.5,
+                      fontweight="bold", annotation_clip=False)  # fmt: skip
+
+
+def add_caption(figure: Figure, text: str) -> None:
+    """A line below everything: what the marks mean."""
+    figure.supxlabel(text, fontsize=8, color="#5B6570", x=0.01, ha="left")
+
+
+def _size_colour(dataset: str, size: Any) -> str:
+    sizes = protocol_of(dataset).sizes
+    return _SIZE_COLOURS[sizes.index(size) % len(_SIZE_COLOURS)]
+
+
+def millions(parameters: float) -> str:
+    """A number of parameters for a person."""
+    return f"{parameters / 1e6:.3g} M"
+
+
+def model_style(model: str) -> dict[str, Any]:
+    """Colour, marker and line of an architecture."""
+    return dict(_MODEL_STYLES.get(model, _OTHER_STYLE))
+
+
+def model_title(model: str) -> str:
+    """An architecture's name for a person."""
+    return MODEL_TITLES.get(model, model)

@@ -1,0 +1,403 @@
+"""The report as blocks of text, tables and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from diffvit.findings.robustness import summarise
+from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
+from study.report import scaling, verdict
+from study.report.analysis import Analysis, Subject
+from study.report.document import Block, Code, Figures, Heading, Items, Paragraph, Table
+from study.report.figures import model_title, wilson
+from study.report.scaling import Cells, Estimate, Ratio
+from study.report.verdict import Comparison, percent
+
+
+def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Block]:
+    """The report's blocks.
+
+    Args:
+        figures: PNG files among these are shown, by the names that draw_figures gives.
+    """
+    blocks: list[Block] = [Heading("Does a Differential ViT scale better than a classic ViT, and does noise change it?", 1)]
+    blocks += [Paragraph(verdict.sentence(answer), lead=True, tag=answer.verdict) for answer in analysis.answers]
+    for part in analysis.subjects:
+        if part.base and part.name not in analysis.comparisons:
+            blocks.append(Paragraph(_nothing_to_compare(part), lead=True, tag="no answer"))
+    if not any(answer.question == "noise" for answer in analysis.answers):
+        blocks.append(Paragraph("Whether noise changes the difference has not been measured here.", lead=True))
+    elif analysis.noise_source:
+        blocks.append(Paragraph(f"With noise means here {analysis.noise_source}; without, the same on clean images."))
+    blocks.append(Paragraph(_RULE))
+    blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
+    blocks += _figures(analysis, figures)
+    blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
+    blocks += _tuning_section(analysis)
+    blocks += _noise_section(analysis, figures)
+    blocks += _attention_section(analysis, figures)
+    blocks += [Heading("What this does not show"), Items(_limits(analysis))]
+    blocks += [Heading("Reproduce"), Code(command), *_provenance(analysis.table)]
+    return blocks
+
+
+def _nothing_to_compare(part: Subject, arms: tuple[str, str] = ARMS) -> str:
+    ended = []
+    for arm in arms:
+        statuses = part.table[part.table["model"] == arm]["status"]
+        ended.append(f"{model_title(arm)}: {(statuses == 'done').sum()} done, {(statuses == 'diverged').sum()} diverged")
+    return f"On {part.name}, the two architectures have no finished run of one size and seed in common ({'; '.join(ended)})."
+
+
+_RULE = (
+    "The rule, fixed before the data: better or worse if the 95 % interval excludes 0, also after Holm's correction over the questions; "
+    f"else equivalent if it lies within +-{100 * verdict.MARGIN:.0f} % relative error; else undecided. Negative numbers favour the "
+    "Differential ViT. Intervals are Student's, over pairs of runs that share a seed. Everything below is exploratory."
+)
+_SCALING = (
+    "Width is fixed by the protocol, so models scale by depth alone. Slopes are of log error (or cross-entropy) over log parameters, "
+    "within the measured range: they are not the exponents of a power law."
+)
+
+
+def _accuracy_tables(analysis: Analysis) -> list[Block]:
+    blocks: list[Block] = []
+    for part in analysis.subjects:
+        rows = []
+        for (_, model), cell in part.table.groupby(["parameters", "model"]):
+            done = cell[cell["status"] == "done"]
+            ended_else = len(cell) - len(done)
+            parameters, title = f"{cell['parameters'].iloc[0] / 1e6:.3g} M", model_title(model)
+            if done.empty:
+                rows.append([title, parameters, "diverged", str(len(cell)), "", "", ""])
+                continue
+            spread = f"{100 * done['test_accuracy'].std():.2f}" if len(done) > 1 else "1 seed"
+            rows.append([
+                title, parameters, _with_wilson(done["test_accuracy"].mean(), done["test_images"].min()),
+                str(len(done)) + (f" (+{ended_else} diverged)" if ended_else else ""), spread, f"{done['test_loss'].mean():.4f}",
+                f"{done['seconds'].mean() / 60:.1f}",
+            ])  # fmt: skip
+        images = int(part.table["test_images"].min()) if part.table["test_images"].notna().any() else 0
+        header = ["model", "size", "test accuracy (95 % Wilson)", "seeds", "SD over seeds", "cross-entropy", "minutes a run"]
+        blocks.append(Table(header, rows, f"{part.name}: mean over seeds, {images:,} test images"))
+    runs = [
+        [model_title(run.model), run.size, run.dataset, run.overrides or "", str(run.seed), run.run_id, run.status,
+         *(["", ""] if run.status != "done" else [_with_wilson(run.test_accuracy, run.test_images), f"{run.test_loss:.4f}"])]
+        for run in analysis.table.itertuples()
+    ]  # fmt: skip
+    header = ["model", "size", "data set", "overrides", "seed", "run_id", "status", "test accuracy (95 % Wilson)", "cross-entropy"]
+    blocks.append(Table(header, runs, f"Every run ({len(runs)})", left=4, closed=True))
+    if analysis.left_out:
+        blocks.append(Paragraph(f"Left out of the comparisons: {'; '.join(analysis.left_out)}."))
+    return blocks
+
+
+def _figures(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
+    """The user's figures, the overlay first."""
+    by_name = {path.stem: path for path in figures if path.suffix == ".png"}
+    blocks: list[Block] = []
+    for part in analysis.subjects:
+        titles = {f"{part.stem}_{name}": title for name, title in _figure_titles().items()}
+        own = [(by_name[name], title) for name, title in titles.items() if name in by_name]
+        if own:
+            blocks += [Heading(f"Figures: {part.name}", 3), Figures(own)]
+    return blocks
+
+
+def _figure_titles() -> dict[str, str]:
+    """What the figures of a data set show, by the names that draw_figures gives, in order."""
+    titles = {"scaling_overlay": "Test accuracy over model size, all architectures"}
+    for what in ("scaling", "train_loss", "val_loss"):
+        shown = {
+            "scaling": "test accuracy over model size",
+            "train_loss": "training loss per batch",
+            "val_loss": "validation loss per batch",
+        }[what]
+        titles |= {f"{model}_{what}": f"{model_title(model)}: {shown}" for model in MODELS}
+    return titles
+
+
+def _scaling_tables(analysis: Analysis) -> list[Block]:
+    blocks: list[Block] = []
+    rows: list[list[str]] = []
+    for name, comparison in analysis.comparisons.items():
+        shown = [_quantities(comparison, measure) for measure in _MEASURES]
+        rows += [[name, quantity, *(each.get(quantity, "") for each in shown)] for quantity in shown[0]]
+    header = ["data set", "quantity", "error (95 % interval)", "cross-entropy (95 % interval)"]
+    blocks.append(Table(header, rows, "Lines and contrasts", left=2))
+    rows = [
+        [name, cost, *(_ratio(each.ratios[measure, cost]) if (measure, cost) in each.ratios else "" for measure in _MEASURES)]
+        for name, each in analysis.comparisons.items()
+        for cost in verdict.COSTS.values()
+    ]
+    header = ["data set", "cost", "at equal error (95 % interval)", "at equal cross-entropy (95 % interval)"]
+    blocks.append(Table(header, rows, "What the differential model costs, as a share of the classic one that is as good", left=2))
+    for name, comparison in analysis.comparisons.items():
+        blocks.append(Items([*_match_sentences(name, comparison), *_secondary(name, comparison)]))
+    if analysis.controls:
+        rows = [[title, _relative(estimate), str(pairs)] for title, estimate, pairs in analysis.controls]
+        blocks.append(Table(["control", "difference in error (95 % interval)", "pairs"], rows, "Other architectures"))
+    return blocks
+
+
+_MEASURES = ("error", "cross-entropy")
+
+
+def _quantities(comparison: Comparison, measure: str) -> dict[str, str]:
+    """Name -> value with interval, of a measure; what too few runs have is not there."""
+    if measure not in comparison.cells:
+        return {}
+    cells = comparison.cells[measure]
+    shown = {"level: differential / classic": _relative(scaling.level(cells))}
+    if measure in comparison.lines:
+        shown["trend: its change over the sizes"] = _relative(scaling.trend(cells))
+        lines = [(model_title(arm), line) for arm, line in zip(comparison.arms, comparison.lines[measure], strict=True)]
+        shown |= {f"line at {line.middle / 1e6:.3g} M, {title}": _at_middle(line.intercept, measure) for title, line in lines}
+        shown |= {f"slope, {title}": _number(line.slope) for title, line in lines}
+        shown["slope, difference (+: differential gains more from size)"] = _slope_difference(cells)
+    return shown
+
+
+def _at_middle(intercept: Estimate, measure: str) -> str:
+    """A line's value at the middle of the sizes: an error in percent, or nats."""
+    factor, unit = (100, " %") if measure == "error" else (1, "")
+    value, low, high = (factor * math.exp(each) for each in (intercept.value, *intercept.interval))
+    return f"{value:.3g}{unit} ({low:.3g} to {high:.3g})" if intercept.df else f"{value:.3g}{unit} (no interval, 1 seed)"
+
+
+def _slope_difference(cells: Cells) -> str:
+    """Second less first: the trend, per unit of log parameters."""
+    return _number(scaling.contrast(cells, -scaling.slope_weights(cells.x)))
+
+
+def _match_sentences(name: str, comparison: Comparison) -> list[str]:
+    """Which classic size has a differential model's error, where larger classic models are always better."""
+    sentences = []
+    for parameters, equal in comparison.matches:
+        if equal is not None:
+            of_size = f"{equal / 1e6:.3g} M: it needs {parameters / equal:.2f} of its parameters"
+            sentences.append(f"{name}: the differential model of {parameters / 1e6:.3g} M has the error of a classic one of {of_size}.")
+    if not sentences:
+        sentences.append(f"{name}: no measured differential model has an error that a classic size within the measured range has.")
+    return sentences
+
+
+def _secondary(name: str, comparison: Comparison) -> list[str]:
+    """Sign flips, the crossed bootstrap, the correlation within pairs and the power law, a sentence each."""
+    sentences = []
+    for answer in comparison.answers:
+        text = f"{name}, {answer.question}: sign flips over {answer.pairs} pairs give p {verdict.p_value(answer.flips)}"
+        if answer.new_images and answer.seeds > 1:
+            text += f"; seeds and test images both resampled: {percent(answer.new_images[0])} to {percent(answer.new_images[1])}"
+        elif answer.new_images:
+            text += f"; test images alone resampled: {percent(answer.new_images[0])} to {percent(answer.new_images[1])}"
+        sentences.append(text + ".")
+    if not math.isnan(comparison.correlation):
+        sentences.append(f"{name}: correlation of the two architectures' errors within pairs of a seed: {comparison.correlation:+.2f}.")
+    for measure, law in comparison.laws.items():
+        if law:
+            exponents = " and ".join(f"{value:.2f}" for value in law.exponents)
+            freedom = f"{law.df} degree{'s' if law.df != 1 else ''} of freedom"
+            floor = f"{100 * law.floor:.1f} %" if measure == "error" else f"{law.floor:.3g} nats"
+            fits = f"a power law of {measure} with one floor for both fits with exponents {exponents} and a floor of {floor}"
+            sentences.append(f"{name}: {fits}; with {freedom} these are not to be trusted.")
+    return sentences
+
+
+def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
+    blocks: list[Block] = []
+    if analysis.other_noise:
+        rows = [
+            [what, _relative(answer.estimate), _interval(answer.new_images), str(answer.pairs)] for what, answer in analysis.other_noise
+        ]
+        header = ["what is compared with clean", "change of the difference in error (95 % interval)", "seeds and images resampled", "pairs"]
+        blocks.append(Table(header, rows, "Other noise, exploratory"))
+    labels = analysis.table[analysis.table["memorised"].notna()] if "memorised" in analysis.table else analysis.table.iloc[:0]
+    if len(labels):
+        rows = [
+            [f"{model_title(model)}, {size}", str(overrides), f"{cell['false_labels'].mean():.0f}",
+             *(f"{100 * cell[column].mean():.1f} %" for column in ("memorised", "recovered")),
+             _with_wilson(cell["test_accuracy"].mean(), cell["test_images"].min())]
+            for (overrides, size, model), cell in labels.groupby(["overrides", "size", "model"], sort=False)
+        ]  # fmt: skip
+        header = ["model", "condition", "false labels", "memorised", "true label given", "clean test accuracy (95 % Wilson)"]
+        blocks.append(Table(header, rows, "False training labels: what the final model answers for their images", left=2))
+    evaluated = {run_id: found["corruptions"] for run_id, found in analysis.findings.items() if "corruptions" in found}
+    for part in analysis.subjects:
+        runs = part.table[part.table["run_id"].isin(list(evaluated))]
+        if runs.empty:
+            continue
+        names = [row["corruption"] for row in summarise(next(iter(evaluated.values())))]
+        rows = []
+        for (_, model), cell in runs.groupby(["parameters", "model"]):
+            found = [{row["corruption"]: row for row in summarise(evaluated[run_id])} for run_id in cell["run_id"]]
+            errors = [100 * float(np.mean([each[name]["error"] for each in found])) for name in names]
+            clean = errors[names.index("clean")]
+            relative = f"{errors[names.index('mean')] / clean:.2f}" if clean else ""
+            title = f"{model_title(model)}, {cell['parameters'].iloc[0] / 1e6:.3g} M"
+            rows.append([title, *(f"{error:.1f}" for error in errors), relative])
+        caption = (
+            f"{part.name}: error in % on corrupted test images, mean over severities and seeds; the five's mean also relative to clean"
+        )
+        blocks.append(Table(["model", *names, "mean / clean"], rows, caption))
+        drawn = [path for path in figures if path.name == f"{part.stem}_noise.png"]
+        blocks += [Figures([(path, f"{part.name}: error under corruption, by severity") for path in drawn])] if drawn else []
+    return [Heading("Noise"), Paragraph(_NOISE_AXES), *blocks] if blocks else []
+
+
+_NOISE_AXES = (
+    "Noise in images and noise in labels are different things. BACH is a case of the first: large images whose label rests on a small "
+    "part, with the rest, stain and scanner as noise; its labels were agreed on by pathologists. Corruptions have CIFAR-C's constants "
+    "and are applied at the images' stored size (BACH: 512 pixels, after its one resize)."
+)
+
+
+def _attention_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
+    attended = {run_id: found["attention"] for run_id, found in analysis.findings.items() if "attention" in found}
+    blocks: list[Block] = []
+    for part in analysis.subjects:
+        runs = part.table[part.table["run_id"].isin(list(attended))]
+        if runs.empty:
+            continue
+        rows = []
+        for (_, model), cell in runs.groupby(["parameters", "model"]):
+            found = [attended[run_id] for run_id in cell["run_id"]]
+            rows.append([f"{model_title(str(model))}, {cell['parameters'].iloc[0] / 1e6:.3g} M", *_attention_cells(found)])
+        first = attended[runs["run_id"].iloc[0]]
+        header = ["model", "lambda", "entropy", "on object, noise", "on object, images", "logits top-1", "median", "hidden top-1", "median"]
+        uniform = f"uniform attention: entropy {first['uniform_entropy']:.2f} nats, {100 * first['signal_area']:.0f} % on the object"
+        blocks.append(Table(header, rows, f"{part.name}: mean over layers and seeds, {first['images']} test images; {uniform}"))
+        stem = part.stem
+        titles = {f"{stem}_attention": "Entropy and share on the object, over depth", f"{stem}_attention_maps": "The last layer's maps"}
+        blocks.append(
+            Figures([(path, f"{part.name}: {titles[path.stem]}") for path in figures if path.suffix == ".png" and path.stem in titles])
+        )
+    return [Heading("Where attention goes"), Paragraph(_ATTENTION), *blocks] if blocks else []
+
+
+_ATTENTION = (
+    "From the exact maps of every layer: entropy of the class token's attention over the patches; the share of it that falls on the object "
+    "when the image is pasted at a random place before noise or before other images; and the largest (top-1) and median absolute attention "
+    "logits and hidden states. Differential maps have negative parts, so shares and entropies are those of absolute values."
+)
+
+
+def _attention_cells(found: Sequence[dict[str, Any]]) -> list[str]:
+    """Means over layers and runs; of top-1 the largest."""
+    layers = [layer for each in found for layer in each["layers"]]
+    lambdas = [layer["lambda"] for layer in layers if layer["lambda"] is not None]
+    cells = [f"{np.mean(lambdas):.2f}" if lambdas else "none", f"{np.mean([layer['entropy'] for layer in layers]):.2f}"]
+    cells += [f"{100 * np.mean([layer['signal_share'][background] for layer in layers]):.1f} %" for background in ("noise", "images")]
+    for what in ("attention_logits", "hidden_states"):
+        cells += [f"{max(layer[what]['top1'] for layer in layers):.1f}", f"{np.mean([layer[what]['median'] for layer in layers]):.2f}"]
+    return cells
+
+
+def _tuning_section(analysis: Analysis, arms: tuple[str, str] = ARMS) -> list[Block]:
+    """Both arms at several learning rates: would another one turn the comparison round?"""
+    blocks: list[Block] = []
+    for dataset in dict.fromkeys(part.dataset for part in analysis.subjects):
+        rates = [part for part in analysis.subjects if part.dataset == dataset and part.overrides <= {"lr"}]
+        if len(rates) < 2:
+            continue
+        runs = pd.concat([part.table.assign(rate=part.condition or f"lr={protocol_of(dataset).lr}") for part in rates])
+        runs = runs[(runs["status"] == "done") & runs["model"].isin(arms)]
+        if runs.empty:
+            continue
+        by_rate = runs.pivot_table(index=["model", "size"], columns="rate", values="val_accuracy")
+        names = sorted(by_rate.columns, key=lambda name: float(name.partition("=")[2]))
+        images = protocol_of(dataset).images[1]
+        rows = [[f"{model_title(model)}, {size}", *(_with_wilson(value, images) if value == value else "diverged" for value in row)]
+                for (model, size), row in zip(by_rate.index, by_rate[names].to_numpy(), strict=True)]  # fmt: skip
+        blocks.append(Table(["model", *names], rows, f"{dataset}: validation accuracy by learning rate (95 % Wilson), mean over seeds"))
+        best = by_rate.idxmax(axis=1)
+        chosen = runs[[best[model, size] == rate for model, size, rate in zip(runs["model"], runs["size"], runs["rate"], strict=True)]]
+        if tuned := verdict.compare(chosen, dataset, arms):
+            estimate = _relative(tuned.answers[0].estimate)
+            text = f"Each at its own best of these, chosen on the validation split: difference in test error {estimate}."
+            blocks.append(Paragraph(text))
+    return [Heading("Learning rates"), *blocks] if blocks else []
+
+
+def _limits(analysis: Analysis) -> list[str]:
+    """What a reader must not conclude."""
+    limits = []
+    for part in analysis.subjects:
+        if not part.base:
+            continue
+        done = part.table[part.table["status"] == "done"]
+        protocol = _protocol(part)
+        if warning := protocol.warmup_warning(int(part.table["steps"].max())):
+            limits.append(f"{part.name}: {warning}.")
+        if len(done):
+            images, accuracy = int(done["test_images"].min()), done["test_accuracy"].mean()
+            half = 196 * math.sqrt(accuracy * (1 - accuracy) / images)
+            near = f"a single accuracy near {100 * accuracy:.0f} % is uncertain by {half:.1f} points"
+            limits.append(f"{part.name}: with {images:,} test images {near}.")
+            seeds = int(done.groupby(["model", "size"])["seed"].nunique().min())
+            limits.append(f"{part.name}: {seeds} seed{'s' if seeds != 1 else ''} for each model and size" + (
+                ", so that nothing is known of the spread between seeds." if seeds == 1 else "."))  # fmt: skip
+        for flag in part.table["flags"].unique():
+            if flag:
+                limits.append(f"{part.name}: {flag}.")
+    parameters = analysis.table.groupby("dataset")["parameters"]
+    factor = (parameters.max() / parameters.min()).max()
+    limits += [
+        f"Sizes over a factor of {factor:.1f} say nothing about larger models, and only depth varies.",
+        "Parameters are equal within 1 %; FLOPs and training time are not, and the ratios above give all three.",
+        "One protocol for both, without augmentation. " + _tuning(analysis),
+        "Intervals hold for these test images. The bootstrap over images too is given beside them, and it is on the wide side.",
+        "No claim about the best size for a budget of compute.",
+    ]
+    return limits
+
+
+def _tuning(analysis: Analysis) -> str:
+    if any("lr" in part.overrides for part in analysis.subjects):
+        return "Learning rates were tried with the same budget for both; nothing else was tuned."
+    return "Whether another learning rate would favour one of them is what `study --grid lr` answers; it is not answered here."
+
+
+def _protocol(part: Subject) -> Protocol:
+    values = dict(pair.split("=", 1) for pair in part.table["overrides"].iloc[0].split())
+    return protocol_of(part.dataset).with_overrides({key: float(value) for key, value in values.items()})
+
+
+def _provenance(table: pd.DataFrame) -> list[Block]:
+    facts = {"code": "git_commit", "device": "device_name", **{name: name for name in ("precision", "torch", "diffvit", "attention")}}
+    rows = [[what, "; ".join(sorted({str(value) for value in table[column].dropna()}))] for what, column in facts.items()]
+    fingerprints = table[["dataset", "fingerprint"]].drop_duplicates()
+    rows += [[f"data of {row.dataset}", row.fingerprint] for row in fingerprints.itertuples()]
+    rows.append(["training time of all runs", f"{table['seconds'].sum() / 3600:.2f} hours"])
+    return [Table(["", ""], rows, left=2)]
+
+
+def _with_wilson(accuracy: float, images: float) -> str:
+    low, high = wilson(100 * accuracy, int(images))
+    return f"{100 * accuracy:.2f} % ({low:.1f} to {high:.1f})"
+
+
+def _number(estimate: Estimate) -> str:
+    low, high = estimate.interval
+    return f"{estimate.value:+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if estimate.df else " (no interval, 1 seed)")
+
+
+def _relative(estimate: Estimate) -> str:
+    low, high = estimate.interval
+    return percent(estimate.value) + (f" ({percent(low)} to {percent(high)})" if estimate.df else " (no interval, 1 seed)")
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
+
+
+def _ratio(ratio: Ratio) -> str:
+    if math.isnan(ratio.value):
+        return ratio.note
+    return f"{ratio.value:.2f} " + (f"({ratio.low:.2f} to {ratio.high:.2f})" if not math.isnan(ratio.low) else f"({ratio.note})")

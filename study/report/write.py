@@ -1,0 +1,70 @@
+"""The report's files: figures, HTML and Markdown."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diffvit.ledger.disk import write_atomically
+from study.report.analysis import Analysis, analyse
+from study.report.attention_figures import attention_curves, attention_pictures
+from study.report.document import to_html, to_markdown
+from study.report.drawing import our_style, save
+from study.report.figures import draw_figures
+from study.report.noise_figures import noise_figure
+from study.report.page import page
+from study.table import step_table
+
+
+def write_report(checkpoints: Path, table: pd.DataFrame, out: Path, commands: Sequence[str]) -> list[Path]:
+    """Analyse finished runs, draw their figures and write report.html and report.md.
+
+    Args:
+        table: a run table that is not empty. out: a folder. commands: lines that reproduce its runs.
+
+    Returns:
+        The two files.
+    """
+    analysis = analyse(table, checkpoints)
+    figures = draw_figures(table, step_table(checkpoints, table), out / "figures") + _draw_findings(analysis, out / "figures")
+    blocks = page(analysis, figures, "\n".join(commands))
+    html, markdown = out / "report.html", out / "report.md"
+    write_atomically(html, to_html(blocks, "Differential ViT against classic ViT").encode())
+    write_atomically(markdown, to_markdown(blocks, out).encode())
+    return [html, markdown]
+
+
+def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
+    """Figures of what `evaluate` found."""
+    corrupted = {run_id: found["corruptions"] for run_id, found in analysis.findings.items() if "corruptions" in found}
+    attended = {run_id: found["attention"] for run_id, found in analysis.findings.items() if "attention" in found}
+    written: list[Path] = []
+    with our_style():
+        for part in analysis.subjects:
+            stem = part.stem
+            if part.table["run_id"].isin(list(corrupted)).any():
+                written += save(noise_figure(part.table, corrupted, part.name), out / f"{stem}_noise")
+            runs = part.table[part.table["run_id"].isin(list(attended))]
+            if len(runs):
+                found = [(run.model, run.size, attended[run.run_id]) for run in runs.itertuples()]
+                written += save(attention_curves(found, part.dataset, part.name), out / f"{stem}_attention")
+                with contextlib.suppress(ValueError):  # models that were shown different pictures have none to compare
+                    pictures = attention_pictures(_side_by_side(runs, attended), f"{part.name}: where the largest models look")
+                    written += save(pictures, out / f"{stem}_attention_maps")
+    return written
+
+
+def _side_by_side(runs: pd.DataFrame, attended: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Model -> findings, of the largest size and first seed that all models have; ValueError where there is none."""
+    models = set(runs["model"])
+    shared = {pair for pair, of_pair in runs.groupby(["size", "seed"]) if set(of_pair["model"]) == models}
+    candidates = runs[[pair in shared for pair in zip(runs["size"], runs["seed"], strict=True)]]
+    if candidates.empty:
+        raise ValueError("the models share no size and seed")
+    largest = candidates.sort_values(["parameters", "seed"], ascending=[False, True]).iloc[0]
+    chosen = candidates[(candidates["size"] == largest["size"]) & (candidates["seed"] == largest["seed"])]
+    return {str(run.model): attended[str(run.run_id)] for run in chosen.itertuples()}
