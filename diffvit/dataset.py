@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from diffvit.data.cache import SPLITS, cached_arrays, decode_arrays
 from diffvit.data.corruptions import add_gaussian
-from diffvit.data.raw import HUB_NAMES, LOADERS
+from diffvit.data.sources import HUB_NAMES, LOADERS
 from diffvit.errors import UserError
 from diffvit.protocol import Protocol, protocol_of, stable_seed
 
@@ -119,7 +119,7 @@ def _load(name: str, data_root: Path | None) -> Dataset:
         )
     arrays, facts = cached_arrays(name, raw) if raw.cache_key else decode_arrays(name, raw)
     splits = {
-        split: ImageSet(torch.from_numpy(arrays[f"{split}_pixels"]), torch.from_numpy(arrays[f"{split}labels_of"])) for split in SPLITS
+        split: ImageSet(torch.from_numpy(arrays[f"{split}_pixels"]), torch.from_numpy(arrays[f"{split}_labels"])) for split in SPLITS
     }
     return Dataset(
         name=name,

@@ -22,7 +22,7 @@ from PIL import Image
 from diffvit import dataset
 from diffvit.data import cache, hub, sources
 from diffvit.data.batches import Prepare, StepBatches, make_loader
-from diffvit.data.raw import LOADERS
+from diffvit.data.sources import LOADERS
 from diffvit.data.splits import split_rows
 from diffvit.dataset import load, with_training_noise
 from diffvit.errors import UserError

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffvit.data.hub import first_sentence
-from diffvit.data.raw import Raw
+from diffvit.data.sources import Raw
 from diffvit.errors import UserError
 from diffvit.ledger.disk import write_atomically
 
@@ -37,7 +37,7 @@ def decode_arrays(name: str, raw: Raw) -> tuple[dict[str, np.ndarray], dict[str,
             raise UserError(
                 f"an image of {name}'s {split} split cannot be decoded: {first_sentence(error)}.", "download the data again."
             ) from error
-        arrays[f"{split}labels_of"] = raw.labels[raw.rows[split]].astype(np.int64)
+        arrays[f"{split}_labels"] = raw.labels[raw.rows[split]].astype(np.int64)
     digest = hashlib.sha256()
     for key, array in arrays.items():
         digest.update(f"{key}{array.shape}".encode())
@@ -73,7 +73,7 @@ def cached_arrays(name: str, raw: Raw) -> tuple[dict[str, np.ndarray], dict[str,
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         facts = {"fingerprint": str(facts["fingerprint"]), **{key: [float(value) for value in facts[key]] for key in ("mean", "std")}}
         for split in SPLITS:
-            pixels, labels = arrays[f"{split}_pixels"], arrays[f"{split}labels_of"]
+            pixels, labels = arrays[f"{split}_pixels"], arrays[f"{split}_labels"]
             if pixels.dtype != np.uint8 or len(pixels) != len(labels) or not np.array_equal(labels, raw.labels[raw.rows[split]]):
                 raise ValueError(f"its {split} split is another one")
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:

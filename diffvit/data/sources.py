@@ -4,15 +4,44 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from diffvit.data.hub import decoded, image_fields, labels_of, load_hub
-from diffvit.data.raw import Raw, loader
 from diffvit.data.splits import mixed, split_rows
 from diffvit.errors import UserError
 from diffvit.protocol import protocol_of
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What a loader function returns: labels of all rows and their split are cheap, pixels are made on demand."""
+
+    classes: Sequence[str]
+    labels: np.ndarray
+    rows: dict[str, np.ndarray]
+    decode: Callable[[np.ndarray], np.ndarray]
+    notes: list[str] = field(default_factory=list)
+    cache_key: str | None = None
+
+
+LOADERS: dict[str, Callable[[Path | None], Raw]] = {}
+HUB_NAMES: dict[str, str] = {}
+
+
+def loader(name: str, hub: str | None = None) -> Callable[[Callable[[Path | None], Raw]], Callable[[Path | None], Raw]]:
+    """Marks the function that loads a data set; it takes the data root. `hub` is where the Hugging Face hub has it."""
+
+    def mark(function: Callable[[Path | None], Raw]) -> Callable[[Path | None], Raw]:
+        LOADERS[name] = function
+        if hub:
+            HUB_NAMES[name] = hub
+        return function
+
+    return mark
 
 
 @loader("CIFAR-100", hub="uoft-cs/cifar100")
