@@ -319,7 +319,7 @@ def test_home_and_odd_names_work_in_a_real_command(cli, monkeypatch: pytest.Monk
     assert "1 of 1 runs done" in cli("list", *ledger).out
     drawn = cli("plot", "--grid", "~/a b [x]#%.yaml", *ledger, "--out", "~/fig [x]")
     assert drawn.code == 0 and list((tmp_path / "fig [x]").glob("*.png"))
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".cache") == [
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name not in (".cache", ".config")) == [
         "a b [x]#%.yaml",
         "ck [x] #%",
         "fig [x]",
