@@ -320,7 +320,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
             raise UserError(f"--grid and --{wrong[0]} exclude each other.", "give one of both.")
         if not kinds:
             raise UserError("--grid evaluates nothing by itself.", "add --corruptions, --attention or both.")
-        from study.main import finished_checkpoints
+        from study.results import finished_checkpoints
 
         paths = finished_checkpoints(checkpoints, grid, epochs, dataset)
     else:
@@ -409,7 +409,9 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     resources = dict(_resource(text) for text in resource)
     if collect and not saving.storage:
         raise UserError("--collect has no place to collect from.", "give --upload true, or the --storage that the boxes had.")
-    from study.main import StudyOptions, collect_study, dry_run_table, rehearse_study, run_study
+    from study.cost.planning import dry_run_table
+    from study.main import collect_study, rehearse_study, run_study
+    from study.options import StudyOptions
     from study.shard import Shard
 
     part = Shard.parse(shard) if shard else None
@@ -461,7 +463,8 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
             raise UserError(f"{name} says how --probe measures, and without it changes nothing.", f"give --probe, or leave {name} out.")
     if json_path and not os.access(json_path.resolve().parent, os.W_OK):
         raise UserError(f"{json_path} cannot be written.", "give --json a file in a folder that is there.")
-    from study.main import StudyOptions, plan_study
+    from study.cost.planning import plan_study
+    from study.options import StudyOptions
 
     settings = StudyOptions(grid=chosen, seeds=seeds, epochs=epochs, command=_own_command(), **options)
     forecast = plan_study(settings, gpu, gpus, price, (probe_seconds or 5.0) if probe else None)
@@ -482,7 +485,7 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
 @_checkpoints_option
 def plot(grid: str | None, dataset: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
     """Draw the losses and the scaling of finished runs: seven figures for each data set and condition, as PNG and SVG."""
-    from study.main import plot_grid
+    from study.results import plot_grid
 
     for path in plot_grid(checkpoints, grid, out, epochs=epochs, dataset=dataset):
         click.echo(path)
@@ -496,7 +499,7 @@ def plot(grid: str | None, dataset: str | None, epochs: int | None, out: Path | 
 @_checkpoints_option
 def report(grid: str | None, dataset: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
     """Write the verdict, with its intervals and all that it rests on, as one HTML page and as Markdown."""
-    from study.main import report_grid
+    from study.results import report_grid
 
     for path in report_grid(checkpoints, grid, out, epochs=epochs, dataset=dataset):
         click.echo(path)
@@ -535,7 +538,7 @@ def list_runs(grid: str | None, dataset: str | None, seeds: int | None, epochs: 
         raise UserError(f"--{wrong[0]} is given without --grid.", "it says which runs of a grid to look for.")
     if verify and (grid or dataset):
         raise UserError(f"--verify and --{'grid' if grid else 'dataset'} exclude each other.", "--verify reads all runs that there are.")
-    from study.main import ledger_rows, ledger_text, verify_ledger
+    from study.listing import ledger_rows, ledger_text, verify_ledger
 
     if verify:
         report = verify_ledger(checkpoints)

@@ -111,3 +111,9 @@ def load_fingerprints(specs: Iterable[RunSpec], data_root: str | None, required:
 
     names = dict.fromkeys(spec.dataset for spec in specs)
     return {name: load(name, data_root).fingerprint for name in names if required or at_hand(name, data_root)}
+
+
+def warmup_warnings(specs: list[RunSpec]) -> list[str]:
+    """A sentence for each data set and warm-up that is not shorter than its run."""
+    found = dict.fromkeys((spec.dataset, spec.protocol.warmup_warning(spec.protocol.total_steps())) for spec in specs)
+    return [f"{dataset}: {warning}" for dataset, warning in found if warning]

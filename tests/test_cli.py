@@ -305,7 +305,7 @@ def test_grids_for_another_data_set(cli) -> None:
 @pytest.mark.parametrize("at_hand", [True, False])
 def test_a_run_counts_for_its_own_condition_only(cli, monkeypatch: pytest.MonkeyPatch, at_hand: bool) -> None:
     if not at_hand:
-        monkeypatch.setattr("study.main.load_fingerprints", lambda *_, **__: {})
+        monkeypatch.setattr("study.listing.load_fingerprints", lambda *_, **__: {})
     cli(*TRAIN, "--epochs", "1", "--lr", "0.009")
     listed = cli("list", "--grid", "lr", "--epochs", "1").out.splitlines()
     assert "1 of 18 runs done" in listed[-1]

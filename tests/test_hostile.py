@@ -51,9 +51,10 @@ from diffvit.loop.resume import fits_run
 from diffvit.train import train
 from study.grid import read_grid
 from study.hub import collect
-from study.main import ledger_rows, ledger_text, report_grid, table_text, verify_ledger
+from study.listing import ledger_rows, ledger_text, verify_ledger
 from study.report.analysis import analyse
 from study.report.page import page
+from study.results import report_grid, table_text
 from study.shard import Shard
 from study.table import cell_key, run_table, step_table
 

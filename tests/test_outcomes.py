@@ -16,7 +16,8 @@ from diffvit.ledger.spec import RunSpec
 from diffvit.protocol import Protocol
 from diffvit.train import train
 from study.grid import GRIDS, find_grid
-from study.main import StudyOptions, _report
+from study.options import StudyOptions
+from study.results import report_results
 
 CELL = ("--model", "vit_classic", "--size", "small", "--dataset", "digits")
 STUDY = ("study", "--grid", "one.yaml", "--address", "local")
@@ -84,7 +85,7 @@ def test_weights_that_are_gone_are_missed(ledger) -> None:
 
 def test_a_study_that_was_stopped_names_no_figures(ledger, capsys: pytest.CaptureFixture) -> None:
     options = StudyOptions(find_grid("one.yaml"), CHECKPOINTS)
-    _report(options, options.runs("fp32"), draw=False)
+    report_results(options, options.runs("fp32"), draw=False)
     assert "figures" not in capsys.readouterr().err and not (CHECKPOINTS / "figures").exists()
 
 
@@ -245,7 +246,7 @@ def test_a_study_says_that_it_trains_again_what_is_done_in_another_precision(of_
         return [], 130
 
     monkeypatch.setattr("study.main._train", instead_of_training)
-    monkeypatch.setattr("study.main._connect", lambda *_: None)
+    monkeypatch.setattr("study.main.connect_cluster", lambda *_: None)
     said = of_a_cluster(*STUDY).err
     assert [run.spec.precision for run in trained] == ["fp32"]
     assert "note: 1 runs are done in bf16; in fp32 they are trained anew, --precision bf16 keeps to those" in said

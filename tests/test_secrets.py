@@ -94,10 +94,10 @@ def test_a_recommended_command_says_that_a_secret_is_missing(monkeypatch: pytest
 
 
 def test_warnings_and_what_a_study_says_show_no_secret(capsys: pytest.CaptureFixture) -> None:
-    from study.main import _say
+    from study.text import say
 
     command_line._warn(f"s3://k:{SECRET}@b")
-    _say(f"s3://k:{SECRET}@b")
+    say(f"s3://k:{SECRET}@b")
     said = capsys.readouterr().err
     assert "s3cr" not in said and said.count("s3://***@b") == 2
 

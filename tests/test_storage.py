@@ -185,7 +185,7 @@ def test_states_are_saved_by_steps_or_by_seconds() -> None:
 @pytest.mark.parametrize("rehearse", [False, True])
 def test_the_storage_is_checked_before_data_are_loaded(cli, monkeypatch: pytest.MonkeyPatch, rehearse: bool) -> None:
     monkeypatch.setattr("study.main.load_fingerprints", lambda *_, **__: pytest.fail("data are loaded"))
-    monkeypatch.setattr("study.main._connect", lambda *_: pytest.fail("Ray is started"))
+    monkeypatch.setattr("study.main.connect_cluster", lambda *_: pytest.fail("Ray is started"))
     outcome = cli("study", "--storage", "/dev/null/there", *(["--rehearse"] if rehearse else []))
     assert outcome.code != 0 and "/dev/null/there" in outcome.err, outcome.err
 

@@ -307,8 +307,9 @@ def _noise_ledger(folder: Path) -> list[RunSpec]:
 def test_conditions_are_told_apart_in_tables_display_and_figures(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from study.main import table_text, warmup_warnings
+    from study.plan import warmup_warnings
     from study.report.figures import draw_figures
+    from study.results import table_text
 
     specs = _noise_ledger(tmp_path)
     table = run_table(tmp_path, specs)

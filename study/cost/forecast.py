@@ -27,6 +27,7 @@ from diffvit.protocol import images_in_steps
 from diffvit.vit import VisionTransformer, build_model
 from study.cost.devices import SHEETS, Machine, Sheet
 from study.plan import PlannedRun, precision_notes
+from study.text import clock, duration, significant
 
 # The model of a GPU of which only the data sheet is known, for fused or compiled blocks: a pass takes its products at a share of
 # the peak, and the bytes that its blocks move at a share of the bandwidth. Both add up. `python -m bench.fit_sheet` fits the shares to
@@ -220,9 +221,6 @@ def cell_of(spec: RunSpec) -> str:
     return f"{spec.model} {shape} batch{protocol.batch_size}{' dropout' if protocol.dropout else ''}"
 
 
-# --------------------------------------------------------------------------------------------------------------- rates
-
-
 def sheet_rate(sheet: Sheet, recompute: bool = False) -> Callable[[PlannedRun], Rate]:
     """Rates estimated from a data sheet, by the model at the top of this file."""
 
@@ -285,9 +283,6 @@ def measured_place(machine: Machine, runs: Iterable[PlannedRun], devices: int, c
         title=machine.device_name, kind=machine.device, memory=machine.memory, precision=machine.precision, devices=devices,
         at_once=machine.at_once, slots=devices * machine.at_once, start=start, rate=measured_rate(machine), compute=compute, price=price,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------- for a person
 
 
 def forecast_text(forecast: StudyForecast, width: int | None = None) -> str:
@@ -395,23 +390,3 @@ def forecast_json(forecast: StudyForecast) -> dict[str, Any]:
             for each in forecast.runs
         ],
     }  # fmt: skip
-
-
-def significant(value: float) -> str:
-    """Three significant digits at least, without an exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units that it has."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
-    return f"{int(seconds // 3600):,} h {int(seconds % 3600 // 60)} min"

@@ -9,7 +9,8 @@ from typing import Any
 
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import was_interrupted
-from study.cost.forecast import StudyForecast, duration
+from study.cost.forecast import StudyForecast
+from study.text import duration
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,138 @@
+"""What `run.py plan` and `study --dry_run` say before a study starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from typing import TYPE_CHECKING
+
+from diffvit.errors import UserError
+from diffvit.ledger.spec import overrides_text
+from study.boxes import share_of
+from study.options import StudyOptions, computing, connect_cluster, local_device, local_precision, precision_on, settings_of
+from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
+from study.text import columns, say, three_digits
+
+if TYPE_CHECKING:
+    from study.cluster.connect import Cluster
+    from study.cluster.runner import Settings
+    from study.cost.devices import Machine
+    from study.cost.forecast import StudyForecast
+
+
+def dry_run_table(options: StudyOptions) -> str:
+    """The runs of a study with their costs, as text. Data sets need not be at hand."""
+    specs = options.runs(local_precision(options))
+    fingerprints = load_fingerprints(specs, options.data_root, required=False)
+    runs = share_of(plan_runs(specs, options.checkpoints, fingerprints), options)
+    header = (
+        "model", "size", "data set", "seed", "run_id", "parameters", "batch", "steps", "GFLOP/image", "train EFLOP", "state", "overrides",
+    )  # fmt: skip
+    rows = [
+        (
+            run.spec.model, run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "data not here",
+            f"{run.parameters:,}", str(run.spec.protocol.batch_size), f"{run.steps:,}",
+            three_digits(run.forward_flops / 1e9), three_digits(run.train_flops / 1e18),
+            run.status or (f"to do ({run.elsewhere})" if run.elsewhere else "to do"),
+            overrides_text(run.spec.overrides),
+        )
+        for run in runs
+    ]  # fmt: skip
+    total = sum(run.train_flops for run in runs)
+    lines = [columns([header, *rows], right=range(5, 10)), ""]
+    lines += [f"note: {note}" for note in (*warmup_warnings(specs), *precision_notes(runs))]
+    ended = sum(run.ended for run in runs)
+    return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {three_digits(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
+
+
+def plan_study(
+    options: StudyOptions, gpu: str | None = None, gpus: int = 1, price: float | None = None, probe_seconds: float | None = None
+) -> StudyForecast:
+    """What a study will take, from measurements or a data sheet. Data sets need not be at hand, unless they are measured with.
+
+    Args:
+        gpu: a name in study.cost.devices.SHEETS; None: the machine at hand.
+        gpus: how many of it; machines, where the device is a CPU.
+        price: of one of them, per hour.
+        probe_seconds: measure the machine at hand first, so long for each cell.
+
+    Raises:
+        UserError: an unknown GPU, or nothing is known of the machine at hand.
+    """
+    from study.cost.devices import SHEETS, find_sheet, sheet_of
+    from study.cost.forecast import forecast_study, measured_place, sheet_place
+
+    sheet = find_sheet(gpu) if gpu else None
+    if sheet and probe_seconds is not None:
+        raise UserError("--gpu and --probe exclude each other.", "--probe measures the machine at hand; --gpu is for another one.")
+    machine = None
+    if probe_seconds is not None:
+        machine = probe_machine(options, probe_seconds)
+        precision = machine.precision
+    else:
+        precision = sheet.precision if sheet and options.precision == "auto" else local_precision(options)
+        title = "" if sheet else local_device(options)
+        machine = _known_machine(options, sheet.names if sheet else f"^{re.escape(title)}$", precision)
+        sheet = sheet or sheet_of(title)
+        if machine is None and sheet is None:
+            hint = f"give --probe, or --gpu {'|'.join(SHEETS)}."
+            raise UserError(f"nothing has been measured on this machine ({title}) for these options.", hint)
+    specs, compute = options.runs(precision), computing(options)
+    runs = plan_runs(specs, options.checkpoints, load_fingerprints(specs, options.data_root, required=False))
+    if machine is not None:
+        place = measured_place(machine, runs, gpus, compute, price)
+    else:
+        assert sheet
+        place = sheet_place(sheet, gpus, compute, price)
+    return forecast_study(runs, place, options.checkpoints)
+
+
+def probe_machine(options: StudyOptions, seconds: float) -> Machine:
+    """Measure the machine at hand, or the cluster's, for so many seconds a cell, and keep what was found.
+
+    Raises:
+        UserError: bad input, or data that cannot be loaded.
+    """
+    from study.cost.devices import keep_machine
+
+    begun = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        cluster = connect_cluster(stack, options)
+        specs = options.runs(precision_on(cluster, options))
+        from study.cost.probe import probe
+
+        loading = time.monotonic()
+        fingerprints = load_fingerprints(specs, options.data_root, required=True)
+        begun += time.monotonic() - loading  # it may be the first time; what it takes later is measured where runs are
+        runs = plan_runs(specs, options.checkpoints, fingerprints)
+        machine = probe(runs, settings_of(options, cluster), cluster, begun, seconds, say)
+        return keep_machine(machine, lambda text: say(f"warning: {text}"))
+
+
+def _known_machine(options: StudyOptions, names: str, precision: str) -> Machine | None:
+    """What was measured earlier of a device whose name fits."""
+    from study.cost.devices import find_machine
+
+    return find_machine(names, precision, options.cpus_per_run, computing(options))
+
+
+def expected_forecast(options: StudyOptions, runs: list[PlannedRun], settings: Settings, cluster: Cluster) -> StudyForecast | None:
+    """What the study will take on its cluster; None where nothing is known of the cluster's devices, or a group trains a run."""
+    from study.cluster.nodes import gpu_title
+    from study.cluster.runner import slots
+    from study.cost.devices import sheet_of
+    from study.cost.forecast import forecast_study, measured_place, sheet_place
+
+    if settings.workers > 1:
+        return None
+    title = gpu_title() if settings.gpus_per_run else local_device(dataclasses.replace(options, gpus_per_run=0))
+    machine, sheet = _known_machine(options, f"^{re.escape(title)}$", runs[0].spec.precision), sheet_of(title)
+    if machine:
+        place = measured_place(machine, runs, 1, settings.compute, None)
+    elif sheet:
+        place = sheet_place(sheet, 1, settings.compute, None)
+    else:
+        return None
+    return forecast_study(runs, dataclasses.replace(place, slots=slots(cluster, settings)), options.checkpoints)

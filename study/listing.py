@@ -1,0 +1,109 @@
+"""What `run.py list` shows of the ledger, and what its --verify finds damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.spec import overrides_text
+from study.grid import find_grid
+from study.options import StudyOptions, local_precision
+from study.plan import load_fingerprints, run_ids_of
+from study.results import check_dataset, kept_files
+from study.text import columns
+
+
+def ledger_rows(
+    checkpoints: Path,
+    grid: str | None,
+    seeds: int | None = None,
+    epochs: int | None = None,
+    data_root: str | None = None,
+    dataset: str | None = None,
+) -> list[dict[str, Any]]:
+    """A row for each finished run, and with a grid for each of its runs that is not done.
+
+    Args:
+        dataset: as find_grid takes it.
+
+    Raises:
+        UserError: an unknown grid, or a damaged result file.
+    """
+    from study.table import effective_overrides, files_of, run_table
+
+    def cell(model: str, size: str, dataset: str, seed: int, overrides: str) -> tuple:
+        return model, size, dataset, seed, *effective_overrides(dataset, overrides)
+
+    check_dataset(grid, dataset)
+    specs = None
+    if grid:
+        options = StudyOptions(find_grid(grid, dataset), checkpoints, seeds, epochs)
+        specs = options.runs(local_precision(options))
+    table = run_table(checkpoints, specs)
+    rows = []
+    for run in table.itertuples():
+        paths = kept_files(files_of(checkpoints, run), run.status)
+        row = {"state": run.status, **{key: getattr(run, key) for key in ("run_id", "model", "size", "dataset", "seed", "overrides")}}
+        row |= {"test_accuracy": run.test_accuracy if run.status == "done" else None, "finished": run.finished}
+        rows.append(
+            row | {"files": [str(path) for path in paths if path.is_file()], "missing": [str(path) for path in paths if not path.is_file()]}
+        )
+    if specs:
+        fingerprints = load_fingerprints(specs, data_root, required=False)
+        cells_done = {cell(*(row[key] for key in ("model", "size", "dataset", "seed", "overrides"))) for row in rows}
+        ids_done = {row["run_id"] for row in rows}
+        for spec in specs:
+            # In whatever precision: the machine that trained may have another than this one. Without the data at hand, a run of the
+            # cell counts; with them, only this very run.
+            run_ids = list(run_ids_of(spec, fingerprints[spec.dataset]).values()) if spec.dataset in fingerprints else []
+            of_spec = cell(spec.model, spec.size, spec.dataset, spec.seed, overrides_text(spec.overrides))
+            if ids_done.intersection(run_ids) if run_ids else of_spec in cells_done:
+                continue
+            started = [run_id for run_id in run_ids if RunFiles.of(checkpoints, spec, run_id).log.is_file()]
+            rows.append(
+                {
+                    "state": "unfinished" if started else "to do", "run_id": next(iter(started or run_ids), None),
+                    "model": spec.model, "size": spec.size,
+                    "dataset": spec.dataset, "seed": spec.seed, "overrides": overrides_text(spec.overrides),
+                    "test_accuracy": None, "finished": None, "files": [], "missing": [],
+                }
+            )  # fmt: skip
+    return rows
+
+
+def verify_ledger(checkpoints: Path) -> dict[str, Any]:
+    """Re-reads all files of all ended runs and the states of all others.
+
+    Returns:
+        "damaged": a sentence for each thing that is wrong; "summary": one for all.
+    """
+    from diffvit.keeping.state import StateFolder
+    from diffvit.ledger.files import result_paths
+    from diffvit.ledger.verify import verify_run
+
+    paths = result_paths(checkpoints)
+    of_runs = [verify_run(path) for path in paths]
+    unfinished = sorted({path.parent.name for path in checkpoints.glob(".state/*/*.state")})
+    of_states = [wrong for run_id in unfinished for wrong in StateFolder(checkpoints, run_id).damaged()]
+    bad = sum(map(bool, of_runs))
+    summary = f"{len(paths) - bad} of {len(paths)} ended runs are whole, {len(unfinished)} unfinished runs have states"
+    return {"damaged": [*(wrong for each in of_runs for wrong in each), *of_states], "summary": summary}
+
+
+def ledger_text(rows: list[dict[str, Any]]) -> str:
+    """The ledger for a person."""
+    if not rows:
+        return "no finished runs"
+    header = ("state", "model", "size", "data set", "seed", "run_id", "test accuracy", "finished", "overrides", "weights")
+    body = [
+        (
+            row["state"], row["model"], row["size"], row["dataset"], str(row["seed"]), row["run_id"] or "data not here",
+            "" if row["test_accuracy"] is None else f"{100 * row['test_accuracy']:.2f} %", row["finished"] or "",
+            row["overrides"], row["files"][0] if row["state"] == "done" and row["files"] else "",
+        )
+        for row in rows
+    ]  # fmt: skip
+    missing = [f"missing: {path}" for row in rows for path in row["missing"]]
+    done = sum(row["state"] == "done" for row in rows)
+    return "\n".join([columns([header, *body], right=[6]), *missing, f"{done} of {len(rows)} runs done"])

@@ -1,0 +1,203 @@
+"""Finished runs shown: the table, its CSV files, the figures and the report."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffvit.errors import UserError
+from diffvit.findings.kept import read_evaluations
+from diffvit.ledger.disk import check_writable
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.spec import RunSpec
+from study.grid import GRIDS, Grid, find_grid
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+from study.options import StudyOptions, named_after
+from study.text import columns, say
+
+
+def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> bool:
+    """The table to stdout and as CSV, then the figures. Returns False where these failed, which has been said.
+
+    Of all seeds and precisions that there are, so that nothing is taken off them.
+    """
+    from study.table import run_table, write_csv, write_step_csv
+
+    table = run_table(options.checkpoints, specs)
+    if table.empty:
+        return True
+    print(table_text(table))
+    runs, steps = (options.checkpoints / f"{options.name}_{what}.csv" for what in ("runs", "steps"))
+    write_csv(table, runs)
+    write_step_csv(options.checkpoints, table, steps)
+    say(f"\ntable    {runs}")
+    drawn = not draw or _draw(options, table)
+    gone = [path for files, run in zip(files_of_table(options.checkpoints, table), table.itertuples(), strict=True)
+            for path in kept_files(files, run.status) if not path.is_file()]  # fmt: skip
+    if gone:
+        say(f"warning: files of finished runs are gone: {', '.join(map(str, gone))}")
+        say("hint: delete the _result.json of such a run, and the same command trains it again.")
+    return drawn
+
+
+def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
+    """The figures. Returns False where they failed, which has been said: training that is done shall not be lost for a picture."""
+    from study.table import step_table
+
+    out = options.checkpoints / "figures"
+    try:
+        from study.report.figures import draw_figures
+
+        draw_figures(table, step_table(options.checkpoints, table), out, options.grid.prefix)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        say(f"error: the figures could not be drawn: {reason}\nhint: the same command draws them again: {options.command}")
+        return False
+    say(f"figures  {out}")
+    return True
+
+
+def kept_files(files: RunFiles, status: str) -> list[Path]:
+    """What an ended run must have."""
+    return [files.weights, files.log, files.predictions, files.result] if status == "done" else [files.log, files.result]
+
+
+def table_text(table: pd.DataFrame) -> str:
+    """The run table for a person: outcome only, flags below."""
+    header = (
+        "model",
+        "size",
+        "data set",
+        "seed",
+        "run_id",
+        "parameters",
+        "steps",
+        "seconds",
+        "images/s",
+        "train loss",
+        "val loss",
+        "test loss",
+        "test accuracy",
+        "overrides",
+    )
+    rows = [
+        (
+            run.model, run.size, run.dataset, str(run.seed), run.run_id, f"{run.parameters:,}", f"{run.steps:,}",
+            f"{run.seconds:,.1f}", f"{run.images_per_second:,.0f}",
+            *(("", "", "", "diverged") if run.status == "diverged" else
+              (f"{run.train_loss:.4f}", f"{run.val_loss:.4f}", f"{run.test_loss:.4f}", f"{100 * run.test_accuracy:.2f} %")),
+            run.overrides,
+        )
+        for run in table.itertuples()
+    ]  # fmt: skip
+    flags = [f"flag: {dataset}: {flag}" for dataset, flag in table[["dataset", "flags"]].drop_duplicates().itertuples(index=False) if flag]
+    diverged = [
+        f"note: {f'{run.model} {run.size} {run.dataset} seed {run.seed} {run.overrides}'.rstrip()}: {run.notes}"
+        for run in table.itertuples()
+        if run.status == "diverged"
+    ]
+    return "\n".join([columns([header, *rows], right=range(5, 13)), *flags, *diverged])
+
+
+def plot_grid(
+    checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None
+) -> list[Path]:
+    """Draw the finished runs of a grid, or of the built-in grids that have any. Returns the files.
+
+    Args:
+        out: None: where a study draws. dataset: as find_grid takes it.
+
+    Raises:
+        UserError: there is nothing to draw, or the folder cannot be written.
+    """
+    from study.report.figures import draw_figures
+    from study.table import step_table
+
+    table, grids = _finished(checkpoints, grid, epochs, dataset)
+    out = out or checkpoints / "figures"
+    check_writable(out)
+    return draw_figures(table, step_table(checkpoints, table), out, grids[0].prefix if grid else "")
+
+
+def report_grid(
+    checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None
+) -> list[Path]:
+    """Write the report of a grid's finished runs, or of the built-in grids' that have any. Returns the files.
+
+    Args:
+        out: None: report in the checkpoints folder, with the overrides in its name. dataset: as find_grid takes it.
+
+    Raises:
+        UserError: nothing is finished, or the folder cannot be written.
+    """
+    from study.report.write import write_report
+
+    table, grids = _finished(checkpoints, grid, epochs, dataset)
+    out = out or checkpoints / named_after("report", grids, epochs)
+    check_writable(out)
+    return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset))
+
+
+def _commands(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> list[str]:
+    """The commands that give these runs again. Without a grid: of the built-in ones that have runs which those before do not have."""
+    from study.table import run_table
+
+    commands: list[str] = []
+    seen: set[str] = set()
+    for name in [grid] if grid else list(GRIDS):
+        specs = find_grid(name, dataset).runs(overrides={"epochs": epochs})
+        runs = run_table(checkpoints, specs)
+        if set(runs["run_id"]) <= seen:
+            continue
+        seen |= set(runs["run_id"])
+        values = {"--grid": name, "--dataset": dataset, "--epochs": epochs}
+        options = shlex.join(text for option, value in values.items() if value is not None for text in (option, str(value)))
+        more_seeds = {spec.seed for spec in specs} == {0} and int(runs["seed"].max()) > 0
+        commands.append(f"uv run run.py study {options}" + (f" --seeds {int(runs['seed'].max()) + 1}" if more_seeds else ""))
+        kinds = {kind for files in files_of_table(checkpoints, runs) for kind in read_evaluations(files)}
+        if kinds:
+            commands.append(f"uv run run.py evaluate {options} " + " ".join(f"--{kind}" for kind in sorted(kinds)))
+    return [*commands, "uv run run.py report" + (f" {options}" if grid else "")]
+
+
+def files_of_table(checkpoints: Path, table: pd.DataFrame) -> list[RunFiles]:
+    """The files of each row of a run table."""
+    from study.table import files_of
+
+    return [files_of(checkpoints, run) for run in table.itertuples()]
+
+
+def finished_checkpoints(checkpoints: Path, grid: str, epochs: int | None = None, dataset: str | None = None) -> list[Path]:
+    """The weights of a grid's finished runs. Raises UserError where there are none."""
+    table, _ = _finished(checkpoints, grid, epochs, dataset)
+    done = table[table["status"] == "done"]
+    if done.empty:
+        raise UserError(f"all finished runs of {grid} have diverged.", "there are no weights to evaluate.")
+    return [files.weights for files in files_of_table(checkpoints, done)]
+
+
+def _finished(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> tuple[pd.DataFrame, list[Grid]]:
+    """The run table of a grid, or of all built-in ones, and those grids; UserError where none of its runs is finished."""
+    from study.table import run_table
+
+    check_dataset(grid, dataset)
+    grids = [find_grid(grid, dataset)] if grid else list(GRIDS.values())
+    specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]
+    table = run_table(checkpoints, specs)
+    if table.empty:
+        name = f"the grid {grid}" if grid else "a built-in grid"
+        raise UserError(
+            f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid."
+        )
+    return table, grids
+
+
+def check_dataset(grid: str | None, dataset: str | None) -> None:
+    """Raises UserError for a data set that is given without a grid."""
+    if dataset is not None and grid is None:
+        raise UserError("--dataset is given without --grid.", "--dataset goes with --grid noise or lr.")
