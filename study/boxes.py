@@ -1,105 +1,138 @@
-"""The storage that boxes share: finished runs exchanged, shards kept alive, the runs of lost boxes taken over."""
+"""The boxes of a study: what one exchanges with the others through the storage, which may be the hub."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from diffvit.errors import StorageError
-from diffvit.keeping.saving import is_on_hub
+from diffvit.keeping.saving import Saving, is_on_hub
 from diffvit.ledger.files import RunFiles
-from study.options import StudyOptions
+from diffvit.ledger.spec import RunSpec
 from study.plan import PlannedRun
-from study.text import say
+from study.shard import Shard, forget_shards, sign_of_life, stranded
+from study.text import say, warn
 
 
-def here_or(runs: list[PlannedRun], every: list[PlannedRun]) -> list[PlannedRun]:
-    """The runs, and those of others that have ended here."""
-    ids = {run.run_id for run in runs}
-    return [run for run in every if run.run_id in ids or run.ended]
+def boxes_of(saving: Saving, shard: Shard | None, checkpoints: Path) -> Boxes:
+    """The boxes that share a storage; without one, this box alone. Raises UserError for a storage that is not known."""
+    return SharedBoxes(saving, shard, checkpoints) if saving.storage else Boxes(checkpoints)
 
 
-def share_of(runs: list[PlannedRun], options: StudyOptions) -> list[PlannedRun]:
-    """This box's runs."""
-    if not options.shard:
-        return runs
-    from study.shard import shares
+class Boxes:
+    """A box without a storage: there is nobody to exchange anything with."""
 
-    return shares(runs, options.shard.of)[options.shard.number - 1]
+    def __init__(self, checkpoints: Path):
+        self.checkpoints = checkpoints
 
+    def check(self) -> None:
+        """Raises StorageError where the storage cannot be used, before anything that takes long: data may have to be downloaded."""
 
-@contextlib.contextmanager
-def alive(options: StudyOptions, runs: list[PlannedRun]) -> Iterator[Callable[[], None]]:
-    """With a shard and a storage: while the block runs, other boxes see that this one lives. Yields what to call if work is left undone."""
-    if not (options.shard and options.saving.storage):
+    def exchange(self, tried: list[PlannedRun], every: list[PlannedRun], strict: bool = True) -> list[str]:
+        """Bring ended runs that are only in the storage, and send those that are only here.
+
+        Args:
+            tried: this box's runs; of `every` other run only what has ended here is sent.
+            strict: a storage that does not answer is an error.
+
+        Returns:
+            Titles of the runs that could not be exchanged.
+        """
+        return []
+
+    @contextlib.contextmanager
+    def alive(self, runs: list[PlannedRun]) -> Iterator[Callable[[], None]]:
+        """While the block runs, other boxes see that this one lives. Yields what to call if work is left undone."""
         yield lambda: None
-        return
-    from diffvit.keeping.storage import open_storage
-    from study.shard import sign_of_life
 
-    storage = open_storage(options.saving.storage)
-    warn = lambda text: say(f"warning: {text}")  # noqa: E731
-    with sign_of_life(storage, runs, options.shard, options.checkpoints, options.saving.lease_seconds, warn) as undone:
-        yield undone
-
-
-def left_by_others(options: StudyOptions, runs: list[PlannedRun], tried: list[PlannedRun]) -> list[PlannedRun]:
-    """Runs of other boxes that this one takes over, having ended its own."""
-    if not (options.shard and options.saving.storage):
+    def left_by_others(self, runs: list[PlannedRun], tried: list[PlannedRun]) -> list[PlannedRun]:
+        """Runs of other boxes that this one takes over, having ended its own."""
         return []
-    from diffvit.keeping.storage import open_storage
-    from study.shard import stranded
 
-    try:
-        found = stranded(open_storage(options.saving.storage), runs, options.shard, options.checkpoints)
-    except StorageError as error:
-        say(f"warning: {error.message} What other boxes left undone is not looked for.")
+    def collect(self, specs: Sequence[RunSpec]) -> list[str]:
+        """Bring all ended runs of the cells of these, whoever trained them. Returns the run_ids that were not here. Raises StorageError."""
         return []
-    ids = {run.run_id for run in tried}
-    found = [run for run in found if run.run_id not in ids]
-    if found:
-        say(f"{len(found)} runs were left undone by other boxes; taking them over")
-    return found
+
+    def publish(self) -> None:
+        """On the hub: write the model card."""
+
+    def report_unsent(self, titles: Iterable[str], command: str) -> list[tuple[str, str]]:
+        """Say which runs are not on the hub yet. Returns (title, reason) where a run that was not exchanged is a failure."""
+        return []
+
+    def forget(self, specs: Sequence[RunSpec]) -> None:
+        """Remove what only a study under way needs in the storage, once all runs are done."""
 
 
-def publish_card(options: StudyOptions, unsent: list[str]) -> None:
-    """On the hub: the model card, and what could not be sent, with the command that sends it later."""
-    if is_on_hub(options.saving.storage):
-        from study.hub import publish
+class SharedBoxes(Boxes):
+    """Boxes that share a storage."""
 
-        publish(str(options.saving.storage), options.checkpoints, lambda text: say(f"warning: {text}"))
-        if unsent:
-            say(f"warning: {len(unsent)} runs are not on the hub yet: {'; '.join(unsent)}\nhint: send them later with {options.command}")
-
-
-def check_storage(options: StudyOptions) -> None:
-    """Raises UserError where the storage cannot be used, before anything that takes long: data may have to be downloaded."""
-    if options.saving.storage:
+    def __init__(self, saving: Saving, shard: Shard | None, checkpoints: Path):
+        super().__init__(checkpoints)
         from diffvit.keeping.storage import open_storage
 
-        open_storage(options.saving.storage).check()
+        self._saving, self._shard = saving, shard
+        self._storage = open_storage(str(saving.storage))
 
+    def check(self) -> None:
+        self._storage.check()
 
-def exchange(options: StudyOptions, runs: list[PlannedRun], strict: bool = True) -> list[str]:
-    """With a storage: brings ended runs that are only there, and sends those that are only here.
+    def exchange(self, tried: list[PlannedRun], every: list[PlannedRun], strict: bool = True) -> list[str]:
+        from diffvit.keeping.runs import settle_run
 
-    Args:
-        strict: a storage that does not answer is an error.
+        ids, unsent = {run.run_id for run in tried}, []
+        for run in every:
+            if run.run_id in ids or run.ended:
+                try:
+                    settle_run(self._storage, RunFiles.of(self.checkpoints, run.spec, str(run.run_id)))
+                except StorageError:
+                    if strict:
+                        raise
+                    unsent.append(run.spec.title)
+        return unsent
 
-    Returns:
-        Titles of the runs that could not be exchanged.
-    """
-    if not options.saving.storage:
-        return []
-    from diffvit.keeping.runs import settle_run
-    from diffvit.keeping.storage import open_storage
+    @contextlib.contextmanager
+    def alive(self, runs: list[PlannedRun]) -> Iterator[Callable[[], None]]:
+        if not self._shard:
+            yield lambda: None
+            return
+        with sign_of_life(self._storage, runs, self._shard, self.checkpoints, self._saving.lease_seconds, warn) as undone:
+            yield undone
 
-    storage, unsent = open_storage(options.saving.storage), []
-    for run in runs:
+    def left_by_others(self, runs: list[PlannedRun], tried: list[PlannedRun]) -> list[PlannedRun]:
+        if not self._shard:
+            return []
         try:
-            settle_run(storage, RunFiles.of(options.checkpoints, run.spec, str(run.run_id)))
-        except StorageError:
-            if strict:
-                raise
-            unsent.append(run.spec.title)
-    return unsent
+            left = stranded(self._storage, runs, self._shard, self.checkpoints)
+        except StorageError as error:
+            warn(f"{error.message} What other boxes left undone is not looked for.")
+            return []
+        ids = {run.run_id for run in tried}
+        left = [run for run in left if run.run_id not in ids]
+        if left:
+            say(f"{len(left)} runs were left undone by other boxes; taking them over")
+        return left
+
+    def collect(self, specs: Sequence[RunSpec]) -> list[str]:
+        from study.hub import collect
+
+        return collect(self._storage, specs, self.checkpoints)
+
+    def publish(self) -> None:
+        if is_on_hub(self._saving.storage):
+            from study.hub import publish
+
+            publish(self._storage, self.checkpoints, warn)
+
+    def report_unsent(self, titles: Iterable[str], command: str) -> list[tuple[str, str]]:
+        titles = list(titles)
+        if not is_on_hub(self._saving.storage):
+            return [(title, f"the storage {self._saving.storage} could not be reached") for title in titles]
+        if titles:
+            warn(f"{len(titles)} runs are not on the hub yet: {'; '.join(titles)}\nhint: send them later with {command}")
+        return []
+
+    def forget(self, specs: Sequence[RunSpec]) -> None:
+        forget_shards(self._storage, specs)
+        self._storage.tidy()

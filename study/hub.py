@@ -35,12 +35,13 @@ def send_run(url: str, files: RunFiles, warn: Callable[[str], None], command: st
         command: how the user would train the run again, which sends it.
     """
     try:
-        settle_run(open_storage(url), files)
+        storage = open_storage(url)
+        settle_run(storage, files)
     except StorageError as error:
         warn(f"the run {files.run_id} is finished here, and not in {url}: {error.message}\nhint: send it later with {command}")
         return
     if is_on_hub(url):
-        publish(url, files.checkpoints, warn)
+        publish(storage, files.checkpoints, warn)
 
 
 def collect(storage: Storage, specs: Iterable[RunSpec], checkpoints: Path) -> list[str]:
@@ -76,7 +77,7 @@ def _files_of_result(checkpoints: Path, name: str) -> RunFiles | None:
 # ------------------------------------------------------------------------------------------------------------ card
 
 
-def publish(url: str, checkpoints: Path, warn: Callable[[str], None]) -> None:
+def publish(storage: Storage, checkpoints: Path, warn: Callable[[str], None]) -> None:
     """Write the model card of a hub repository from the results that it has, with the figures drawn here if they show all of these.
 
     What fails is said, and fails nothing: the next run that ends writes it.
@@ -87,7 +88,6 @@ def publish(url: str, checkpoints: Path, warn: Callable[[str], None]) -> None:
 
     for pause in (*_PAUSES, None):
         try:
-            storage = open_storage(url)
             assert isinstance(storage, HubStorage)
             _write_card(storage, storage.hub.head(), checkpoints)
             storage.tidy()

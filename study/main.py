@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffvit.errors import UserError, redacted
-from diffvit.keeping.saving import is_on_hub
 from diffvit.ledger.disk import check_lockable, check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
-from study.boxes import alive, check_storage, exchange, here_or, left_by_others, publish_card, share_of
+from study.boxes import boxes_of
 from study.cost.planning import expected_forecast
 from study.options import StudyOptions, connect_cluster, local_precision, may_join, precision_on, settings_of
 from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
 from study.results import report_results
-from study.text import say
+from study.shard import own_share
+from study.text import say, warn
 
 if TYPE_CHECKING:
     from study.cluster.connect import Cluster
@@ -32,10 +32,10 @@ def run_study(options: StudyOptions) -> int:
         UserError: bad input, before any training.
     """
     begun = time.monotonic()
+    boxes = boxes_of(options.saving, options.shard, options.checkpoints)
+    boxes.check()
     with contextlib.ExitStack() as stack:
-        cluster = None
-        check_storage(options)
-        precision = local_precision(options)
+        cluster, precision = None, local_precision(options)
         if may_join(options):
             cluster = connect_cluster(stack, options)
             precision = precision_on(cluster, options)
@@ -43,40 +43,42 @@ def run_study(options: StudyOptions) -> int:
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
         _check_folders(options.checkpoints, specs)
         every = plan_runs(specs, options.checkpoints, fingerprints)
-        own = share_of(every, options)
-        unsent = exchange(options, here_or(own, every))
+        tried = own_share(every, options.shard)
+        unsent = boxes.exchange(tried, every)
         for warning in warmup_warnings(specs):
-            say(f"warning: {warning}")
-        for note in precision_notes(own):
+            warn(warning)
+        for note in precision_notes(tried):
             say(f"note: {note}")
-        tried = [*own]
         failures: list[tuple[str, str]] = []
-        with alive(options, every) as undone:
-            runs, signal_code = own, None
+        with boxes.alive(every) as undone:
+            runs, signal_code = tried, None
             while runs and signal_code is None:
                 pending = [run for run in plan_runs([run.spec for run in runs], options.checkpoints, fingerprints) if not run.ended]
                 if pending:
                     cluster = cluster or connect_cluster(stack, options)
                     failed, signal_code = _train(runs, pending, options, cluster, begun)
                     failures += failed
-                    unsent = exchange(options, here_or(tried, every), strict=False)
+                    unsent = boxes.exchange(tried, every, strict=False)
                 else:
                     say(f"all {len(runs)} runs are done already")
                 if signal_code is not None:
                     undone()
                 else:
-                    runs = left_by_others(options, every, tried)
-                    tried += runs
+                    runs = boxes.left_by_others(every, tried)
+                    tried = [*tried, *runs]
     drawn = report_results(options, specs, draw=signal_code is None)
-    if signal_code is None:
-        publish_card(options, unsent)
-    ended = sum(_has_result(run, options) for run in tried)
     if signal_code is not None:
+        ended = sum(_has_result(run, options) for run in tried)
         say(f"\nstopped: {ended} of {len(tried)} runs are done, the states of the others are saved")
         say(f"hint: carry on with {options.command}")
         return signal_code
-    if not is_on_hub(options.saving.storage):
-        failures += [(title, f"the storage {options.saving.storage} could not be reached") for title in unsent]
+    boxes.publish()
+    failures += boxes.report_unsent(unsent, options.command)
+    return _conclude(options, tried, len(every), failures) or (0 if drawn else 1)
+
+
+def _conclude(options: StudyOptions, tried: list[PlannedRun], in_all: int, failures: list[tuple[str, str]]) -> int:
+    """Say which runs failed, or what is left to other boxes. Returns the exit code."""
     if failures:
         say(f"\nerror: {len(failures)} of {len(tried)} runs failed:")
         for title, reason in failures:
@@ -84,9 +86,10 @@ def run_study(options: StudyOptions) -> int:
         say(f"hint: the same command trains only what is missing: {options.command}")
         return 1
     if options.shard:
+        ended = sum(_has_result(run, options) for run in tried)
         collect = re.sub(r"--shard[ =]\S+", "--collect", options.command)
-        say(f"\nshard {options.shard}: {ended} of {len(every)} runs of the grid are done here\nhint: bring all together with {collect}")
-    return 0 if drawn else 1
+        say(f"\nshard {options.shard}: {ended} of {in_all} runs of the grid are done here\nhint: bring all together with {collect}")
+    return 0
 
 
 def collect_study(options: StudyOptions) -> int:
@@ -95,21 +98,17 @@ def collect_study(options: StudyOptions) -> int:
     Data sets need not be at hand.
 
     Raises:
-        UserError: bad input, or the storage does not answer.
+        UserError: bad input.
+        StorageError: the storage does not answer.
     """
-    from diffvit.keeping.storage import open_storage
-    from study.hub import collect
-    from study.shard import forget_shards
     from study.table import missing_runs
 
-    assert options.saving.storage
     specs = options.runs(local_precision(options))
     _check_folders(options.checkpoints, specs)
-    storage = open_storage(options.saving.storage)
-    brought = collect(storage, specs, options.checkpoints)
-    say(f"brought {len(brought)} runs from {options.saving.storage}")
+    boxes = boxes_of(options.saving, None, options.checkpoints)
+    say(f"brought {len(boxes.collect(specs))} runs from {options.saving.storage}")
     drawn = report_results(options, specs, draw=True)
-    publish_card(options, [])
+    boxes.publish()
     missing = missing_runs(options.checkpoints, specs)
     if missing:
         say(f"\n{len(missing)} of {len(specs)} runs are not there yet:")
@@ -117,8 +116,7 @@ def collect_study(options: StudyOptions) -> int:
             say(f"  {spec.title}")
         say(f"hint: when their boxes are done, give the same command again: {options.command}")
         return 1
-    forget_shards(storage, specs)
-    storage.tidy()
+    boxes.forget(specs)
     return 0 if drawn else 1
 
 
@@ -130,7 +128,7 @@ def rehearse_study(options: StudyOptions) -> int:
     Raises:
         UserError: bad input, or data that cannot be loaded.
     """
-    check_storage(options)
+    boxes_of(options.saving, None, options.checkpoints).check()
     with contextlib.ExitStack() as stack:
         cluster = connect_cluster(stack, options)
         from study.cost.rehearsal import cells, rehearse

@@ -58,6 +58,11 @@ def shares(runs: Sequence[PlannedRun], of: int) -> list[list[PlannedRun]]:
     return parts
 
 
+def own_share(runs: list[PlannedRun], shard: Shard | None) -> list[PlannedRun]:
+    """The runs of this box: all of them without a shard. Raises UserError for fewer runs than boxes."""
+    return shares(runs, shard.of)[shard.number - 1] if shard else runs
+
+
 @contextlib.contextmanager
 def sign_of_life(storage: Storage, runs: Sequence[PlannedRun], shard: Shard, checkpoints: Path, seconds: float,
                  warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:  # fmt: skip

@@ -24,15 +24,24 @@ def say(text: str) -> None:
     print(redacted(text), file=sys.stderr, flush=True)
 
 
+def warn(text: str) -> None:
+    """Print a warning to stderr, without secrets."""
+    say(f"warning: {text}")
+
+
 def significant(value: float) -> str:
-    """Three significant digits at least, without an exponent."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """Three significant digits, without an exponent where that can be read."""
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
+        return f"{value:,.{digits}f}"
+    return f"{value:.2e}"
 
 
-def clock(seconds: float) -> str:
-    """h:mm:ss."""
+def clock(seconds: float, with_hours: bool = False) -> str:
+    """h:mm:ss; m:ss below an hour, unless a table wants the hours."""
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours or with_hours else f"{minutes}:{rest:02}"
 
 
 def duration(seconds: float) -> str:
@@ -42,11 +51,3 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
     return f"{int(seconds // 3600):,} h {int(seconds % 3600 // 60)} min"
-
-
-def three_digits(value: float) -> str:
-    """Three significant digits, without an exponent where that can be read."""
-    if value == 0 or 1e-3 <= abs(value) < 1e6:
-        digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
-        return f"{value:,.{digits}f}"
-    return f"{value:.2e}"

@@ -18,6 +18,7 @@ from rich.text import Text
 from diffvit.ledger.spec import RunSpec, overrides_text
 from study.cost.forecast import makespan
 from study.plan import PlannedRun
+from study.text import clock
 
 _HEARTBEAT_SECONDS = 30.0
 
@@ -214,11 +215,11 @@ class StudyDisplay(Callback):
         for state in ("diverged", "failed", "compiling"):
             if count := sum(row.state.startswith(state) for row in rows):
                 text += f", {count} {state}"
-        text += f", {_clock(time.monotonic() - self._start)} elapsed"
+        text += f", {clock(int(time.monotonic() - self._start))} elapsed"
         if not any(row.state in ("waiting", *_RUNNING) for row in rows):
             return text
         left = self._seconds_left()
-        return text + (", estimating the time left" if left is None else f", about {_clock(left)} left")
+        return text + (", estimating the time left" if left is None else f", about {clock(int(left))} left")
 
     def _seconds_left(self) -> float | None:
         """From the training that was seen in this study; None until there is something to go by."""
@@ -250,9 +251,3 @@ def _key(spec: RunSpec) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -308,7 +308,7 @@ def forecast_text(forecast: StudyForecast, width: int | None = None) -> str:
             spec.model, spec.size, spec.dataset, *([str(spec.seed)] if seeds else []),
             *([overrides_text(spec.overrides)] if conditions else []),
             f"{each.run.parameters:,}", significant(each.run.train_flops / flops), str(each.micro_batch),
-            f"{each.memory / 2**30:.1f}" + ("" if each.fits else "!"), clock(each.seconds),
+            f"{each.memory / 2**30:.1f}" + ("" if each.fits else "!"), clock(each.seconds, with_hours=True),
             *([f"{forecast.price(each.seconds):,.2f}"] if priced else []), each.rate.source, each.state,
         )  # fmt: skip
     out = io.StringIO()

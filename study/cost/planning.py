@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from diffvit.errors import UserError
 from diffvit.ledger.spec import overrides_text
-from study.boxes import share_of
 from study.options import StudyOptions, computing, connect_cluster, local_device, local_precision, precision_on, settings_of
 from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
-from study.text import columns, say, three_digits
+from study.shard import own_share
+from study.text import columns, say, significant
 
 if TYPE_CHECKING:
     from study.cluster.connect import Cluster
@@ -26,7 +26,7 @@ def dry_run_table(options: StudyOptions) -> str:
     """The runs of a study with their costs, as text. Data sets need not be at hand."""
     specs = options.runs(local_precision(options))
     fingerprints = load_fingerprints(specs, options.data_root, required=False)
-    runs = share_of(plan_runs(specs, options.checkpoints, fingerprints), options)
+    runs = own_share(plan_runs(specs, options.checkpoints, fingerprints), options.shard)
     header = (
         "model", "size", "data set", "seed", "run_id", "parameters", "batch", "steps", "GFLOP/image", "train EFLOP", "state", "overrides",
     )  # fmt: skip
@@ -34,7 +34,7 @@ def dry_run_table(options: StudyOptions) -> str:
         (
             run.spec.model, run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "data not here",
             f"{run.parameters:,}", str(run.spec.protocol.batch_size), f"{run.steps:,}",
-            three_digits(run.forward_flops / 1e9), three_digits(run.train_flops / 1e18),
+            significant(run.forward_flops / 1e9), significant(run.train_flops / 1e18),
             run.status or (f"to do ({run.elsewhere})" if run.elsewhere else "to do"),
             overrides_text(run.spec.overrides),
         )
@@ -44,7 +44,7 @@ def dry_run_table(options: StudyOptions) -> str:
     lines = [columns([header, *rows], right=range(5, 10)), ""]
     lines += [f"note: {note}" for note in (*warmup_warnings(specs), *precision_notes(runs))]
     ended = sum(run.ended for run in runs)
-    return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {three_digits(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
+    return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
 
 
 def plan_study(
