@@ -28,7 +28,7 @@ SITE = 3
 # By what outputs may be off, relative to their norm: bf16 has 8 bits, and the interpreter cuts the others off.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
 # Images, rows an image, columns: rows that do not fill the last tile, columns that do not fill the tile, more rows than a program sums up.
-SHAPES = [(3, 7, 64), (2, 37, 256), (5, 13, 384), (1, 1, 8), (4, 70, 24)]
+SHAPES = [(3, 7, 64), (2, 37, 256), (5, 13, 384), (1, 1, 8), (2, 35, 24)]
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 each_rate = pytest.mark.parametrize("p", [0.0, 0.3])
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -185,7 +185,7 @@ def test_dropout_multiplies_with_its_mask(shape: tuple[int, int, int], dtype: to
 
 
 def test_gelu_is_torchs_exact_one() -> None:
-    bias = torch.linspace(-12, 12, 256 * 128 + 1)[:-1]
+    bias = torch.linspace(-12, 12, 64 * 128 + 1)[:-1]
     zeros = torch.zeros(1, 1, 64), torch.zeros(len(bias), 64)
     out, u = fused_triton._linear_gelu_dropout(*zeros, bias, KEY, 0, 0.0, True)
     one = F.one_hot(torch.tensor([[0]]), 64).float()  # so that the output's gradient is 1 everywhere
@@ -267,15 +267,15 @@ def test_every_element_is_written_and_nothing_else(monkeypatch: pytest.MonkeyPat
         assert inside.isfinite().all() and storage[:frame].isnan().all() and storage[-frame:].isnan().all()
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_tiles_of_any_size(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+def test_tiles_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = _all_operators(0.3)
-    for config in CONFIGS[kernel][:-1]:  # the interpreter takes the last one
-        monkeypatch.setitem(CONFIGS, kernel, [config])
+    assert CONFIGS.keys() == KERNELS.keys()
+    for number in range(max(map(len, CONFIGS.values())) - 1):  # the interpreter takes the last one
+        chosen = {kernel: [configs[number % len(configs)]] for kernel, configs in CONFIGS.items()}
+        monkeypatch.setattr(fused_triton, "CONFIGS", chosen)
         monkeypatch.setattr(fused_triton, "_tuned", functools.cache(fused_triton._tuned.__wrapped__))
         for a, b in zip(_all_operators(0.3), expected, strict=True):
-            assert (a.double() - b.double()).norm() <= TOLERANCE[b.dtype] * b.double().norm(), config
-        monkeypatch.undo()
+            assert (a.double() - b.double()).norm() <= TOLERANCE[b.dtype] * b.double().norm(), chosen
 
 
 def test_there_is_room_for_the_sums_of_the_smallest_tile() -> None:
@@ -461,8 +461,7 @@ FUSED = [name for name in MODELS if name != "vit_differential_v2"]
 
 
 @large_tiles
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(("name", "p"), [("vit_differential", 0.0), *((name, 0.3) for name in FUSED)])
 def test_a_fused_model_is_the_plain_one(name: str, p: float, plain_norms: Callable[[bool], None]) -> None:
     plain_norms(True)
     expected = _logits_and_gradients(_model(name, p))
@@ -497,10 +496,9 @@ def test_a_single_block_is_fused_too(plain_norms: Callable[[bool], None]) -> Non
 
 
 @large_tiles
-@pytest.mark.parametrize("name", ["vit_classic", "vit_differential"])
-def test_a_fused_models_masks_do_not_depend_on_the_split(name: str) -> None:
+def test_a_fused_models_masks_do_not_depend_on_the_split() -> None:
     images, labels = _images()
-    model = _model(name, 0.3, fused=True)
+    model = _model("vit_differential", 0.3, fused=True)
     whole = _logits_and_gradients(model)
     parts = []
     for first, part in ((0, slice(0, 2)), (2, slice(2, 3))):
