@@ -28,16 +28,28 @@ from diffvit.ledger.verify import verify_run
 from diffvit.loop.fit import Stopped
 from diffvit.train import train
 
-SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 20})
-TRAIN = ("train", "--model", SPEC.model, "--size", SPEC.size, "--dataset", SPEC.dataset, "--epochs", "20", "--device", "cpu")
+SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 3})
+# Long enough for a storage to be looked at meanwhile.
+LONG = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 12})
+TRAIN = ("train", "--model", LONG.model, "--size", LONG.size, "--dataset", LONG.dataset, "--epochs", "12", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the undisturbed run."""
-    folder = tmp_path_factory.mktemp("whole")
+    return _undisturbed(tmp_path_factory, SPEC)
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of LONG."""
+    return _undisturbed(tmp_path_factory, LONG)
+
+
+def _undisturbed(paths: pytest.TempPathFactory, spec: RunSpec) -> Path:
+    folder = paths.mktemp("whole")
     torch.set_num_threads(1)
-    train(SPEC, folder / "checkpoints", device="cpu")
+    train(spec, folder / "checkpoints", device="cpu")
     return folder
 
 
@@ -45,32 +57,34 @@ def _remote_states(storage: Storage) -> list[str]:
     return [name for run in storage.ls(".state") for name in storage.names(f".state/{run}", ".state")]
 
 
-def test_another_machine_takes_over_from_one_that_vanished_with_its_disk(tmp_path: Path, s3: str, whole: Path) -> None:
-    storage, first, second = Storage(s3), tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    second.mkdir()
-    options = ("--storage", s3, "--save_every", "0.2s", "--sync_every", "0.5s", "--lease", "6s")
-    process = run_py(first, *TRAIN, *options)
+def test_another_machine_takes_over_from_one_that_vanished_with_its_disk(
+    tmp_path: Path, s3: str, long: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    storage, first, second, third = Storage(s3), *(tmp_path / name for name in ("first", "second", "third"))
+    for folder in (first, second, third):
+        folder.mkdir()
+    command = (*TRAIN, "--storage", s3, "--save_every", "0.2s", "--sync_every", "0.5s", "--lease", "4s")
+    process = run_py(first, *command)
+    monkeypatch.chdir(second)
     with ending(process):
         wait_until(lambda: len(_remote_states(storage)) == 2, process)
-        busy = run_py(second, *TRAIN, *options)
-        with ending(busy):
-            _, errors = busy.communicate(timeout=60)
-        assert busy.returncode == 2, errors
-        assert "another machine trains the run" in errors and "may be taken over at" in errors
+        busy = cli(*command)
+        assert busy.code == 2, busy.err
+        assert "another machine trains the run" in busy.err and "may be taken over at" in busy.err
     shutil.rmtree(first)
-    time.sleep(7)  # the lease runs out
-    finish(run_py(second, *TRAIN, *options))
-    assert_same_ledgers(second, whole)
+    time.sleep(5)  # the lease runs out
+    outcome = cli(*command)
+    assert outcome.code == 0, outcome.err
+    assert_same_ledgers(second, long)
     log = next(second.glob("checkpoints/*/*.log"))
     resumed = [line for line in log.read_text().splitlines() if line.startswith("# resumed after step")]
     assert len(resumed) == 1 and int(resumed[0].split()[4].rstrip(";")) > 1
     # The storage has the whole run, and nothing else: a third machine finds it done.
     assert not _remote_states(storage) and not storage._fs.find(f"{storage._root}/.state")
-    third = tmp_path / "third"
-    third.mkdir()
-    assert "done already" in finish(run_py(third, *TRAIN, *options))
-    assert_same_ledgers(third, whole)
+    monkeypatch.chdir(third)
+    assert "done already" in cli(*command).err
+    assert_same_ledgers(third, long)
 
 
 def test_a_stopped_run_leaves_its_newest_state_and_no_lease(tmp_path: Path, s3: str, whole: Path) -> None:
@@ -151,7 +165,7 @@ def gated(s3: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> tuple[str, 
     return s3, gate
 
 
-def test_a_storage_that_falls_silent_costs_no_work(tmp_path: Path, gated: tuple[str, Gate], whole: Path) -> None:
+def test_a_storage_that_falls_silent_costs_no_work(tmp_path: Path, gated: tuple[str, Gate], long: Path, cli) -> None:
     url, gate = gated
     options = ("--storage", url, "--save_every", "0.2s", "--sync_every", "0.3s", "--lease", "3s")
     process = run_py(tmp_path, *TRAIN, *options)
@@ -166,10 +180,9 @@ def test_a_storage_that_falls_silent_costs_no_work(tmp_path: Path, gated: tuple[
                 gate.open()
         assert process.wait(timeout=200) == 0, errors
     assert heard and "failed: " in errors
-    assert_same_ledgers(tmp_path, whole)
-    other = tmp_path / "other"
-    other.mkdir()
-    assert "done already" in finish(run_py(other, *TRAIN, *options))
+    assert_same_ledgers(tmp_path, long)
+    shutil.move(tmp_path / "checkpoints", tmp_path / "elsewhere")
+    assert "done already" in cli(*TRAIN, *options).err
 
 
 def test_a_run_that_need_not_wait_for_its_storage_joins_it_later(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
