@@ -17,7 +17,6 @@ import re
 import shutil
 import struct
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
@@ -28,6 +27,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 
 import run as command_line
 from diffvit.errors import StorageError, UserError
@@ -346,12 +346,13 @@ def test_a_header_that_fits_its_tensors_asks_for_no_other_images(ended: RunFiles
     assert clear(lambda: open_checkpoint(copied.weights, None, torch.device("cpu"))) is None
 
 
-@pytest.mark.parametrize(
-    "damage", ["dtype", "shape", "missing", "extra", "overlap", "outside", "backwards", "no metadata", "long header", "deep"]
-)
-def test_tensors_that_are_not_the_models(ended: RunFiles, tmp_path: Path, damage: str) -> None:
-    header, facts, tensors = split_checkpoint(ended.weights.read_bytes())
-    path, name, text = tmp_path / "x.safetensors", "norm.weight", json.dumps(facts)
+DAMAGES = ["dtype", "shape", "missing", "extra", "overlap", "outside", "backwards", "no metadata", "long header", "deep"]
+
+
+def damaged_tensors(content: bytes, damage: str, module: str) -> bytes:
+    """A checkpoint or state whose header says something else of the weight and bias of a LayerNorm."""
+    header, facts, tensors = split_checkpoint(content)
+    name, text = f"{module}.weight", json.dumps(facts)
     first, last = header[name]["data_offsets"]
     if damage == "dtype":
         header[name]["dtype"] = "I32"
@@ -362,7 +363,7 @@ def test_tensors_that_are_not_the_models(ended: RunFiles, tmp_path: Path, damage
     elif damage == "extra":
         header["another"] = {"dtype": "F32", "shape": [0], "data_offsets": [len(tensors), len(tensors)]}
     elif damage == "overlap":
-        header["norm.bias"]["data_offsets"] = [first, last]
+        header[f"{module}.bias"]["data_offsets"] = [first, last]
     elif damage == "outside":
         header[name]["data_offsets"] = [2**60, 2**60 + last - first]
     elif damage == "backwards":
@@ -374,7 +375,13 @@ def test_tensors_that_are_not_the_models(ended: RunFiles, tmp_path: Path, damage
         content = checkpoint(header, text, tensors).replace(b"diffvit", b"another")
     if damage == "long header":
         content = struct.pack("<Q", 2**62) + content[8:]
-    path.write_bytes(content)
+    return content
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_tensors_that_are_not_the_models(ended: RunFiles, tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(damaged_tensors(ended.weights.read_bytes(), damage, "norm"))
     assert clear(lambda: load_weights(path)) is None
 
 
@@ -656,6 +663,13 @@ def with_digest(payload: bytes) -> bytes:
     return payload + hashlib.sha256(payload).digest()
 
 
+def forged(path: Path, change: Callable[[dict], dict]) -> bytes:
+    """A state with a right digest in which something is changed: a dict of what its header says and of its tensors."""
+    payload = path.read_bytes()[:-32]
+    content = change({**split_checkpoint(payload)[1], "tensors": load(payload)})
+    return with_digest(save(content.pop("tensors"), {"diffvit": json.dumps(content)}))
+
+
 def pickled(content: Any) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)
@@ -672,37 +686,35 @@ class Touch:
         return os.mkdir, (str(self.path),)
 
 
-class ManyBytes:
-    """A pickle that makes very many bytes of few."""
-
-    def __reduce__(self) -> Any:
-        return bytearray, (2**40,)
-
-
-def test_a_state_that_would_execute_something_is_damaged(stopped: Path, tmp_path: Path) -> None:
+def test_what_is_no_state_of_this_version_is_passed_over(stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, tmp_path / "copy")
     path, marker = state_file(tmp_path / "copy"), tmp_path / "pwned"
-    whole = torch.load(io.BytesIO(path.read_bytes()[:-32]), weights_only=True)
-    contents = [
-        pickled({**whole, "started": Touch(marker)}), pickled(Touch(marker)), pickle.dumps(Touch(marker)), pickled({**whole, "x": ManyBytes()}),
-        pickled([whole]), pickled(None), pickled({**whole, "format": [2]}), pickled({**whole, "format": "2"}), b"", b"PK\x03\x04",
+    whole = path.read_bytes()
+    header, facts, tensors = split_checkpoint(whole[:-32])
+    payloads = [
+        pickled({"format": 2, "step": 2}), pickled(Touch(marker)), pickle.dumps(Touch(marker)), b"", b"PK\x03\x04",  # as states were
+        *(checkpoint(header, json.dumps({**facts, "format": other}), tensors) for other in (2, 4, "3", [3], None)),
+        *(checkpoint(header, text, tensors) for text in ("[]", "null", "3", "{}", "", "NaN", "[" * 10**5)),
     ]  # fmt: skip
     heard: list[str] = []
-    for content in contents:
-        path.write_bytes(with_digest(content))
+    for content in (*map(with_digest, payloads), whole[:-1], whole[1:], whole[:-32], whole + b"x", with_digest(whole), b"", b"x" * 31):
+        path.write_bytes(content)
         assert StateFolder(tmp_path / "copy", path.parent.name, heard.append).load() is None
         assert len(verify_ledger(tmp_path / "copy")["damaged"]) == 1
-    assert len(heard) == len(contents) and not marker.exists()
+    assert [text.split(".state ")[1] for text in heard] == [
+        *["was written by another version; the one before is used"] * len(payloads), *["is damaged; the one before is used"] * 4,
+        "was written by another version; the one before is used", *["is damaged; the one before is used"] * 2,
+    ]  # fmt: skip
+    assert not marker.exists()
 
 
-def test_a_compressed_state_is_damaged(stopped: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_state_with_other_tensors_than_its_run(stopped: Path, tmp_path: Path, damage: str) -> None:
     shutil.copytree(stopped, tmp_path / "copy")
-    path, file = state_file(tmp_path / "copy"), io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(path.read_bytes()[:-32])) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    path.write_bytes(with_digest(file.getvalue()))
-    assert StateFolder(tmp_path / "copy", path.parent.name).load() is None
+    path = state_file(tmp_path / "copy")
+    path.write_bytes(with_digest(damaged_tensors(path.read_bytes()[:-32], damage, "model.norm")))
+    with RunKeeper(RunFiles.of(tmp_path / "copy", SPECS[0], path.parent.name), Saving()) as keeper:
+        assert keeper.load_state(lambda state: fits_run(state, SPECS[0], 3)) is None
 
 
 @bounded(120)
@@ -717,15 +729,18 @@ def test_a_mutated_state(tmp_path_factory: pytest.TempPathFactory, stopped: Path
     StateFolder(folder, "run").damaged()
 
 
+WEIGHT, MOMENT = "model.norm.weight", "optimizer.norm.weight.exp_avg"
 CHANGES: list[tuple[tuple, Any]] = [
-    (("step",), 10**15), (("step",), -1), (("step",), 1), (("step",), "2"), (("step",), 3), (("last",), []), (("last", 0), 10**9), (("last", 3), "x"),
-    (("log",), 5), (("log",), (10**15, "0" * 64)), (("log",), (-1, "0" * 64)), (("log",), ("x", None)), (("started",), 5),
-    (("started",), "\x1b[2J"), (("micro_batch",), 0), (("micro_batch",), "x"), (("model",), {}), (("model",), 5),
-    (("model", "norm.weight"), torch.zeros(5)), (("model", "norm.weight"), torch.zeros(64, dtype=torch.float64)), (("model", "norm.weight"), 5),
-    (("optimizer",), {}), (("optimizer",), []), (("optimizer", "param_groups"), []), (("optimizer", "param_groups", 0, "betas"), "x"),
-    (("optimizer", "param_groups", 0, "maximize"), True), (("optimizer", "param_groups", 0, "params"), [0]),
-    (("optimizer", "param_groups", 0, "lr"), "x"), (("optimizer", "state"), {}), (("optimizer", "state", 0), {}),
-    (("optimizer", "state", 0, "exp_avg"), torch.zeros(1).expand(10**12)), (("optimizer", "state", 0, "step"), 10**12),
+    (("step",), 10**15), (("step",), -1), (("step",), 1), (("step",), "2"), (("step",), 3), (("step",), 2.0), (("step",), None),
+    (("last",), []), (("last",), {}), (("last", 0), 10**9), (("last", 2), math.nan), (("last", 3), "x"), (("last", 7), math.inf),
+    (("log",), 5), (("log",), (10**15, "0" * 64)), (("log",), (-1, "0" * 64)), (("log",), ("x", None)), (("log",), (5, 5)),
+    (("log",), ("0" * 64, "0" * 64)), (("log",), []), (("started",), 5), (("started",), "\x1b[2J"),
+    (("micro_batch",), 0), (("micro_batch",), "x"), (("micro_batch",), math.nan), (("micro_batch",), None), (("tensors",), {}),
+    (("tensors", WEIGHT), torch.zeros(5)), (("tensors", WEIGHT), torch.zeros(64, dtype=torch.float64)), (("tensors", WEIGHT), torch.zeros(64, 1)),
+    (("tensors", "model.another"), torch.zeros(1)), (("tensors", "tensors"), torch.zeros(1)), (("tensors", ""), torch.zeros(1)),
+    (("tensors", MOMENT), torch.zeros(1)), (("tensors", MOMENT), torch.zeros(0, 10**12)), (("tensors", MOMENT), torch.zeros(64).half()),
+    (("tensors", "optimizer.norm.weight.step"), torch.zeros(1)), (("tensors", "optimizer.norm.weight.lr"), torch.tensor(math.nan)),
+    (("tensors", "optimizer.0.exp_avg"), torch.zeros(64)),
 ]  # fmt: skip
 
 
@@ -733,8 +748,7 @@ CHANGES: list[tuple[tuple, Any]] = [
 def test_a_state_that_is_not_of_the_run_is_passed_over(stopped: Path, tmp_path: Path, path: tuple, value: Any) -> None:
     shutil.copytree(stopped, tmp_path / "copy")
     file = state_file(tmp_path / "copy")
-    content = torch.load(io.BytesIO(file.read_bytes()[:-32]), weights_only=True)
-    file.write_bytes(with_digest(pickled(replaced(content, path, value))))
+    file.write_bytes(forged(file, lambda content: replaced(content, path, value)))
     files = RunFiles.of(tmp_path / "copy", SPECS[0], file.parent.name)
     with RunKeeper(files, Saving()) as keeper:
         assert keeper.load_state(lambda state: fits_run(state, SPECS[0], 3)) is None
@@ -743,9 +757,8 @@ def test_a_state_that_is_not_of_the_run_is_passed_over(stopped: Path, tmp_path: 
 def test_a_run_whose_state_is_not_its_own_begins_again(stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, tmp_path / "copy")
     file = state_file(tmp_path / "copy")
-    content = torch.load(io.BytesIO(file.read_bytes()[:-32]), weights_only=True)
     heard: list[str] = []
-    file.write_bytes(with_digest(pickled({**content, "step": 10**15})))
+    file.write_bytes(forged(file, lambda content: {**content, "step": 10**15}))
     result = train(SPECS[0], tmp_path / "copy", device="cpu", on_warning=heard.append)
     assert result["steps"] == 3 and any("resume state" in text for text in heard)
     assert len(read_log(next((tmp_path / "copy").glob("*/*.log")), 3)) == 3
@@ -755,7 +768,8 @@ def test_a_state_of_the_run_is_taken(stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, tmp_path / "copy")
     files = RunFiles.of(tmp_path / "copy", SPECS[0], state_file(stopped).parent.name)
     with RunKeeper(files, Saving()) as keeper:
-        assert keeper.load_state(lambda state: fits_run(state, SPECS[0], 3))["step"] == 2
+        state = keeper.load_state(lambda state: fits_run(state, SPECS[0], 3))
+        assert state["step"] == 2 and state["tensors"]["optimizer.norm.weight.step"] == 2
         assert keeper.load_state(lambda state: fits_run(state, SPECS[0], 2)) is None
         assert keeper.load_state(lambda state: fits_run(state, SPECS[1], 3)) is None
 

@@ -1,30 +1,29 @@
 """Resume states: what an unfinished run needs to go on as if nothing had happened.
 
-A run's states lie in checkpoints/.state/{run_id}/, one file each, named by step. A file is written aside, flushed and renamed, and
-ends with the SHA-256 of what precedes: a truncated or changed file is recognised, reported and passed over for the one
-before. Two are kept. The folder goes when the run ends.
+A run's states lie in checkpoints/.state/{run_id}/, one file each, named by step: safetensors with a JSON header, and after it the
+SHA-256 of what precedes. A file is written aside, flushed and renamed; a truncated or changed file is recognised, reported and
+passed over for the one before. Two are kept. The folder goes when the run ends.
 
-Batches and dropout depend on a step's number only (train.py), so a state holds no random generator and no position in the data but
-the step itself.
+Batches and dropout depend on a step's number only (stepper.py), so a state holds no random generator and no position in the data
+but the step itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
+import json
 import os
-import pickletools
 import re
 import shutil
 import uuid
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
-import torch
+import safetensors.torch
 
+from diffvit.checks import parse_json
 from diffvit.errors import UserError
 from diffvit.ledger.disk import lock_file, sweep_asides, write_atomically, write_exclusively
 
@@ -32,39 +31,9 @@ from diffvit.ledger.disk import lock_file, sweep_asides, write_atomically, write
 KEPT = 2
 
 # Raise it when the content of a state changes: states of other versions are passed over.
-_FORMAT = 2
+_FORMAT = 3
 _DIGEST_BYTES = 32
 _NAME = re.compile(r"[0-9]{9,12}\.state")
-
-
-class _HashingWriter(io.RawIOBase):
-    """Passes bytes on to a file and hashes them: a large state is never held twice.
-
-    An error is kept until `finish`: torch's writer ends the process when one is raised under it.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._error: OSError | None = None
-        self._digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        if self._error is None:
-            try:
-                self._file.write(data)
-                self._digest.update(data)
-            except OSError as error:
-                self._error = error
-        return len(data)
-
-    def writable(self) -> bool:
-        return True
-
-    def finish(self) -> None:
-        """Ends the file with its hash. Raises the OSError of any write."""
-        if self._error:
-            raise self._error
-        self._file.write(self._digest.digest())
 
 
 class StateFolder:
@@ -72,23 +41,24 @@ class StateFolder:
 
     Args:
         checkpoints: the ledger.
-        on_warning: hears of damaged files.
+        on_warning: called with a sentence for each state that is passed over.
     """
 
     def __init__(self, checkpoints: Path, run_id: str, on_warning: Callable[[str], None] | None = None):
         self.path = Path(checkpoints) / ".state" / run_id
         self._warn = on_warning or (lambda text: None)
 
-    def save(self, step: int, content: dict[str, Any]) -> Path:
-        """Keep `content` (tensors, numbers, strings, and dicts and lists of them) as the state after `step`. Returns its file."""
+    def save(self, step: int, content: Mapping[str, Any]) -> Path:
+        """Keep `content` as the state after `step`. Returns its file.
 
-        def write(file: BinaryIO) -> None:
-            hashing = _HashingWriter(file)
-            torch.save({"format": _FORMAT, **content}, cast(IO[bytes], hashing))
-            hashing.finish()
-
-        path = self.file(step)
-        write_atomically(path, write)
+        Args:
+            content: "tensors", a dict by name, and values that JSON has.
+        """
+        header = {"format": _FORMAT, **content}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in header.pop("tensors").items()}
+        payload = safetensors.torch.save(tensors, {"diffvit": json.dumps(header)})
+        path, digest = self.file(step), hashlib.sha256(payload).digest()
+        write_atomically(path, lambda file: file.writelines((payload, digest)))
         files = self._files()
         # A later one could not be used: else the run would have gone on from it.
         kept = [each for each in files if each <= path][:KEPT]
@@ -98,7 +68,7 @@ class StateFolder:
         return path
 
     def load(self, usable: Callable[[dict[str, Any]], bool] = lambda content: True) -> dict[str, Any] | None:
-        """The newest state that is whole and usable, on the CPU; None where there is none."""
+        """The newest state that is whole and usable, its tensors on the CPU; None where there is none."""
         for path in self._files():
             content, wrong = _read(path)
             if content is not None and usable(content):
@@ -144,43 +114,24 @@ class StateFolder:
 
 
 def _read(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """A state's content, or None and what is wrong with the file."""
+    """A state's content, or None and what is wrong with the file. Nothing is executed; no more is allocated than the file has."""
     try:
-        stored = path.read_bytes()
+        with open(path, "rb") as file:
+            payload = file.read(max(0, os.fstat(file.fileno()).st_size - _DIGEST_BYTES))
+            digest = file.read()
     except OSError as error:
         return None, f"cannot be read: {error.strerror}"
-    payload, digest = memoryview(stored)[:-_DIGEST_BYTES], stored[-_DIGEST_BYTES:]
     if hashlib.sha256(payload).digest() != digest:
         return None, "is damaged"
     try:
-        _check_pickle(payload)
-        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-        version = content["format"]
-    except Exception:  # the hash fits whatever somebody wrote, and torch raises errors of many kinds
-        return None, "is damaged"
-    return (content, "") if type(version) is int and version == _FORMAT else (None, "was written by another version")
-
-
-# All that `save` makes a pickle of: numbers, text, lists, dicts and tensors.
-_OPCODES = {
-    "PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
-    "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT", "SETITEM", "SETITEMS",
-    "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID",
-}  # fmt: skip
-_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", *(f"torch {kind}Storage" for kind in ("Float", "Double", "Long"))}
-
-
-def _check_pickle(payload: memoryview) -> None:
-    """Raises where loading would do more than to make tensors, numbers and text, or would make more of them than the file has bytes."""
-    with zipfile.ZipFile(io.BytesIO(payload)) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is compressed")
-        pickles = [name for name in archive.namelist() if name.endswith(".pkl")]
-        for opcode, argument, _ in pickletools.genops(archive.read(pickles[0])):
-            if opcode.name not in _OPCODES or (opcode.name == "GLOBAL" and argument not in _GLOBALS):
-                raise ValueError(f"it has {opcode.name} {argument}")
-    if len(pickles) != 1:
-        raise ValueError("it has several pickles")
+        tensors = safetensors.torch.load(payload)
+        header = parse_json(payload[8 : 8 + int.from_bytes(payload[:8], "little")])
+        content = parse_json(header["__metadata__"]["diffvit"])
+        if content.pop("format") == _FORMAT:
+            return {**content, "tensors": tensors}, ""
+    except Exception:  # the hash fits whatever somebody wrote, and safetensors and torch raise errors of many kinds
+        pass
+    return None, "was written by another version"
 
 
 def folder_id(checkpoints: Path) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from diffvit.ledger.log import Step
@@ -35,11 +36,17 @@ class Diverged(Exception):  # noqa: N818 (an outcome, not a fault of the program
 class Recorder:
     """Keeps the steps' numbers on the device and fetches them about once a second, so that a step need not wait for them.
 
-    In a group all processes must do the same at the same step, so there the numbers are looked at one step late, each time.
+    In a torch.distributed group all processes must do the same at the same step. So there the numbers are looked at after every
+    step, but one step late: no step waits for its own.
+
+    Args:
+        on_steps: called with the records of steps; None on all processes but the first.
+        last: the record of the step that a resumed training goes on after.
     """
 
-    def __init__(self, protocol: Protocol, total: int, per_epoch: int, on_steps: Progress | None, last: Step | None):
+    def __init__(self, protocol: Protocol, total: int, per_epoch: int, on_steps: Progress | None, last: Step | None, workers: int):
         self._protocol, self._total, self._per_epoch, self._on_steps = protocol, total, per_epoch, on_steps
+        self._workers = workers
         self._waiting: list[tuple[int, float, Tensor]] = []
         self._last = last
         self._bad: Step | None = None
@@ -47,19 +54,27 @@ class Recorder:
         self._flushed = time.perf_counter()
         self._start = self._flushed - (last.seconds if last else 0.0)
 
-    def add(self, step: int, record: Tensor) -> None:
-        """Takes a step's [train loss, validation loss, validation accuracy, gradient norm, wishes to stop]."""
+    def add(self, step: int, train_loss: Tensor, val_loss: Tensor, val_accuracy: Tensor, norm: Tensor, stop: bool) -> bool:
+        """Take a step's numbers, of which a group's processes have parts. Returns whether to stop; in a group, if any process asked to.
+
+        Raises:
+            Diverged: a step that was handed on is not finite.
+        """
+        # Losses are parts of a sum; the gradient is the same on all processes.
+        record = torch.stack([train_loss, val_loss, val_accuracy, norm / self._workers, torch.full_like(norm, float(stop))])
+        if self._workers > 1:
+            dist.all_reduce(record)
+            stop = self._was_asked_to_stop()
         self._newest = record
         self._waiting.append((step, time.perf_counter() - self._start, record))
+        if self._workers == 1:
+            if time.perf_counter() - self._flushed >= _FLUSH_SECONDS:
+                self.flush()
+            self.check()
+        return stop
 
-    def flush_if_due(self) -> None:
-        """Hands steps on about once a second. Raises Diverged."""
-        if time.perf_counter() - self._flushed >= _FLUSH_SECONDS:
-            self.flush()
-        self.check()
-
-    def asked_to_stop(self) -> bool:
-        """Whether anyone in the group wished to stop at the newest step. Raises Diverged."""
+    def _was_asked_to_stop(self) -> bool:
+        """Whether any process of the group asked to stop at the newest step."""
         if self._newest is None:
             return False
         self.flush()
@@ -67,12 +82,12 @@ class Recorder:
         return self._newest[-1].item() > 0
 
     def check(self) -> None:
-        """Raises Diverged if a step that was handed on is not finite."""
+        """Raise Diverged if a step that was handed on is not finite."""
         if self._bad is not None:
             raise Diverged(self._bad)
 
     def flush(self) -> Step | None:
-        """Hands all waiting steps on, up to the first that is not finite. Returns the last, or None after one that is not finite."""
+        """Fetch the waiting steps and call on_steps, up to the first that is not finite. Returns the last; None once one was not finite."""
         if self._waiting and self._bad is None:
             rows = torch.stack([record for _, _, record in self._waiting]).tolist()
             # The last step's time is taken now: on a GPU its work has only just ended.

@@ -1,4 +1,4 @@
-"""Whether a resume state is one that the loop could have saved of a run."""
+"""The tensors of a resume state, by name, and whether a state is one that the loop could have saved of a run."""
 
 from __future__ import annotations
 
@@ -8,47 +8,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffvit.checks import HEX, fault, list_of, real, record, text, whole
+from diffvit.checks import HEX, any_of, fault, list_of, real, record, text, whole
 from diffvit.ledger.log import Step
 from diffvit.ledger.spec import RunSpec
-from diffvit.loop.optimizer import adamw, decayed_and_others
 from diffvit.vit import build_model
 
 _STATE = record(
-    {"step": whole(1), "last": list_of(real(infinite=True), len(Step._fields), len(Step._fields)), "started": text()},
-    {"micro_batch": whole(1)},
-)
+    {
+        "step": whole(1), "micro_batch": whole(1), "last": list_of(real(), len(Step._fields), len(Step._fields)),
+        "started": text(), "log": list_of(any_of(whole(), text(HEX)), 2, 2),
+    }
+)  # fmt: skip
+
+
+def tensors_of(model: nn.Module, moments: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The weights as `model.{name}`, and AdamW's moments of each parameter as `optimizer.{name}.exp_avg` and so on."""
+    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        found |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments[parameter].items()}
+    return found
+
+
+def load_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put what `tensors_of` gave back into a model and its optimiser."""
+    model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
+    for name, parameter in model.named_parameters():
+        moments = {moment: tensors.get(f"optimizer.{name}.{moment}") for moment in ("step", "exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {moment: tensor.to(parameter.device) for moment, tensor in moments.items() if tensor is not None}
 
 
 def fits_run(state: dict[str, Any], spec: RunSpec, total: int) -> bool:
     """Whether a state, wherever it comes from, is what `fit` could have saved of this run of so many steps; its log is not looked at."""
-    model = build_model(spec.model, spec.size, spec.protocol, "meta")
-    groups = decayed_and_others(model)
-    try:
-        if fault(_STATE, state) or state["last"][0] != state["step"] or not state["step"] < total:
-            return False
-        length, digest = state["log"]
-        if whole()(length) or text(HEX)(digest) or not _are_like(state["model"], model.state_dict()):
-            return False
-        # Its options too, but for the learning rate of the step: the optimiser would take them over.
-        usual = adamw([[nn.Parameter(torch.empty(0)) for _ in group] for group in groups], spec.protocol).state_dict()["param_groups"]
-        for found, own in zip(state["optimizer"]["param_groups"], usual, strict=True):
-            if real()(found["lr"]) or any(found.get(name, value) != value for name, value in {**own, "lr": found["lr"]}.items()):
-                return False
-            if "params" not in found:
-                return False
-        moments = state["optimizer"]["state"]
-        parameters = [parameter for group in groups for parameter in group]
-        return set(moments) == set(range(len(parameters))) and all(
-            _are_like(moments[i], {"step": torch.empty(()), "exp_avg": each, "exp_avg_sq": each}) for i, each in enumerate(parameters)
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+    if fault(_STATE, state) or [type(part) for part in state["log"]] != [int, str]:
         return False
+    model = build_model(spec.model, spec.size, spec.protocol, "meta")
+    moments: dict[Tensor, dict[str, Tensor]] = {p: {"step": torch.empty(()), "exp_avg": p, "exp_avg_sq": p} for p in model.parameters()}
+    same_tensors = _shapes(state["tensors"]) == _shapes(tensors_of(model, moments))
+    return same_tensors and state["last"][0] == state["step"] < total
 
 
-def _are_like(tensors: Mapping[str, Any], others: Mapping[str, Tensor]) -> bool:
-    """Whether names, shapes and dtypes are the same."""
-    return set(tensors) == set(others) and all(
-        isinstance(tensors[name], Tensor) and tensors[name].shape == other.shape and tensors[name].dtype == other.dtype
-        for name, other in others.items()
-    )
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -103,22 +103,22 @@ def test_without_a_whole_state_or_log_the_run_begins_again(tmp_path: Path, undis
 def test_states_that_could_not_be_used_do_not_displace_new_ones(tmp_path: Path) -> None:
     states = StateFolder(tmp_path, "run")
     for step in (190, 200):
-        states.save(step, {"step": step})
+        states.save(step, {"step": step, "tensors": {}})
         states.file(step).write_bytes(b"damaged")
-    states.save(10, {"step": 10})
+    states.save(10, {"step": 10, "tensors": {}})
     assert states.steps() == [10]
 
 
 def test_a_failed_save_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = StateFolder(tmp_path, "run")
-    states.save(1, {"step": 1, "tensor": torch.ones(3)})
+    states.save(1, {"step": 1, "tensors": {"weight": torch.ones(3)}})
 
     def no_room(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(OSError, match="No space"):
-        states.save(2, {"step": 2})
+        states.save(2, {"step": 2, "tensors": {}})
     monkeypatch.undo()
     loaded = states.load()
     assert loaded is not None
