@@ -189,24 +189,23 @@ _SEEDS = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="
 @_saving_options
 @click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
 def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_root: str | None, checkpoints: Path, precision: str,
-          micro_batch: int | None, fused: bool | None, graphs: bool | None, compile: bool | None, recompute: bool | None,
-          deterministic: bool, save_every: str, storage: str | None,
-          sync_every: str | None, lease: str | None, device: str | None, **overrides: Any) -> None:  # fmt: skip
+          save_every: str, storage: str | None, sync_every: str | None, lease: str | None, device: str | None,
+          **options: Any) -> None:  # fmt: skip
     """Train one model and measure its test accuracy.
 
     A run that is done already is not done again; one that was interrupted goes on where its state was last saved.
     """
     from diffvit.ledger.spec import RunSpec
 
+    overrides = {name: value for name, value in options.items() if name not in _COMPUTE}
     RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
     saving = _saving(save_every, storage, sync_every, lease, upload)
-    from diffvit.compute import Compute
     from diffvit.loop.fit import Stopped
     from diffvit.machine.device import default_precision, resolve_device
     from diffvit.signals import StopSignals
     from diffvit.train import train as train_run
 
-    place = resolve_device(device)
+    place, compute = resolve_device(device), _compute(options)
     if precision == "auto":
         precision = default_precision(place)
     spec = RunSpec.of(model, size, dataset, seed, precision, overrides)
@@ -214,9 +213,7 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
         try:
             result = train_run(
                 spec, checkpoints, data_root=data_root, device=place,
-                compute=Compute(
-                    micro_batch=micro_batch, deterministic=deterministic, fused=fused, graphs=graphs, compile=compile, recompute=recompute
-                ),
+                compute=compute,
                 on_steps=progress, on_warning=_warn, saving=saving, should_stop=signals.seen,
             )  # fmt: skip
         except Stopped as stopped:
@@ -410,17 +407,16 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     if collect and not saving.storage:
         raise UserError("--collect has no place to collect from.", "give --upload true, or the --storage that the boxes had.")
     from study.cost.planning import dry_run_table
-    from study.main import collect_study, rehearse_study, run_study
-    from study.options import StudyOptions
     from study.shard import Shard
 
     part = Shard.parse(shard) if shard else None
     if part and not saving.storage:
         raise UserError("--shard has no place where the parts come together.", "give --upload true, or a --storage that all boxes reach.")
-    settings = StudyOptions(
-        grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources,
-        shard=part, command=_own_command(), **options,
-    )  # fmt: skip
+    settings = _study_options(
+        grid=chosen, seeds=seeds, epochs=epochs, checkpoints=checkpoints, saving=saving, resources=resources, shard=part, **options
+    )
+    from study.main import collect_study, rehearse_study, run_study
+
     if dry_run:
         click.echo(dry_run_table(settings))
         return
@@ -464,10 +460,9 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
     if json_path and not os.access(json_path.resolve().parent, os.W_OK):
         raise UserError(f"{json_path} cannot be written.", "give --json a file in a folder that is there.")
     from study.cost.planning import plan_study
-    from study.options import StudyOptions
 
-    settings = StudyOptions(grid=chosen, seeds=seeds, epochs=epochs, command=_own_command(), **options)
-    forecast = plan_study(settings, gpu, gpus, price, (probe_seconds or 5.0) if probe else None)
+    settings = _study_options(grid=chosen, seeds=seeds, epochs=epochs, price=price, **options)
+    forecast = plan_study(settings, gpu, gpus, (probe_seconds or 5.0) if probe else None)
     from study.cost.forecast import forecast_json, forecast_text
 
     if json_path:
@@ -587,6 +582,26 @@ def _files(checkpoints: Path, result: dict[str, Any]) -> Any:
     from diffvit.ledger.files import RunFiles
 
     return RunFiles(checkpoints, result["model"], result["run_id"], result["size"], result["dataset"])
+
+
+_COMPUTE = ("micro_batch", "deterministic", "fused", "graphs", "compile", "recompute")
+_PLACEMENT = ("gpus_per_run", "cpus_per_run", "workers", "resources", "price")
+
+
+def _compute(options: dict[str, Any]) -> Any:
+    """The Compute of a command's options, which are taken out of them."""
+    from diffvit.compute import Compute
+
+    return Compute(**{name: options.pop(name) for name in _COMPUTE})
+
+
+def _study_options(**options: Any) -> Any:
+    """The StudyOptions of a command's options."""
+    from study.options import StudyOptions
+    from study.placement import Placement
+
+    placement = Placement(**{name: options.pop(name) for name in _PLACEMENT if name in options})
+    return StudyOptions(compute=_compute(options), placement=placement, command=_own_command(), **options)
 
 
 def _saving(save_every: str, storage: str | None, sync_every: str | None, lease: str | None, upload: bool) -> Saving:

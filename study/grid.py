@@ -99,6 +99,15 @@ class Grid:
         return list(unique.values())
 
 
+def named_after(name: str, grids: Sequence[Grid], epochs: int | None) -> str:
+    """A name with the command line's overrides, if they change any run of the grids: "digits_epochs-3"."""
+    from study.table import file_stem
+
+    overrides = {"epochs": epochs}
+    plain, asked = ([run.protocol for grid in grids for run in grid.runs(seeds=1, overrides=each)] for each in ({}, overrides))
+    return file_stem(name, overrides_text(overrides)) if plain != asked else name
+
+
 def _for_dataset(values: Any, dataset: str, default: Any) -> Any:
     return values.get(dataset, default) if isinstance(values, Mapping) else values
 

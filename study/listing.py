@@ -8,7 +8,6 @@ from typing import Any
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import overrides_text
 from study.grid import find_grid
-from study.options import StudyOptions, local_precision
 from study.plan import load_fingerprints, run_ids_of
 from study.results import check_dataset, kept_files
 from study.text import columns
@@ -38,8 +37,9 @@ def ledger_rows(
     check_dataset(grid, dataset)
     specs = None
     if grid:
-        options = StudyOptions(find_grid(grid, dataset), checkpoints, seeds, epochs)
-        specs = options.runs(local_precision(options))
+        from study.options import StudyOptions  # torch comes with it
+
+        specs = StudyOptions(find_grid(grid, dataset), checkpoints, seeds, epochs).on(None).runs()
     table = run_table(checkpoints, specs)
     rows = []
     for run in table.itertuples():

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffvit.errors import UserError, redacted
+from diffvit.errors import redacted
 from diffvit.ledger.disk import check_lockable, check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from study.boxes import boxes_of
 from study.cost.planning import expected_forecast
-from study.options import StudyOptions, connect_cluster, local_precision, may_join, precision_on, settings_of
+from study.options import StudyOptions, connect_cluster, may_join
 from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
 from study.results import report_results
 from study.shard import own_share
@@ -22,7 +22,6 @@ from study.text import say, warn
 
 if TYPE_CHECKING:
     from study.cluster.connect import Cluster
-    from study.cluster.runner import Settings
 
 
 def run_study(options: StudyOptions) -> int:
@@ -35,11 +34,9 @@ def run_study(options: StudyOptions) -> int:
     boxes = boxes_of(options.saving, options.shard, options.checkpoints)
     boxes.check()
     with contextlib.ExitStack() as stack:
-        cluster, precision = None, local_precision(options)
-        if may_join(options):
-            cluster = connect_cluster(stack, options)
-            precision = precision_on(cluster, options)
-        specs = options.runs(precision)
+        cluster = connect_cluster(stack, options) if may_join(options) else None
+        options = options.on(cluster)
+        specs = options.runs()
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
         _check_folders(options.checkpoints, specs)
         every = plan_runs(specs, options.checkpoints, fingerprints)
@@ -56,7 +53,7 @@ def run_study(options: StudyOptions) -> int:
                 pending = [run for run in plan_runs([run.spec for run in runs], options.checkpoints, fingerprints) if not run.ended]
                 if pending:
                     cluster = cluster or connect_cluster(stack, options)
-                    failed, signal_code = _train(runs, pending, options, cluster, begun)
+                    failed, signal_code = _train(runs, pending, options.on(cluster), cluster, begun)
                     failures += failed
                     unsent = boxes.exchange(tried, every, strict=False)
                 else:
@@ -103,7 +100,7 @@ def collect_study(options: StudyOptions) -> int:
     """
     from study.table import missing_runs
 
-    specs = options.runs(local_precision(options))
+    specs = options.on(None).runs()
     _check_folders(options.checkpoints, specs)
     boxes = boxes_of(options.saving, None, options.checkpoints)
     say(f"brought {len(boxes.collect(specs))} runs from {options.saving.storage}")
@@ -133,12 +130,11 @@ def rehearse_study(options: StudyOptions) -> int:
         cluster = connect_cluster(stack, options)
         from study.cost.rehearsal import cells, rehearse
 
-        specs = cells(options.runs(precision_on(cluster, options)))
+        options = options.on(cluster)
+        specs = cells(options.runs())
         load_fingerprints(specs, options.data_root, required=True)
-        settings = settings_of(options, cluster)
-        at_once = _slots(cluster, settings)
-        say(f"{len(specs)} cells to rehearse, {at_once} at a time")
-        outcomes = rehearse(specs, settings, lambda each: print(redacted(each.line()), flush=True))
+        say(f"{len(specs)} cells to rehearse, {options.placement.check_room(cluster)} at a time")
+        outcomes = rehearse(specs, options.settings(), lambda each: print(redacted(each.line()), flush=True))
     failed = [each.title for each in outcomes if each.fault]
     if failed:
         say(f"\nerror: {len(failed)} of {len(outcomes)} cells failed: {', '.join(failed)}\nhint: mend that before the study.")
@@ -157,19 +153,19 @@ def _train(
     """
     from study.cluster.display import StudyDisplay
     from study.cluster.nodes import check_shared_folder, check_storage_and_data
-    from study.cluster.runner import dollars_per_second, run_all
+    from study.cluster.runner import run_all
     from study.cluster.watch import watch
     from study.cost.truth import compare, comparison_lines, seconds_taken
     from study.text import duration
 
-    settings = settings_of(options, cluster)
-    at_once = _slots(cluster, settings)
+    settings, placement = options.settings(), options.placement
+    at_once = placement.check_room(cluster)
     if settings.saving.storage and not cluster.own:  # its workers have an environment of their own
         check_storage_and_data(settings.saving.storage, settings.data_root)
     elif cluster.nodes > 1:
         check_shared_folder(options.checkpoints, settings.data_root)
     say(f"{len(pending)} of {len(runs)} runs to train, {at_once} at a time")
-    forecast = expected_forecast(options, runs, settings, cluster)
+    forecast = expected_forecast(options, runs, cluster)
     if forecast:
         sources = " and ".join(sorted({each.rate.source for each in forecast.pending}))
         say(f"forecast: {duration(forecast.makespan)} ({sources})")
@@ -189,29 +185,12 @@ def _train(
         as_planned = not failures and signal_code is None
         for line in comparison_lines(compare(forecast, seconds_taken(reports), took if as_planned else None, options.checkpoints)):
             say(line)
-    rate = dollars_per_second(settings)
-    if options.price and rate:
+    if placement.price and (rate := placement.dollars_per_second):
         seconds = sum(report.get("run_seconds", 0.0) for report in reports.values())
-        devices, name = (cluster.gpus, "GPUs") if settings.gpus_per_run else (cluster.nodes, "machines")
-        bill = options.price * devices * took / 3600
+        devices, name = (cluster.gpus, "GPUs") if placement.gpus_per_run else (cluster.nodes, "machines")
+        bill = placement.price * devices * took / 3600
         say(f"cost: ${rate * seconds:,.2f} for the runs' {duration(seconds)}; ${bill:,.2f} for all {devices:g} {name} from start to end")
     return failures, signal_code
-
-
-def _slots(cluster: Cluster, settings: Settings) -> int:
-    """How many runs train at a time. Raises UserError where the cluster has not room for one."""
-    from study.cluster.runner import slots
-
-    at_once = slots(cluster, settings)
-    if at_once < 1:
-        needs = f"{settings.workers} x {settings.cpus_per_run} CPUs"
-        needs += f" and {settings.gpus_per_run:g} GPUs" if settings.gpus_per_run else ""
-        needs += "".join(f" and {amount:g} {name}" for name, amount in settings.resources.items())
-        raise UserError(
-            f"a run needs {needs}, and the cluster has {cluster.cpus:g} CPUs and {cluster.gpus:g} GPUs.",
-            "lower --cpus_per_run, --gpus_per_run, --resource or --workers.",
-        )
-    return at_once
 
 
 def _has_result(run: PlannedRun, options: StudyOptions) -> bool:

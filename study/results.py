@@ -11,13 +11,14 @@ from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
-from study.grid import GRIDS, Grid, find_grid
+from study.grid import GRIDS, Grid, find_grid, named_after
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from study.options import StudyOptions
 
-from study.options import StudyOptions, named_after
+
 from study.text import columns, say
 
 

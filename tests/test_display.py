@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import re
 from pathlib import Path
@@ -20,6 +19,7 @@ from study.cluster import runner
 from study.cluster.display import StudyDisplay
 from study.cluster.runner import Settings
 from study.grid import Grid
+from study.placement import Placement
 from study.plan import PlannedRun, plan_runs
 
 
@@ -38,7 +38,7 @@ class Study:
         self.runs: list[PlannedRun] = plan_runs(specs or Grid("some", ("digits",)).runs()[:2], Path("nowhere"), {})
         self.console = Console(width=200, record=True, file=io.StringIO())
         self.display = StudyDisplay(self.runs, self.console)
-        self.trials = [SimpleNamespace(config={"run": {"spec": dataclasses.asdict(run.spec)}}, last_result={}) for run in self.runs]
+        self.trials = [SimpleNamespace(config={"run": {"spec": run.spec}}, last_result={}) for run in self.runs]
 
     def start(self, number: int) -> None:
         self.display.on_trial_start(0, [], self.trials[number])
@@ -231,8 +231,8 @@ def test_a_worker_reports_that_it_prepares(workers: int, tmp_path: Path, monkeyp
         monkeypatch.setattr(runner, name, value)
     for module in (runner.tune, runner.ray_train):
         monkeypatch.setattr(module, "report", reports.append)
-    settings = Settings(checkpoints=str(tmp_path), workers=workers, cpus_per_run=torch.get_num_threads())
+    settings = Settings(tmp_path, placement=Placement(workers=workers, cpus_per_run=torch.get_num_threads()))
     spec = Grid("one", ("digits",)).runs()[0]
-    runner._worker({"run": {"spec": dataclasses.asdict(spec), "run_id": "0"}, "settings": dataclasses.asdict(settings), "stop_flag": None})
+    runner._worker({"run": {"spec": spec, "run_id": "0"}, "settings": settings, "stop_flag": None})
     kinds = [key for report in reports for key in ("preparing", "step", "status") if key in report]
     assert kinds == (["preparing", "step", "status"] if workers == 1 else ["status"])

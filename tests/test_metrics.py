@@ -17,8 +17,9 @@ from faults.processes import ending, finish, study, wait_until
 
 from diffvit.ledger.log import Step
 from diffvit.ledger.spec import RunSpec
-from study.cluster import metrics, runner
+from study.cluster import metrics
 from study.cluster.metrics import GAUGES, TAGS, RunGauges
+from study.placement import Placement
 
 DASHBOARD = json.loads((Path(__file__).resolve().parents[1] / "docs/grafana.json").read_text())
 SPEC = RunSpec.of("vit_classic", "small", "digits", seed=3)
@@ -112,14 +113,14 @@ def test_without_a_price_there_is_no_cost(kept) -> None:
 
 def test_a_run_pays_for_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     def hourly(**settings: Any) -> float | None:
-        rate = runner.dollars_per_second(runner.Settings(checkpoints="", **settings))
+        rate = Placement(**settings).dollars_per_second
         return None if rate is None else rate * 3600
 
     assert hourly() is None
     assert hourly(price=2.0, gpus_per_run=1.0) == pytest.approx(2.0)
     assert hourly(price=2.0, gpus_per_run=0.5) == pytest.approx(1.0)
     assert hourly(price=2.0, gpus_per_run=1.0, workers=4) == pytest.approx(8.0)
-    monkeypatch.setattr(runner, "cpus", lambda: 8)
+    monkeypatch.setattr("study.placement.cpus", lambda: 8)
     assert hourly(price=2.0, cpus_per_run=2) == pytest.approx(0.5)
 
 

@@ -84,8 +84,8 @@ def test_weights_that_are_gone_are_missed(ledger) -> None:
 
 
 def test_a_study_that_was_stopped_names_no_figures(ledger, capsys: pytest.CaptureFixture) -> None:
-    options = StudyOptions(find_grid("one.yaml"), CHECKPOINTS)
-    report_results(options, options.runs("fp32"), draw=False)
+    options = StudyOptions(find_grid("one.yaml"), CHECKPOINTS, precision="fp32")
+    report_results(options, options.runs(), draw=False)
     assert "figures" not in capsys.readouterr().err and not (CHECKPOINTS / "figures").exists()
 
 

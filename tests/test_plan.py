@@ -348,7 +348,7 @@ def test_a_rehearsal_leaves_nothing_and_names_what_fails(cluster, tmp_path: Path
     chosen = cells(Grid("some", ("digits",), models=("vit_classic",), sizes=("small",), seeds=(0, 1), conditions=({}, breaks)).runs())
     assert [spec.overrides for spec in chosen] == [{"max_steps": 2}, {**breaks, "max_steps": 2}]
     (tmp_path / "storage").mkdir()
-    settings = Settings(checkpoints=str(tmp_path / "checkpoints"), saving=Saving(storage=str(tmp_path / "storage")))
+    settings = Settings(checkpoints=tmp_path / "checkpoints", saving=Saving(storage=str(tmp_path / "storage")))
     heard: list[Rehearsed] = []
     found = rehearse(chosen, settings, heard.append)
     assert len(heard) == 2 and {each.title for each in heard} == {each.title for each in found}
@@ -365,7 +365,7 @@ def test_a_rehearsal_keeps_what_was_there(cluster, tmp_path: Path) -> None:
     specs = Grid("one", ("digits",), models=("vit_classic",), sizes=("small",), overrides={"max_steps": 2}).runs()
     train(specs[0], tmp_path, device="cpu")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    (outcome,) = rehearse(cells(specs), Settings(checkpoints=str(tmp_path)), lambda each: None)
+    (outcome,) = rehearse(cells(specs), Settings(tmp_path), lambda each: None)
     assert not outcome.fault and "stored and brought back" not in outcome.parts
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert not list((tmp_path / ".state").iterdir())

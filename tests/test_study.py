@@ -25,8 +25,9 @@ from diffvit.ledger.spec import RunSpec
 from study.cluster.address import find_address
 from study.cluster.connect import Cluster, connect
 from study.cluster.display import StudyDisplay
-from study.cluster.runner import Settings, run_all, slots
+from study.cluster.runner import Settings, run_all
 from study.grid import GRIDS, Grid, find_grid
+from study.placement import Placement
 from study.plan import load_fingerprints, plan_runs
 from study.table import conditions, files_of, prediction_table, run_table, step_table, write_step_csv
 
@@ -46,10 +47,10 @@ def _plan(grid: Grid, folder: Path):
     return plan_runs(specs, folder, load_fingerprints(specs, None, required=True))
 
 
-def _study(grid: Grid, folder: Path, cluster: Cluster, **settings):
+def _study(grid: Grid, folder: Path, cluster: Cluster, **placement):
     runs = _plan(grid, folder)
     with StudyDisplay(runs) as display:
-        return run_all(runs, Settings(checkpoints=str(folder), **settings), cluster, display)[0]
+        return run_all(runs, Settings(folder, placement=Placement(**placement)), cluster, display)[0]
 
 
 def test_the_dashboard_answers(cluster: Cluster) -> None:
@@ -208,11 +209,11 @@ def test_slots() -> None:
     def cluster_of(cpus: float, gpus: float) -> Cluster:
         return Cluster("", True, 1, cpus, gpus, None)
 
-    assert slots(cluster_of(2, 0), Settings("x")) == 2
-    assert slots(cluster_of(16, 4), Settings("x", gpus_per_run=1)) == 4
-    assert slots(cluster_of(16, 1), Settings("x", gpus_per_run=0.25)) == 4
-    assert slots(cluster_of(16, 4), Settings("x", gpus_per_run=1, workers=2)) == 2
-    assert slots(cluster_of(2, 0), Settings("x", cpus_per_run=4)) == 0
+    assert Placement().slots(cluster_of(2, 0)) == 2
+    assert Placement(gpus_per_run=1).slots(cluster_of(16, 4)) == 4
+    assert Placement(gpus_per_run=0.25).slots(cluster_of(16, 1)) == 4
+    assert Placement(gpus_per_run=1, workers=2).slots(cluster_of(16, 4)) == 2
+    assert Placement(cpus_per_run=4).slots(cluster_of(2, 0)) == 0
 
 
 def test_grids() -> None:

@@ -158,7 +158,7 @@ class StudyDisplay(Callback):
             self._say(f"failed  {row.run.spec.title}")
 
     def _row(self, trial: Any) -> _Row:
-        return self._rows[_key(RunSpec(**trial.config["run"]["spec"]))]
+        return self._rows[_key(trial.config["run"]["spec"])]
 
     def _say(self, line: str) -> None:
         """Off a terminal, where a width is nobody's."""

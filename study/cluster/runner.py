@@ -40,18 +40,18 @@ from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import load
 from diffvit.errors import RunIsBusyError, StorageError, UserError, redacted
 from diffvit.keeping.keeper import RunKeeper
-from diffvit.keeping.saving import DEFAULT_SAVING, Every, Saving
+from diffvit.keeping.saving import DEFAULT_SAVING, Saving
 from diffvit.keeping.state import StateFolder
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import Step
 from diffvit.ledger.spec import RunSpec
 from diffvit.loop.fit import Stopped
-from diffvit.machine.host import cpus
 from diffvit.signals import StopSignals
 from diffvit.train import train
 from study.cluster.connect import Cluster
 from study.cluster.metrics import RunGauges
 from study.cluster.nodes import make_stop_flag
+from study.placement import Placement
 from study.plan import PlannedRun
 
 # What a trial that only waits for its workers takes of a CPU, and what is left for each worker.
@@ -76,38 +76,16 @@ class Settings:
 
     Attributes:
         checkpoints: absolute path of the ledger.
-        gpus_per_run: of each worker; a fraction lets runs share a GPU. 0: train on CPUs.
-        cpus_per_run: of each worker; on a CPU this is its number of threads.
-        workers: processes that train one run together.
-        resources: custom Ray resources of each worker.
-        compute: but for its memory_share, which follows from the above.
-        price: dollars an hour of one GPU, or of a machine where runs train on CPUs; None: unknown.
+        compute: but for its memory_share, which follows from the placement.
         study: a name for this execution of a study.
     """
 
-    checkpoints: str
+    checkpoints: Path
     data_root: str | None = None
-    gpus_per_run: float = 0.0
-    cpus_per_run: int = 1
-    workers: int = 1
-    resources: dict[str, float] = field(default_factory=dict)
+    placement: Placement = field(default_factory=Placement)
     compute: Compute = DEFAULT_COMPUTE
     saving: Saving = DEFAULT_SAVING
-    price: float | None = None
     study: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
-
-    @staticmethod
-    def of(values: dict[str, Any]) -> Settings:
-        """From what dataclasses.asdict made of it."""
-        saving = {**values["saving"], "every": Every(**values["saving"]["every"])}
-        return Settings(**{**values, "compute": Compute(**values["compute"]), "saving": Saving(**saving)})
-
-
-def slots(cluster: Cluster, settings: Settings) -> int:
-    """How many runs train at a time on the cluster."""
-    needs = {"CPU": settings.cpus_per_run, **({"GPU": settings.gpus_per_run} if settings.gpus_per_run else {}), **settings.resources}
-    has = {**cluster.resources, "CPU": cluster.cpus, "GPU": cluster.gpus}
-    return int(min(has.get(name, 0.0) / (amount * settings.workers) for name, amount in needs.items()) + 1e-9)
 
 
 def run_all(
@@ -175,7 +153,7 @@ def _when_one_is_free(runs: list[PlannedRun], settings: Settings, signals: StopS
     while runs and not signals.seen():
         left = []
         for run in runs:
-            files = RunFiles.of(Path(settings.checkpoints), run.spec, str(run.run_id))
+            files = RunFiles.of(settings.checkpoints, run.spec, str(run.run_id))
             try:
                 with RunKeeper(files, settings.saving) as keeper:
                     if keeper.result is None:
@@ -191,16 +169,17 @@ def _when_one_is_free(runs: list[PlannedRun], settings: Settings, signals: StopS
 
 def _tuner(runs: list[PlannedRun], record: Path, settings: Settings, cluster: Cluster, callbacks: list[Callback], stop_flag: Any) -> Tuner:
     return Tuner(
-        tune.with_resources(_trial, _trial_resources(settings)),
+        tune.with_resources(_trial, _trial_resources(settings.placement)),
         param_space={
-            "run": tune.grid_search([{"spec": dataclasses.asdict(run.spec), "run_id": run.run_id} for run in runs]),
-            "settings": dataclasses.asdict(settings),
+            # Tune names a trial while objects in its config are placeholders still.
+            "run": tune.grid_search([{"spec": run.spec, "run_id": run.run_id, "name": _name(run.spec)} for run in runs]),
+            "settings": settings,
             "stop_flag": stop_flag,
         },
         tune_config=TuneConfig(
             # Trials that wait for workers must not take what these need; others are held back by what they take.
-            max_concurrent_trials=slots(cluster, settings) if settings.workers > 1 else None,
-            reuse_actors=settings.workers == 1,
+            max_concurrent_trials=settings.placement.slots(cluster) if settings.placement.workers > 1 else None,
+            reuse_actors=settings.placement.workers == 1,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -214,23 +193,21 @@ def _tuner(runs: list[PlannedRun], record: Path, settings: Settings, cluster: Cl
     )
 
 
-def _trial_resources(settings: Settings) -> dict[str, float]:
-    return {"CPU": _WAITING_CPU} if settings.workers > 1 else worker_resources(settings, settings.cpus_per_run)
+def _trial_resources(placement: Placement) -> dict[str, float]:
+    return {"CPU": _WAITING_CPU} if placement.workers > 1 else placement.worker_resources()
 
 
-def worker_resources(settings: Settings, cpus: float) -> dict[str, float]:
-    """What Ray keeps for one process that trains."""
-    return {"CPU": cpus, **({"GPU": settings.gpus_per_run} if settings.gpus_per_run else {}), **settings.resources}
+def _name(spec: RunSpec) -> str:
+    return f"{spec.model}_{spec.size}_{spec.dataset}_seed{spec.seed}"
 
 
 def _trial_name(trial: Any) -> str:
-    spec = RunSpec(**trial.config["run"]["spec"])
-    return f"{spec.model}_{spec.size}_{spec.dataset}_seed{spec.seed}_{trial.trial_id}"
+    return f"{trial.config['run']['name']}_{trial.trial_id}"
 
 
 def _trial(config: dict[str, Any]) -> None:
     """One Tune trial: tries of a run, until it has ended, is stopped or given up."""
-    settings, spec, run_id = Settings.of(config["settings"]), RunSpec(**config["run"]["spec"]), config["run"]["run_id"]
+    settings, spec, run_id = config["settings"], config["run"]["spec"], config["run"]["run_id"]
     should_stop = _should_stop(config["stop_flag"])
     tries = _Tries(settings, run_id)
     reason, limit = "its process died", _TRIES
@@ -243,7 +220,7 @@ def _trial(config: dict[str, Any]) -> None:
         if number > 1:
             time.sleep(min(2.0 ** (number - 2), _LONGEST_PAUSE))
         try:
-            _trainer(_of_try(config, number), settings).fit()
+            _trainer(_of_try(config, number), settings.placement).fit()
             tries.forget()  # done, stopped, or somebody else has the run
             return
         except Exception as error:
@@ -265,19 +242,21 @@ def _cause(error: Exception) -> BaseException:
 
 def _of_try(config: dict[str, Any], number: int) -> dict[str, Any]:
     """A run's config for its first, second, … try."""
-    saving = {**config["settings"]["saving"], "needs_storage": number <= _TRIES}
-    return {**config, "settings": {**config["settings"], "saving": saving}}
+    settings = config["settings"]
+    saving = dataclasses.replace(settings.saving, needs_storage=number <= _TRIES)
+    return {**config, "settings": dataclasses.replace(settings, saving=saving)}
 
 
-def _trainer(config: dict[str, Any], settings: Settings) -> TorchTrainer:
+def _trainer(config: dict[str, Any], placement: Placement) -> TorchTrainer:
     """A TorchTrainer around the loop."""
-    if settings.workers == 1:
-        scaling, run_config = ScalingConfig(num_workers=0, use_gpu=settings.gpus_per_run > 0), None
+    use_gpu = bool(placement.gpus_per_run)
+    if placement.workers == 1:
+        scaling, run_config = ScalingConfig(num_workers=0, use_gpu=use_gpu), None
     else:
         scaling = ScalingConfig(
-            num_workers=settings.workers,
-            use_gpu=settings.gpus_per_run > 0,
-            resources_per_worker=worker_resources(settings, settings.cpus_per_run - _WAITING_CPU),
+            num_workers=placement.workers,
+            use_gpu=use_gpu,
+            resources_per_worker=placement.worker_resources(placement.cpus_per_run - _WAITING_CPU),
         )
         name = f"workers-{uuid.uuid4().hex[:8]}"
         run_config = ray_train.RunConfig(storage_path=tune.get_context().get_trial_dir(), name=name, callbacks=[TuneReportCallback()])
@@ -286,13 +265,14 @@ def _trainer(config: dict[str, Any], settings: Settings) -> TorchTrainer:
 
 def _worker(config: dict[str, Any]) -> None:
     """One training process: the shared loop, told where to report."""
-    settings, spec = Settings.of(config["settings"]), RunSpec(**config["run"]["spec"])
-    alone = settings.workers == 1
+    settings, spec = config["settings"], config["run"]["spec"]
+    placement: Placement = settings.placement
+    alone = placement.workers == 1
     report = tune.report if alone else ray_train.report
-    if not settings.gpus_per_run:
-        torch.set_num_threads(settings.cpus_per_run)
+    if not placement.gpus_per_run:
+        torch.set_num_threads(placement.cpus_per_run)
 
-    gauges = RunGauges(spec, config["run"]["run_id"], dollars_per_second(settings))
+    gauges = RunGauges(spec, config["run"]["run_id"], placement.dollars_per_second)
 
     def on_steps(steps: list[Step], total: int) -> None:
         last = steps[-1]
@@ -306,10 +286,10 @@ def _worker(config: dict[str, Any]) -> None:
         start = time.perf_counter()
         result = train(
             spec,
-            Path(settings.checkpoints),
+            settings.checkpoints,
             data_root=settings.data_root,
-            device=(None if settings.gpus_per_run else "cpu") if alone else get_device(),
-            compute=dataclasses.replace(settings.compute, memory_share=memory_share(settings)),
+            device=(None if placement.gpus_per_run else "cpu") if alone else get_device(),
+            compute=dataclasses.replace(settings.compute, memory_share=placement.memory_share),
             on_steps=on_steps,
             on_preparing=(lambda: report({"preparing": True})) if alone else None,
             saving=settings.saving,
@@ -341,7 +321,7 @@ def _should_stop(stop_flag: Any) -> Callable[[], bool]:
 
 
 def _tries_folder(settings: Settings) -> Path:
-    return Path(settings.checkpoints) / ".state" / f"tries-{settings.study}"
+    return settings.checkpoints / ".state" / f"tries-{settings.study}"
 
 
 class _Tries:
@@ -349,7 +329,7 @@ class _Tries:
 
     def __init__(self, settings: Settings, run_id: str):
         self._file = _tries_folder(settings) / run_id
-        self._states = StateFolder(Path(settings.checkpoints), run_id)
+        self._states = StateFolder(settings.checkpoints, run_id)
         self._noted: list[str] = []
 
     def count(self) -> int:
@@ -372,7 +352,7 @@ class _Tries:
 def _last_lines(settings: Settings, spec: RunSpec, run_id: str) -> str:
     """The end of a run's log, for the report of its failure."""
     try:
-        lines = RunFiles.of(Path(settings.checkpoints), spec, run_id).log.read_text(errors="replace").splitlines()
+        lines = RunFiles.of(settings.checkpoints, spec, run_id).log.read_text(errors="replace").splitlines()
     except OSError:
         return ""
     return "; its log ends: " + " | ".join(lines[-3:])
@@ -380,18 +360,3 @@ def _last_lines(settings: Settings, spec: RunSpec, run_id: str) -> str:
 
 def _pace(spec: RunSpec, last: Step) -> float:
     return last.step * spec.protocol.batch_size / max(last.seconds, 1e-9)
-
-
-def memory_share(settings: Settings) -> float:
-    """The part of its device's memory that a run may count on."""
-    if settings.gpus_per_run:
-        return min(settings.gpus_per_run, 1.0)
-    return min(1.0, settings.cpus_per_run / cpus())
-
-
-def dollars_per_second(settings: Settings) -> float | None:
-    """What a run's devices cost; None where the price is unknown."""
-    if settings.price is None:
-        return None
-    share = settings.gpus_per_run or memory_share(settings)
-    return settings.price / 3600 * share * settings.workers

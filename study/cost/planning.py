@@ -10,21 +10,20 @@ from typing import TYPE_CHECKING
 
 from diffvit.errors import UserError
 from diffvit.ledger.spec import overrides_text
-from study.options import StudyOptions, computing, connect_cluster, local_device, local_precision, precision_on, settings_of
+from study.options import StudyOptions, connect_cluster
 from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
 from study.shard import own_share
 from study.text import columns, say, significant
 
 if TYPE_CHECKING:
     from study.cluster.connect import Cluster
-    from study.cluster.runner import Settings
     from study.cost.devices import Machine
     from study.cost.forecast import StudyForecast
 
 
 def dry_run_table(options: StudyOptions) -> str:
     """The runs of a study with their costs, as text. Data sets need not be at hand."""
-    specs = options.runs(local_precision(options))
+    specs = options.on(None).runs()
     fingerprints = load_fingerprints(specs, options.data_root, required=False)
     runs = own_share(plan_runs(specs, options.checkpoints, fingerprints), options.shard)
     header = (
@@ -47,15 +46,12 @@ def dry_run_table(options: StudyOptions) -> str:
     return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
 
 
-def plan_study(
-    options: StudyOptions, gpu: str | None = None, gpus: int = 1, price: float | None = None, probe_seconds: float | None = None
-) -> StudyForecast:
+def plan_study(options: StudyOptions, gpu: str | None = None, gpus: int = 1, probe_seconds: float | None = None) -> StudyForecast:
     """What a study will take, from measurements or a data sheet. Data sets need not be at hand, unless they are measured with.
 
     Args:
         gpu: a name in study.cost.devices.SHEETS; None: the machine at hand.
         gpus: how many of it; machines, where the device is a CPU.
-        price: of one of them, per hour.
         probe_seconds: measure the machine at hand first, so long for each cell.
 
     Raises:
@@ -70,16 +66,18 @@ def plan_study(
     machine = None
     if probe_seconds is not None:
         machine = probe_machine(options, probe_seconds)
-        precision = machine.precision
+        options = dataclasses.replace(options, precision=machine.precision)
     else:
-        precision = sheet.precision if sheet and options.precision == "auto" else local_precision(options)
-        title = "" if sheet else local_device(options)
-        machine = _known_machine(options, sheet.names if sheet else f"^{re.escape(title)}$", precision)
+        if sheet and options.precision == "auto":
+            options = dataclasses.replace(options, precision=sheet.precision)
+        options = options.on(None)
+        title = "" if sheet else _local_device(options)
+        machine = _known_machine(options, sheet.names if sheet else f"^{re.escape(title)}$")
         sheet = sheet or sheet_of(title)
         if machine is None and sheet is None:
             hint = f"give --probe, or --gpu {'|'.join(SHEETS)}."
             raise UserError(f"nothing has been measured on this machine ({title}) for these options.", hint)
-    specs, compute = options.runs(precision), computing(options)
+    specs, compute, price = options.runs(), options.compute, options.placement.price
     runs = plan_runs(specs, options.checkpoints, load_fingerprints(specs, options.data_root, required=False))
     if machine is not None:
         place = measured_place(machine, runs, gpus, compute, price)
@@ -100,39 +98,46 @@ def probe_machine(options: StudyOptions, seconds: float) -> Machine:
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
         cluster = connect_cluster(stack, options)
-        specs = options.runs(precision_on(cluster, options))
+        options = options.on(cluster)
+        specs = options.runs()
         from study.cost.probe import probe
 
         loading = time.monotonic()
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
         begun += time.monotonic() - loading  # it may be the first time; what it takes later is measured where runs are
         runs = plan_runs(specs, options.checkpoints, fingerprints)
-        machine = probe(runs, settings_of(options, cluster), cluster, begun, seconds, say)
+        machine = probe(runs, options.settings(), cluster, begun, seconds, say)
         return keep_machine(machine, lambda text: say(f"warning: {text}"))
 
 
-def _known_machine(options: StudyOptions, names: str, precision: str) -> Machine | None:
+def _known_machine(options: StudyOptions, names: str) -> Machine | None:
     """What was measured earlier of a device whose name fits."""
     from study.cost.devices import find_machine
 
-    return find_machine(names, precision, options.cpus_per_run, computing(options))
+    return find_machine(names, options.precision, options.placement.cpus_per_run, options.compute)
 
 
-def expected_forecast(options: StudyOptions, runs: list[PlannedRun], settings: Settings, cluster: Cluster) -> StudyForecast | None:
+def _local_device(options: StudyOptions) -> str:
+    """The name of this machine's device that the study would train on."""
+    from diffvit.machine.device import device_title, resolve_device
+
+    return device_title(resolve_device(options.placement.device))
+
+
+def expected_forecast(options: StudyOptions, runs: list[PlannedRun], cluster: Cluster) -> StudyForecast | None:
     """What the study will take on its cluster; None where nothing is known of the cluster's devices, or a group trains a run."""
     from study.cluster.nodes import gpu_title
-    from study.cluster.runner import slots
     from study.cost.devices import sheet_of
     from study.cost.forecast import forecast_study, measured_place, sheet_place
 
-    if settings.workers > 1:
+    if options.placement.workers > 1:
         return None
-    title = gpu_title() if settings.gpus_per_run else local_device(dataclasses.replace(options, gpus_per_run=0))
-    machine, sheet = _known_machine(options, f"^{re.escape(title)}$", runs[0].spec.precision), sheet_of(title)
+    title = gpu_title() if options.placement.gpus_per_run else _local_device(options)
+    machine, sheet = _known_machine(options, f"^{re.escape(title)}$"), sheet_of(title)
     if machine:
-        place = measured_place(machine, runs, 1, settings.compute, None)
+        place = measured_place(machine, runs, 1, options.compute, None)
     elif sheet:
-        place = sheet_place(sheet, 1, settings.compute, None)
+        place = sheet_place(sheet, 1, options.compute, None)
     else:
         return None
-    return forecast_study(runs, dataclasses.replace(place, slots=slots(cluster, settings)), options.checkpoints)
+    return forecast_study(runs, dataclasses.replace(place, slots=options.placement.slots(cluster)), options.checkpoints)

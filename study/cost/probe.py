@@ -33,9 +33,10 @@ from diffvit.machine.device import device_memory, device_title, resolve_device
 from diffvit.protocol import Protocol, images_in_steps
 from diffvit.vit import VisionTransformer, build_model
 from study.cluster.connect import Cluster
-from study.cluster.runner import Settings, memory_share, slots, worker_resources
+from study.cluster.runner import Settings
 from study.cost.devices import CellRate, Machine, how
 from study.cost.forecast import cell_of
+from study.placement import Placement
 from study.plan import PlannedRun
 
 # Steps are tried with more and more images, until one takes so much of a cell's time.
@@ -59,37 +60,38 @@ def probe(
     cells = {cell_of(run.spec): run for run in runs}
     datasets = dict.fromkeys(run.spec.dataset for run in runs)
     probers = [
-        ray.remote(num_cpus=0)(_Prober).options(resources=needs, num_cpus=cpus, num_gpus=gpus).remote(dataclasses.asdict(settings))
-        for cpus, gpus, needs in [_placement(settings)] * at_once(cluster, settings)
+        ray.remote(num_cpus=0)(_Prober).options(resources=needs, num_cpus=cpus, num_gpus=gpus).remote(settings)
+        for cpus, gpus, needs in [_resources(settings.placement)] * at_once(cluster, settings.placement)
     ]
     facts = ray.get([prober.facts.remote() for prober in probers])[0]
     start = time.monotonic() - begun
     loading = {name: _mean(ray.get([prober.load.remote(name) for prober in probers])) for name in datasets}
     smallest = min(cells.values(), key=lambda run: run.forward_flops).spec
-    start += _mean(ray.get([prober.warm_up.remote(dataclasses.asdict(smallest)) for prober in probers]))
+    start += _mean(ray.get([prober.warm_up.remote(smallest) for prober in probers]))
     rates = {}
     for number, (cell, run) in enumerate(cells.items(), start=1):
         say(f"measuring {number} of {len(cells)}: {run.spec.model} {run.spec.size} {run.spec.dataset}")
-        found = ray.get([prober.measure.remote(dataclasses.asdict(run.spec), seconds) for prober in probers])
+        found = ray.get([prober.measure.remote(run.spec, seconds) for prober in probers])
         means = {name: _mean([each[name] for each in found]) for name in ("train", "evaluate", "start")}
         date = datetime.datetime.now(datetime.UTC).date().isoformat()
         rates[cell] = CellRate(**means, images=min(each["images"] for each in found), flops=run.forward_flops, date=date)
     return Machine(
-        **facts, precision=runs[0].spec.precision, threads=settings.cpus_per_run, at_once=len(probers), computing=how(settings.compute),
+        **facts, precision=runs[0].spec.precision, threads=settings.placement.cpus_per_run, at_once=len(probers),
+        computing=how(settings.compute),
         start=start, load=loading, cells=rates,
     )  # fmt: skip
 
 
-def at_once(cluster: Cluster, settings: Settings) -> int:
+def at_once(cluster: Cluster, placement: Placement) -> int:
     """How many runs a study trains at a time on one GPU, or on one machine where it trains on CPUs."""
-    if settings.gpus_per_run:
-        return max(1, int(1 / settings.gpus_per_run + 1e-9))
-    return max(1, slots(cluster, dataclasses.replace(settings, workers=1)) // cluster.nodes)
+    if placement.gpus_per_run:
+        return max(1, int(1 / placement.gpus_per_run + 1e-9))
+    return max(1, dataclasses.replace(placement, workers=1).slots(cluster) // cluster.nodes)
 
 
-def _placement(settings: Settings) -> tuple[float, float, dict[str, float]]:
+def _resources(placement: Placement) -> tuple[float, float, dict[str, float]]:
     """CPUs, GPUs and custom resources of a process that measures."""
-    needs = worker_resources(settings, settings.cpus_per_run)
+    needs = placement.worker_resources()
     return needs.pop("CPU"), needs.pop("GPU", 0), needs
 
 
@@ -100,33 +102,33 @@ def _mean(values: list[float]) -> float:
 class _Prober:
     """A process in the place of one that trains."""
 
-    def __init__(self, settings: dict[str, Any]):
-        self._settings = Settings.of(settings)
-        if not self._settings.gpus_per_run:
-            torch.set_num_threads(self._settings.cpus_per_run)
-        self._device = resolve_device(None if self._settings.gpus_per_run else "cpu")
-        self._compute = dataclasses.replace(self._settings.compute, memory_share=memory_share(self._settings))
+    def __init__(self, settings: Settings):
+        placement = settings.placement
+        self._data_root = settings.data_root
+        if not placement.gpus_per_run:
+            torch.set_num_threads(placement.cpus_per_run)
+        self._device = resolve_device(None if placement.gpus_per_run else "cpu")
+        self._compute = dataclasses.replace(settings.compute, memory_share=placement.memory_share)
 
     def facts(self) -> dict[str, Any]:
         return {"device_name": device_title(self._device), "device": self._device.type, "memory": device_memory(self._device)}
 
     def load(self, dataset: str) -> float:
         start = time.perf_counter()
-        load(dataset, self._settings.data_root)
+        load(dataset, self._data_root)
         return time.perf_counter() - start
 
-    def warm_up(self, spec: dict[str, Any]) -> float:
+    def warm_up(self, run: RunSpec) -> float:
         """Seconds of the first steps in this process, which import and set up much that later ones find there."""
-        run, start = RunSpec(**spec), time.perf_counter()
+        start = time.perf_counter()
         protocol = dataclasses.replace(run.protocol, max_steps=None, epochs=10**6)
         model = build_model(run.model, run.size, protocol).to(self._device)
-        data = load(run.dataset, self._settings.data_root)
+        data = load(run.dataset, self._data_root)
         _step_seconds(partial(_marks, model, data, precision=run.precision, micro_batch=1), protocol, images=1)
         return time.perf_counter() - start
 
-    def measure(self, spec: dict[str, Any], seconds: float) -> dict[str, Any]:
-        run = RunSpec(**spec)
-        return measure_cell(run, load(run.dataset, self._settings.data_root), self._device, self._compute, seconds)
+    def measure(self, run: RunSpec, seconds: float) -> dict[str, Any]:
+        return measure_cell(run, load(run.dataset, self._data_root), self._device, self._compute, seconds)
 
 
 def measure_cell(spec: RunSpec, data: Dataset, device: torch.device, compute: Compute, seconds: float) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from diffvit.ledger.verify import verify_run
 from diffvit.loop.fit import Stopped
 from diffvit.machine.device import resolve_device
 from diffvit.train import train
-from study.cluster.runner import Settings, memory_share, worker_resources
+from study.cluster.runner import Settings
 
 _STEPS = 2
 
@@ -86,13 +86,13 @@ def rehearse(specs: Sequence[RunSpec], settings: Settings, hear: Callable[[Rehea
     Raises:
         UserError: the checkpoints folder cannot be written, or the storage does not answer.
     """
-    with _folders(settings) as place:
-        needs = worker_resources(place, place.cpus_per_run)
+    with _folders(settings) as own:
+        needs = own.placement.worker_resources()
         # A process of its own for each, so that its memory is its own and its end ends nothing else.
         task = ray.remote(max_calls=1, max_retries=0)(_rehearse_cell).options(
             num_cpus=needs.pop("CPU"), num_gpus=needs.pop("GPU", 0), resources=needs
         )
-        titles = {task.remote(dataclasses.asdict(spec), dataclasses.asdict(place)): _title(spec) for spec in specs}
+        titles = {task.remote(spec, own): _title(spec) for spec in specs}
         found, waiting = {}, list(titles)
         while waiting:
             (ended,), waiting = ray.wait(waiting)
@@ -119,7 +119,7 @@ def _outcome(task: Any, title: str) -> Rehearsed:
 @contextlib.contextmanager
 def _folders(settings: Settings) -> Iterator[Settings]:
     """The settings with a checkpoints folder and a storage of their own, on the same disk and in the same storage, removed at the end."""
-    checkpoints = Path(settings.checkpoints)
+    checkpoints = settings.checkpoints
     made = [folder for folder in (checkpoints / ".state", checkpoints, *checkpoints.parents) if not folder.exists()]
     name = f"rehearsal-{uuid.uuid4().hex[:8]}"
     own = checkpoints / ".state" / name
@@ -130,7 +130,7 @@ def _folders(settings: Settings) -> Iterator[Settings]:
         check_lockable(own)
         if url:
             open_storage(url).check()
-        yield dataclasses.replace(settings, checkpoints=str(own), saving=saving)
+        yield dataclasses.replace(settings, checkpoints=own, saving=saving)
     finally:
         shutil.rmtree(own, ignore_errors=True)
         for folder in made:
@@ -140,15 +140,15 @@ def _folders(settings: Settings) -> Iterator[Settings]:
             open_storage(url).remove_all()
 
 
-def _rehearse_cell(spec: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _rehearse_cell(spec: RunSpec, settings: Settings) -> dict[str, Any]:
     """A Ray task: the fields of a Rehearsed but for the title. What fails is told, not raised."""
-    place = Settings.of(settings)
-    if not place.gpus_per_run:
-        torch.set_num_threads(place.cpus_per_run)
-    device = resolve_device(None if place.gpus_per_run else "cpu")
+    placement = settings.placement
+    if not placement.gpus_per_run:
+        torch.set_num_threads(placement.cpus_per_run)
+    device = resolve_device(None if placement.gpus_per_run else "cpu")
     start, parts, fault = time.perf_counter(), [], ""
     try:
-        for part in _parts(RunSpec(**spec), place, device):
+        for part in _parts(spec, settings, device):
             parts.append(part)
     except UserError as error:
         fault = error.message
@@ -159,10 +159,10 @@ def _rehearse_cell(spec: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
 
 def _parts(spec: RunSpec, settings: Settings, device: torch.device) -> Iterator[str]:
     """Does one part after the other and says each that is done."""
-    checkpoints = Path(settings.checkpoints)
+    checkpoints = settings.checkpoints
     how: dict[str, Any] = {
         "data_root": settings.data_root, "device": device, "saving": settings.saving,
-        "compute": dataclasses.replace(settings.compute, memory_share=memory_share(settings)),
+        "compute": dataclasses.replace(settings.compute, memory_share=settings.placement.memory_share),
     }  # fmt: skip
     try:
         result = train(spec, checkpoints, should_stop=lambda: True, **how)
