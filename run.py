@@ -321,16 +321,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 
         paths = finished_checkpoints(checkpoints, grid, epochs, dataset)
     else:
-        if not (run_id or (model and size and dataset)) or (size and not dataset):
-            raise UserError("which model is not said.", "give --model, --size and --dataset, or --grid, or --run_id.")
-        from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
-
-        dataset = resolve_dataset(dataset) if dataset else None
-        model, size = resolve_model(model) if model else None, resolve_size(size, dataset) if size and dataset else None
-        from diffvit.evaluation import find_checkpoint
-
-        say = functools.partial(click.echo, err=True)
-        paths = [find_checkpoint(checkpoints, model, size, dataset, run_id=run_id, seed=seed, overrides=overrides, on_choice=say)]
+        paths = [_one_checkpoint(checkpoints, model, size, dataset, run_id, seed, overrides)]
     from diffvit.machine.device import resolve_device
 
     place = resolve_device(device)
@@ -342,16 +333,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
     report = evaluate_checkpoint(paths[0], limit=limit, device=place, **how)
     for warning in report["warnings"]:
         _warn(warning)
-    if as_json:
-        click.echo(json.dumps(report, indent=1))
-        return
-    click.echo(f"{paths[0]}")
-    click.echo(f"test accuracy  {100 * report['accuracy']:.2f} % of {report['images']} images")
-    click.echo(f"test loss      {report['loss']:.4f}")
-    width = max(len(row["class"]) for row in report["classes"])
-    for row in report["classes"]:
-        if row["images"]:
-            click.echo(f"  {row['class']:<{width}}  {100 * row['accuracy']:6.2f} % of {row['images']:4d}  loss {row['loss']:.4f}")
+    click.echo(json.dumps(report, indent=1) if as_json else "\n".join([str(paths[0]), *_evaluation_lines(report)]))
 
 
 @cli.command()
@@ -547,6 +529,21 @@ def list_runs(grid: str | None, dataset: str | None, seeds: int | None, epochs: 
 # -------------------------------------------------------------------------------------------------------- helpers
 
 
+def _one_checkpoint(checkpoints: Path, model: str | None, size: str | None, dataset: str | None, run_id: str | None, seed: int | None,
+                    overrides: dict[str, Any]) -> Path:  # fmt: skip
+    """The weights of the run that is named so far. Raises UserError."""
+    if not (run_id or (model and size and dataset)) or (size and not dataset):
+        raise UserError("which model is not said.", "give --model, --size and --dataset, or --grid, or --run_id.")
+    from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
+
+    dataset = resolve_dataset(dataset) if dataset else None
+    model, size = resolve_model(model) if model else None, resolve_size(size, dataset) if size and dataset else None
+    from diffvit.evaluation import find_checkpoint
+
+    say = functools.partial(click.echo, err=True)
+    return find_checkpoint(checkpoints, model, size, dataset, run_id=run_id, seed=seed, overrides=overrides, on_choice=say)
+
+
 def _find_out(paths: list[Path], kinds: list[str], as_json: bool, **how: Any) -> None:
     """Findings about checkpoints, each as lines or all as JSON."""
     from diffvit.findings.kept import find_out
@@ -563,6 +560,17 @@ def _find_out(paths: list[Path], kinds: list[str], as_json: bool, **how: Any) ->
             click.echo("\n".join([str(path), *_finding_lines(findings)]))
     if as_json:
         click.echo(json.dumps(all_findings, indent=1))
+
+
+def _evaluation_lines(report: dict[str, Any]) -> list[str]:
+    """The accuracy and loss of a model, in all and per class."""
+    width = max(len(row["class"]) for row in report["classes"])
+    return [
+        f"test accuracy  {100 * report['accuracy']:.2f} % of {report['images']} images",
+        f"test loss      {report['loss']:.4f}",
+        *(f"  {row['class']:<{width}}  {100 * row['accuracy']:6.2f} % of {row['images']:4d}  loss {row['loss']:.4f}"
+          for row in report["classes"] if row["images"]),
+    ]  # fmt: skip
 
 
 def _finding_lines(findings: dict[str, Any]) -> list[str]:
