@@ -213,20 +213,17 @@ def test_the_users_settings_change_nothing(tmp_path: Path) -> None:
         assert rcParams["font.size"] == 22  # and are as they were
 
 
-@pytest.mark.parametrize("settings", ["a backend that is not installed", "a damaged settings file", "no folder of its own", "a file here"])
-def test_matplotlib_is_imported_whatever_the_users_settings(settings: str, tmp_path: Path) -> None:
-    odd = "\n".join(f"{key}: {value}" for key, value in _ODD.items()) + "\nno.such.key: 1\nno colon\nbackend: abacus\n"
-    changed: dict[str, str] = {}
-    if settings == "a backend that is not installed":
-        changed["MPLBACKEND"] = "module://no_such_module.backend_inline"
-    elif settings == "a damaged settings file":
+@pytest.mark.parametrize("damaged", [True, False])
+def test_matplotlib_is_imported_whatever_the_users_settings(damaged: bool, tmp_path: Path) -> None:
+    if damaged:  # a settings file of theirs
         (tmp_path / "damaged").write_bytes(b"text.usetex: \xff\xfe")
-        changed |= {"MATPLOTLIBRC": str(tmp_path / "damaged"), "MPLBACKEND": "abacus"}
-    elif settings == "no folder of its own":
-        (tmp_path / "file").touch()
-        changed["MPLCONFIGDIR"] = str(tmp_path / "file" / "below")
-    else:
+        changed = {"MATPLOTLIBRC": str(tmp_path / "damaged"), "MPLBACKEND": "abacus"}
+    else:  # odd ones in this folder, a backend that is not installed, and no folder of their own
+        odd = "\n".join(f"{key}: {value}" for key, value in _ODD.items()) + "\nno.such.key: 1\nno colon\nbackend: abacus\n"
         (tmp_path / "matplotlibrc").write_text(odd)
+        (tmp_path / "file").touch()
+        backend = "module://no_such_module.backend_inline"
+        changed = {"MPLBACKEND": backend, "MPLCONFIGDIR": str(tmp_path / "file" / "below")}
     tests = Path(__file__).parent
     code = "import sys; from pathlib import Path; from test_figures import _every_kind; _every_kind(Path('drawn'))"
     # Tests import pytest, whose plugins may import matplotlib: the module that draws comes first, as in a command.

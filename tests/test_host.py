@@ -177,7 +177,7 @@ def test_a_home_is_not_lent_in_somebody_elses_folder(tmp_path: Path, nobody: dic
 
 
 def test_commands_work_without_a_home(tmp_path: Path, nobody: dict[str, str]) -> None:
-    for command in (TRIAL, ("plan", "--gpu", "h100"), ("evaluate", *SMALL), ("list",)):
+    for command in (TRIAL, ("plan", "--gpu", "h100")):
         process = run_py(tmp_path, *command, HOME="", UNWRITABLE="/", **nobody)
         with ending(process):
             _, errors = process.communicate(timeout=100)
