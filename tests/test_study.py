@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import Step, TrainingLog, read_log
 from diffvit.ledger.results import read_results
 from diffvit.ledger.spec import RunSpec
+from diffvit.train import train
 from study.cluster.address import find_address
 from study.cluster.connect import Cluster, connect
 from study.cluster.display import StudyDisplay
@@ -181,14 +181,14 @@ def test_flags_name_what_differs(finished, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_group_gives_the_losses_of_one_worker(cluster: Cluster, finished, tmp_path: Path) -> None:
+def test_a_worker_group_gives_the_losses_of_one_worker(cluster: Cluster, tmp_path: Path) -> None:
     grid = dataclasses.replace(TINY, models=("vit_differential",))
-    reports = _study(grid, tmp_path, cluster, workers=2)
-    two = run_table(tmp_path).iloc[0]
-    one = run_table(finished[0]).set_index("run_id").loc[two.run_id]
-    assert (one.workers, two.workers) == (1, 2)
+    train(grid.runs()[0], tmp_path / "one", device="cpu")
+    reports = _study(grid, tmp_path / "two", cluster, workers=2)
+    one, two = (run_table(tmp_path / folder).iloc[0] for folder in ("one", "two"))
+    assert (one.workers, two.workers) == (1, 2) and one.run_id == two.run_id
     assert [report["test_accuracy"] for report in reports.values()] == [two.test_accuracy]
-    files = [RunFiles(folder, two.model, two.run_id, two["size"], two.dataset) for folder in (finished[0], tmp_path)]
+    files = [RunFiles(tmp_path / folder, two.model, two.run_id, two["size"], two.dataset) for folder in ("one", "two")]
     logs = [read_log(each.log)[["train_loss", "val_loss"]] for each in files]
     pd.testing.assert_frame_equal(*logs, rtol=2e-4, atol=1e-5)
 
@@ -379,89 +379,19 @@ TWO_RUNS = "datasets: [digits]\nsizes: [small]\noverrides: {max_steps: 3}\n"
 STUDY = ("study", "--grid", "two.yaml", "--address", "local")
 
 
-def _command(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
-        cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
-
-
-def test_the_command_from_start_to_end(tmp_path: Path) -> None:
+def test_the_command_from_start_to_end(tmp_path: Path, cli) -> None:
     (tmp_path / "two.yaml").write_text(TWO_RUNS)
-    first = _command(tmp_path, *STUDY)
+    first = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *STUDY], cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False
+    )
     assert first.returncode == 0, first.stderr
-    assert "started a local Ray: 1 node" in first.stderr and "dashboard http://" in first.stderr
+    assert "started a local Ray: 1 node" in first.stderr and "dashboard http://" in first.stderr and "cost: " not in first.stderr
     assert first.stdout.count("vit_") == 2
     assert len(pd.read_csv(tmp_path / "checkpoints/two_runs.csv")) == 2
     assert len(pd.read_csv(tmp_path / "checkpoints/two_steps.csv")) == 6
     assert len(list((tmp_path / "checkpoints/figures").iterdir())) == 14
 
-    again = _command(tmp_path, *STUDY)
-    assert again.returncode == 0
-    assert "all 2 runs are done already" in again.stderr
-    assert again.stdout == first.stdout
-
-
-@pytest.mark.slow
-def test_a_study_with_a_failed_run_says_which_and_carries_on(tmp_path: Path) -> None:
-    (tmp_path / "two.yaml").write_text(TWO_RUNS)
-    fault = RunFiles.of(
-        tmp_path / "checkpoints", spec := RunSpec.of("vit_classic", "small", "digits", overrides={"max_steps": 3}), _run_id(spec)
-    ).log
-    fault.mkdir(parents=True)  # a folder where the log has to go
-    failed = _command(tmp_path, *STUDY)
-    assert failed.returncode == 1
-    assert "1 of 2 runs failed" in failed.stderr
-    assert "IsADirectoryError" in failed.stderr
-    assert "vit_classic 0.1M digits seed 0" in failed.stderr and "study --grid two.yaml" in failed.stderr
-    assert failed.stdout.count("vit_") == 1
-    fault.rmdir()
-    assert _command(tmp_path, *STUDY).stdout.count("vit_") == 2
-
-
-def _run_id(spec: RunSpec) -> str:
-    return spec.run_id(load_fingerprints([spec], None, required=True)[spec.dataset])
-
-
-@pytest.mark.slow
-def test_a_running_cluster_is_joined_and_left_running(tmp_path: Path) -> None:
-    ray = Path(sys.executable).with_name("ray")
-    # A folder of its own, so that a cluster of the user's is neither found nor touched; short, for the sake of sockets.
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="rt") as folder:
-        environment = {**os.environ, "RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
-        start = [str(ray), "start", "--head", "--port=6397", "--num-cpus=2", "--num-gpus=0", "--include-dashboard=false", "--block"]
-        head = subprocess.Popen(start, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            _wait_for(Path(folder) / "ray/ray_current_cluster", head)
-            (tmp_path / "one.yaml").write_text("datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\noverrides: {max_steps: 2}\n")
-            outcome = _command(tmp_path, "study", "--grid", "one.yaml", RAY_TMPDIR=folder)
-            assert outcome.returncode == 0, outcome.stderr
-            assert outcome.stderr.startswith("joined the Ray cluster at ")
-            assert "1 node, 0 GPUs, 2 CPUs" in outcome.stderr
-            assert head.poll() is None  # it was not ours to end
-        finally:
-            _end(head)
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends a `ray start --block` with all that it started, and nothing else (`ray stop` would end every Ray there is)."""
-    import psutil
-
-    started = [process, *psutil.Process(process.pid).children(recursive=True)] if process.poll() is None else []
-    for each in started:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            each.kill()
-    process.wait(30)
-
-
-def _wait_for(path: Path, process: subprocess.Popen) -> None:
-    import time
-
-    for _ in range(600):
-        if path.is_file():
-            return
-        assert process.poll() is None, "ray start ended"
-        time.sleep(0.1)
-    raise AssertionError(f"{path} did not appear")
+    again = cli(*STUDY)
+    assert again.code == 0
+    assert "all 2 runs are done already" in again.err
+    assert again.out == first.stdout
