@@ -118,9 +118,7 @@ def _load(name: str, data_root: Path | None) -> Dataset:
             "the copy is truncated or another data set: download it again.",
         )
     arrays, facts = cached_arrays(name, raw) if raw.cache_key else decode_arrays(name, raw)
-    splits = {
-        split: ImageSet(torch.from_numpy(arrays[f"{split}_pixels"]), torch.from_numpy(arrays[f"{split}_labels"])) for split in SPLITS
-    }
+    splits = {split: ImageSet(torch.from_numpy(arrays[f"{split}_pixels"]), torch.from_numpy(arrays[f"{split}_labels"])) for split in SPLITS}
     return Dataset(
         name=name,
         classes=tuple(raw.classes),

@@ -10,6 +10,7 @@ fixed for each data set, so a size is a depth.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -238,7 +239,5 @@ def images_in_steps(rows: int, batch_size: int, steps: int) -> int:
 
 def stable_seed(*parts: object) -> int:
     """A 63-bit seed from any printable parts: the same on every machine and in every Python process."""
-    import hashlib
-
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -22,14 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 from diffvit.checks import parse_json
 from diffvit.errors import StorageError, UserError, shown
-from diffvit.ledger.disk import listed, readable
-from diffvit.ledger.results import LONGEST_RESULT
-
-if TYPE_CHECKING:
-    from diffvit.vit import VisionTransformer
 from diffvit.hub.account import Account, find_token, parse_repository
 from diffvit.hub.client import MOST_FILES, Hub, HubFile, is_safe_name
 from diffvit.hub.http import is_missing, quiet_client
+from diffvit.ledger.disk import listed, readable
+from diffvit.ledger.results import LONGEST_RESULT
+from diffvit.ledger.weights import load_weights
+from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
+
+if TYPE_CHECKING:
+    from diffvit.vit import VisionTransformer
 
 # A commit takes so many files or bytes at most, so that an interrupted upload does not begin anew.
 _COMMIT_FILES = 50
@@ -268,9 +270,6 @@ def from_pretrained(
     Raises:
         UserError: unknown names, no such model there, or a damaged file.
     """
-    from diffvit.ledger.weights import load_weights
-    from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
-
     dataset = resolve_dataset(dataset)
     model, size = resolve_model(model), resolve_size(size, dataset)
     hub = Hub(Account(parse_repository(repository), find_token()))

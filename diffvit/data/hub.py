@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffvit.errors import UserError
+from diffvit.hub.http import offline_client
 from diffvit.ledger.disk import write_fault
 
 
@@ -55,9 +56,9 @@ _PATIENCE = 5.0  # seconds for the hub's first answer
 
 def _why_unreachable(name: str) -> str | None:
     """Asks the hub for a data set, once. Returns why there is no answer, or None if there is one: an error of the hub's is one too."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, is_offline_mode
 
-    if constants.HF_HUB_OFFLINE:
+    if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     answer: list[str | None] = []
 
@@ -80,18 +81,17 @@ def _why_unreachable(name: str) -> str | None:
 def _client_kept_quiet(offline: bool) -> Iterator[None]:
     """No raw lines of the hub's clients on stderr inside; offline, they try no network and take what they have kept."""
     import datasets
-    from huggingface_hub import constants
 
     loggers = [logging.getLogger(library) for library in ("datasets", "huggingface_hub")]
-    levels, before = [logger.level for logger in loggers], (constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
-    if offline:
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    levels, before = [logger.level for logger in loggers], datasets.config.HF_HUB_OFFLINE
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)  # what fails is raised too
     try:
-        yield
+        with offline_client() if offline else contextlib.nullcontext():
+            datasets.config.HF_HUB_OFFLINE = offline or before
+            yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        datasets.config.HF_HUB_OFFLINE = before
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 
@@ -153,6 +153,11 @@ def labels_of(part: Any, column: str, classes: int = 0) -> tuple[np.ndarray, lis
             "download the data set again.",
         )
     return numbers.astype(np.int64), names
+
+
+def fingerprint(part: Any) -> str:
+    """The hash by which `datasets` knows a split's contents."""
+    return part._fingerprint
 
 
 def image_fields(part: Any, column: str, field: str) -> Any:

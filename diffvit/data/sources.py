@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffvit.data.hub import decoded, image_fields, labels_of, load_hub
+from diffvit.data.hub import decoded, fingerprint, image_fields, labels_of, load_hub
 from diffvit.data.splits import mixed, split_rows
 from diffvit.errors import UserError
 from diffvit.protocol import protocol_of
@@ -70,7 +70,7 @@ def _cifar100(data_root: Path | None) -> Raw:
         labels=labels,
         rows={"train": train_rows, "val": val_rows, "test": test_rows},
         decode=decode,
-        cache_key=f"{train._fingerprint}{test._fingerprint}",
+        cache_key=f"{fingerprint(train)}{fingerprint(test)}",
     )
 
 
@@ -133,7 +133,7 @@ def _bach(data_root: Path | None) -> Raw:
         rows={"train": mixed(train_rows), "val": mixed(val_rows), "test": mixed(test_rows)},
         decode=decode,
         notes=notes,
-        cache_key=f"{part._fingerprint}-{size}",
+        cache_key=f"{fingerprint(part)}-{size}",
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffvit import __version__
 from diffvit.errors import StorageError, UserError, redacted, shown
 from diffvit.hub.account import Account
 from diffvit.hub.http import DamagedTransferError, asked_pause, bound_waits, is_missing, is_transient, quiet_client, status_of
@@ -78,8 +79,6 @@ class Hub:
     ):  # fmt: skip
         from huggingface_hub import HfApi
         from huggingface_hub.utils import logging
-
-        from diffvit import __version__
 
         logging.set_verbosity_error()  # it tries again by itself at times; who waits hears of it from us
 

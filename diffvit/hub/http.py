@@ -110,6 +110,18 @@ def _take_over_pause(response: Any) -> None:
 
 
 @contextlib.contextmanager
+def offline_client() -> Iterator[None]:
+    """Inside, the client tries no network and takes what it has kept."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
 def quiet_client(unless: bool = False) -> Iterator[None]:
     """No progress bars of the client's inside."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

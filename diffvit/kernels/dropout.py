@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffvit.kernels import LEVELS
 from diffvit.protocol import stable_seed
-
-LEVELS = 2**16
 
 
 class Dropout(nn.Dropout):

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffvit.kernels.dropout import Dropout, key_on
 from diffvit.kernels.fused_triton import mlp, residual_norm
-from diffvit.vit import AttentionLayer, Block
+
+if TYPE_CHECKING:
+    from diffvit.vit import AttentionLayer, Block
 
 
 def blocks_but_last(blocks: Sequence[nn.Module], x_BND: Tensor, run: Callable[..., Any]) -> tuple[Tensor, Tensor]:
@@ -26,16 +28,16 @@ def blocks_but_last(blocks: Sequence[nn.Module], x_BND: Tensor, run: Callable[..
         run: calls a function with its arguments, or does so under activation checkpointing.
     """
     stream_BND = x_BND.float()
-    normed_BND = cast(Block, blocks[0]).norm1(stream_BND)
+    normed_BND = cast("Block", blocks[0]).norm1(stream_BND)
     for each, following in itertools.pairwise(blocks):
-        stream_BND, normed_BND = run(block_and_norm, each, cast(Block, following).norm1, stream_BND, normed_BND)
+        stream_BND, normed_BND = run(block_and_norm, each, cast("Block", following).norm1, stream_BND, normed_BND)
     return stream_BND, normed_BND
 
 
 def block_and_norm(block: Block, next_norm: nn.LayerNorm, stream_BND: Tensor, normed_BND: Tensor) -> tuple[Tensor, Tensor]:
     """A block's output, and the following norm of it, from the block's input and norm1 of it. [B, N, D] all"""
     attention: Any = block.attn
-    heads_BND = cast(AttentionLayer, attention).heads_output(normed_BND)
+    heads_BND = cast("AttentionLayer", attention).heads_output(normed_BND)
     branch_BND = F.linear(heads_BND, attention.proj.weight)
     stream_BND, normed_BND = _residual_norm(stream_BND, branch_BND, attention.proj, attention.dropout, block.norm2)
     fc1, fc2, dropout = block.mlp.fc1, block.mlp.fc2, block.mlp.hidden_dropout

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffvit.kernels.dropout import LEVELS
+from diffvit.kernels import LEVELS
 
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # Values that share a call of Philox.

@@ -1,4 +1,8 @@
-"""Which Ray cluster, whether it answers, and the token that it wants."""
+"""Which Ray cluster, whether it answers, and the token that it wants.
+
+The only file that uses Ray's private modules. Ray alone tries a refused token for 20 s and then says only that it cannot connect
+(2.58 and 2.60), so the cluster's head is asked first.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,13 @@ from diffvit.errors import UserError
 def find_address(address: str | None = None) -> str:
     """host:port of the cluster to use, or "local" for one of our own.
 
-    What is given comes first, then $RAY_ADDRESS, then a cluster that `ray start` or `ray up` left on this host.
+    The given address comes first, then $RAY_ADDRESS, then a cluster that `ray start` or `ray up` left on this host.
     """
     return given_address(address) or _cluster_on_this_host() or "local"
 
 
 def given_address(address: str | None) -> str | None:
-    """The address that the user names; None: one is to be found."""
+    """The address from the argument or $RAY_ADDRESS; None where Ray would search for a cluster."""
     given = address or os.environ.get("RAY_ADDRESS")
     return given if given and given != "auto" else None
 
@@ -30,16 +34,20 @@ def _cluster_on_this_host() -> str | None:
 
     A Ray that another program started for itself is not written there, and is not ours to join: it ends with that program.
     """
-    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # where Ray keeps its sessions
     try:
-        address = (Path(folder) / "ray" / "ray_current_cluster").read_text().strip()
+        address = (ray_folder() / "ray_current_cluster").read_text().strip()
     except (OSError, ValueError):
         return None
     return address if address and gcs_answers(address) else None
 
 
+def ray_folder() -> Path:
+    """The folder in which Ray keeps its sessions and the address of this host's cluster."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
 def _channel(address: str) -> Any:
-    """A gRPC channel to a cluster's head that goes the way of Ray's own: past proxies."""
+    """A gRPC channel to a cluster's head with the options of Ray's own channels: it passes proxies by."""
     import grpc
     from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
 
@@ -59,10 +67,10 @@ def gcs_answers(address: str) -> bool:
 
 
 def ensure_token() -> None:
-    """Makes the token of a Ray of our own where Ray would, by default from 2.59; without a home folder it is kept in the environment.
+    """Create the token of a Ray of our own where Ray would, by default from 2.59. Without a home folder, keep it in the environment.
 
     Raises:
-        UserError: there is no token where the user says that there is one.
+        UserError: the environment names a token that is not there.
     """
     from ray._private.authentication import authentication_token_setup as setup
     from ray.exceptions import AuthenticationError
@@ -82,13 +90,13 @@ def ensure_token() -> None:
 
 
 def check_token(address: str, found: bool) -> None:
-    """Asks the cluster's head with the token that Ray will send. Ray by itself tries for 20 s, and then says that it cannot connect.
+    """Ask the cluster's head whether it takes the token that Ray will send.
 
     Args:
-        found: the cluster is this host's, and nobody named it. As Ray does then, the user's token is tried even without RAY_AUTH_MODE.
+        found: no address was given, and the cluster is this host's. As Ray does then, try the user's token even without RAY_AUTH_MODE.
 
     Raises:
-        UserError: there is no token where one is wanted, or it is not the cluster's.
+        UserError: the cluster wants a token and there is none, or wants another one.
     """
     from ray._private.authentication import authentication_token_setup as setup
     from ray.exceptions import AuthenticationError
@@ -116,14 +124,14 @@ def _no_token(error: Exception) -> UserError:
 
 
 def _is_taken(address: str) -> bool:
-    """Whether the cluster's head does not refuse the token that Ray sends now. What else is wrong, Ray will say."""
+    """Whether the cluster's head does not refuse the token that Ray sends now. Other faults are Ray's to report."""
     import grpc
-    from ray._private.authentication.grpc_authentication_client_interceptor import SyncAuthenticationMetadataClientInterceptor
+    from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 
+    token = tuple(AuthenticationTokenLoader.instance().get_token_for_http_header().items())
     with _channel(address) as channel:
-        asking = grpc.intercept_channel(channel, SyncAuthenticationMetadataClientInterceptor())
         try:
-            asking.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=10)
+            channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")(b"", timeout=10, metadata=token)
         except grpc.RpcError as error:
             return error.code() is not grpc.StatusCode.UNAUTHENTICATED
     return True

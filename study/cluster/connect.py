@@ -14,15 +14,15 @@ from typing import Any
 from diffvit.errors import UserError
 from diffvit.machine.host import cpus
 from diffvit.signals import kept_from_children
-from study.cluster.address import check_token, ensure_token, find_address, gcs_answers, given_address, listens
+from study.cluster.address import check_token, ensure_token, find_address, gcs_answers, given_address, listens, ray_folder
 
-# No object of a study is larger than a report of a few numbers.
+# A study's objects are reports of a few numbers.
 _OBJECT_STORE_BYTES = 200 * 1024**2
 
-# Where sockets lie in Ray's folder, and what a socket's path has room for.
+# The path of sockets in Ray's folder, and the longest path that a socket may have.
 _SOCKETS = "/session_2026-01-31_23-59-59_123456_1234567/sockets/"
 _SOCKET_BYTES = 107
-# What Ray's logs and a study's record take, with some to spare.
+# Room for Ray's logs and a study's record, with some to spare.
 _DISK_BYTES = 50 * 1024**2
 
 
@@ -31,8 +31,8 @@ class Cluster:
     """A connected Ray cluster.
 
     Attributes:
-        dashboard: the address that Ray reports; None: there is none.
-        no_dashboard: why not, or why it cannot be seen from here.
+        dashboard: the address that Ray reports; None without a dashboard.
+        no_dashboard: why there is none, or why it does not answer here.
     """
 
     address: str
@@ -45,7 +45,7 @@ class Cluster:
     resources: dict[str, float] = field(default_factory=dict)
 
     def sentence(self) -> str:
-        """For the first line of a study."""
+        """The first line of a study."""
         kind = "started a local Ray" if self.own else f"joined the Ray cluster at {self.address}"
         nodes = f"{self.nodes} node{'s' if self.nodes != 1 else ''}"
         dashboard = f"dashboard http://{self.dashboard}" if self.dashboard else "no dashboard"
@@ -55,16 +55,16 @@ class Cluster:
 
 @contextlib.contextmanager
 def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Cluster]:
-    """A connection to Ray, ended with the block; a cluster of our own is ended too.
+    """Connect to Ray while the block runs; a cluster of our own ends with it.
 
     Args:
-        address: as find_address takes it.
-        dashboard: whether a cluster of our own gets one, and with it the file that tells Prometheus where metrics are.
+        address: as for find_address.
+        dashboard: start one with a cluster of our own, and with it the file that tells Prometheus where metrics are.
 
     Raises:
         UserError: there is no cluster at the address, or it wants another token, or Ray has no place for a cluster of our own.
     """
-    import ray  # two seconds that a study with nothing to train does not need
+    import ray  # takes two seconds, which a study with nothing to train saves
 
     chosen = find_address(address)
     if chosen.startswith("ray://"):
@@ -81,7 +81,7 @@ def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Clus
         raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
     else:
         check_token(chosen, found=given_address(address) is None)
-    # None: a dashboard, which Ray does without if it does not come up.
+    # None: with a dashboard, but Ray goes on if the dashboard does not come up.
     options: dict[str, Any] = {
         "num_cpus": cpus(), "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False if without else None,
     }  # fmt: skip
@@ -105,7 +105,7 @@ def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Clus
 
 
 def _no_dashboard(context: Any, without: str) -> str:
-    """Why there is no dashboard, or none that answers here; "" where it does."""
+    """Why there is no dashboard, or none that answers here; "" where one answers."""
     if context.dashboard_url:
         host, _, port = context.dashboard_url.rpartition(":")
         return "" if listens((host.strip("[]"), int(port))) else "on the cluster's head; it does not answer here"
@@ -113,17 +113,15 @@ def _no_dashboard(context: Any, without: str) -> str:
 
 
 def _no_room_for_dashboard(folder: Path) -> str:
-    """Which setting makes the paths of the dashboard's sockets too long; "" where none does."""
+    """A sentence on the setting that makes the paths of the dashboard's sockets too long; "" where all are short enough."""
     paths = {"RAY_TMPDIR": f"{folder}{_SOCKETS}dash_MetricsHead", "TMPDIR": f"{tempfile.gettempdir()}/pymp-12345678/listener-12345678"}
     too_long = (name for name, path in paths.items() if len(os.fsencode(path)) > _SOCKET_BYTES)
     return next((f"{name} is too long a path for its sockets" for name in too_long), "")
 
 
 def _check_ray_folder() -> Path:
-    """The folder of a Ray of our own, in which it can keep its sessions and sockets. Raises UserError."""
-    from ray._common.utils import get_default_ray_temp_dir
-
-    folder = Path(get_default_ray_temp_dir()).absolute()
+    """The folder of a Ray of our own. Raises UserError where Ray cannot keep its sessions and sockets in it."""
+    folder = ray_folder().absolute()
     fault, room = "", _SOCKET_BYTES - len(f"{_SOCKETS}plasma_store")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -143,7 +141,7 @@ def _check_ray_folder() -> Path:
 
 
 def _start(address: str, options: dict[str, Any]) -> Any:
-    """ray.init. A Ray of our own gets a second chance: on a machine that is busy, its processes can miss Ray's own deadlines."""
+    """Call ray.init, and once more for a Ray of our own: on a busy machine its processes can miss Ray's deadlines."""
     import ray
 
     tries = 2 if address == "local" else 1
@@ -162,6 +160,6 @@ def _start(address: str, options: dict[str, Any]) -> Any:
 
 
 class RayDidNotStartError(UserError):
-    """Not the user's fault; trying again may help."""
+    """Ray did not start on this machine; trying again may help."""
 
     exit_code = 1
