@@ -38,7 +38,7 @@ class ImageSet(TorchDataset):
         return self.pixels[row], self.labels[row]
 
     def __getitems__(self, rows: Tensor | list[int]) -> tuple[Tensor, Tensor]:
-        """A whole batch at once: what DataLoader calls where it is there."""
+        """A whole batch at once, which DataLoader calls where a data set has it."""
         index = torch.as_tensor(rows, dtype=torch.int64)
         if self.pixels.is_cuda:
             index = index.pin_memory().to(self.pixels.device, non_blocking=True)  # the host does not wait for the GPU
@@ -61,7 +61,7 @@ class Dataset:
         classes: class names, in label order.
         mean, std: per channel, pixels in 0-1, of the training split.
         fingerprint: hash over all pixels and labels of the three splits, in order.
-        notes: what a reader of a result must know about the data.
+        notes: sentences on the data that a result repeats.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Dataset:
 
 
 def load(name: str, data_root: str | Path | None = None) -> Dataset:
-    """A data set by name, decoded once per process and, where decoding is slow, once per machine.
+    """Load a data set, decoded once per process and, where decoding is slow, once per machine.
 
     Args:
         name: a key of PROTOCOLS.

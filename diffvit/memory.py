@@ -1,4 +1,4 @@
-"""How much memory a training step takes, from a model's shapes, and how many images at once a device has room for.
+"""The memory of a training step, from a model's shapes, and the micro-batch that a device has room for.
 
 Counted are weights, gradients and AdamW's moments, and what the blocks keep for their backward pass. The count of kept values is
 checked against those that autograd saves (tests/test_plan.py). On a GPU the peak of a real pass is measured instead (placed.py); the

@@ -1,4 +1,4 @@
-"""A step's batches, which depend on its number only, and images as the model wants them."""
+"""The batches of a step, which depend on its number only, and images as the model takes them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class StepBatches(Sampler[Tensor]):
 def make_loader(images: ImageSet, batches: StepBatches | None = None, batch_size: int = 1) -> DataLoader:
     """A DataLoader of (uint8 pixels, labels), one item a step of `batches`; without them, all rows once in order."""
     if batches is not None:
-        # A DataLoader says that it wants lists; it hands a batch on as it is.
+        # DataLoader's type asks for lists, but it passes a batch on as it is.
         return DataLoader(images, batch_sampler=cast(Any, batches), collate_fn=_as_is)
     return DataLoader(images, batch_size=batch_size, collate_fn=_as_is)
 

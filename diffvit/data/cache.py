@@ -1,4 +1,4 @@
-"""Images are decoded once a machine, into memory-mapped uint8 arrays that all processes share."""
+"""The cache of decoded images: memory-mapped uint8 arrays, decoded once per machine and shared by all processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPLITS = ("train", "val", "test")
 
 
 def decode_arrays(name: str, raw: Raw) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All images of a data set, decoded, by split, and what is to be known of them."""
+    """Decode a data set. Returns its arrays by split, and the facts about them."""
     arrays = {}
     for split in SPLITS:
         try:

@@ -1,4 +1,7 @@
-"""Data sets of the Hugging Face hub, from a folder or through its client, and why one cannot be loaded."""
+"""Data sets of the Hugging Face hub, from a folder or through its client, and why one cannot be loaded.
+
+The only file that uses internals of `datasets`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from diffvit.ledger.disk import write_fault
 
 
 def load_hub(name: str, data_root: Path | None, columns: set[str], splits: Sequence[str] = ("train", "test")) -> Any:
-    """A hub data set, from the data root where one is given, with images left encoded."""
+    """Load a hub data set, from the data root if one is given, with its images still encoded. Raises UserError."""
     import datasets
 
     path = name
@@ -55,7 +58,7 @@ _PATIENCE = 5.0  # seconds for the hub's first answer
 
 
 def _why_unreachable(name: str) -> str | None:
-    """Asks the hub for a data set, once. Returns why there is no answer, or None if there is one: an error of the hub's is one too."""
+    """Ask the hub for a data set, once. Returns why it does not answer, or None if it does, be it with an error."""
     from huggingface_hub import HfApi, is_offline_mode
 
     if is_offline_mode():
@@ -70,7 +73,7 @@ def _why_unreachable(name: str) -> str | None:
         else:
             answer.append(None)
 
-    # A thread, for the client bounds neither the search for the host's address nor the number of addresses that it tries.
+    # In a thread: the client bounds neither the DNS lookup nor the number of addresses that it tries.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(_PATIENCE)
@@ -79,7 +82,7 @@ def _why_unreachable(name: str) -> str | None:
 
 @contextlib.contextmanager
 def _client_kept_quiet(offline: bool) -> Iterator[None]:
-    """No raw lines of the hub's clients on stderr inside; offline, they try no network and take what they have kept."""
+    """Keep the log lines of the hub's clients off stderr inside the block; offline, let them use their caches only."""
     import datasets
 
     loggers = [logging.getLogger(library) for library in ("datasets", "huggingface_hub")]
@@ -97,7 +100,7 @@ def _client_kept_quiet(offline: bool) -> Iterator[None]:
 
 
 def _loading_failed(name: str, path: str, error: BaseException, unreachable: str | None) -> UserError:
-    """What a user can do about a data set that cannot be loaded."""
+    """The error for a data set that cannot be loaded, with what the user can do about it."""
     import datasets
 
     from diffvit.data.images import is_lfs_pointer, lfs_pointer
@@ -129,10 +132,10 @@ def _loading_failed(name: str, path: str, error: BaseException, unreachable: str
 
 
 def labels_of(part: Any, column: str, classes: int = 0) -> tuple[np.ndarray, list[str] | None]:
-    """A column of labels as int64 and the classes' names, None where they are numbers without names.
+    """A column of labels as int64, and the classes' names; None for numbers without names.
 
     Args:
-        classes: how many there are, where they may be numbers without names.
+        classes: the number of classes; 0: the labels must have names.
     """
     values, names = part.with_format("arrow")[:][column], getattr(part.features[column], "names", None)
     if values.null_count:
@@ -161,14 +164,14 @@ def fingerprint(part: Any) -> str:
 
 
 def image_fields(part: Any, column: str, field: str) -> Any:
-    """A field of all rows' images, "bytes" or "path", as an Arrow column, in chunks: together they may exceed what one array can hold."""
+    """The field "bytes" or "path" of all images, as a chunked Arrow column: one array might not hold them all."""
     import pyarrow.compute
 
     return pyarrow.compute.struct_field(part.with_format("arrow")[:][column], field)
 
 
 def decoded(part: Any, column: str, rows: np.ndarray) -> Iterator[Any]:
-    """The images of some rows, each as an RGB image of Pillow. Raises UserError, which names the file."""
+    """The images of these rows as RGB images of Pillow. Raises UserError, which names the file."""
     from diffvit.data.images import decode_rgb
 
     contents, paths = (image_fields(part, column, field) for field in ("bytes", "path"))

@@ -1,4 +1,4 @@
-"""The data sets, each a function that says what it has and how to decode it."""
+"""The data sets: for each a loader function, which returns a Raw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffvit.protocol import protocol_of
 
 @dataclass(frozen=True)
 class Raw:
-    """What a loader function returns: labels of all rows and their split are cheap, pixels are made on demand."""
+    """A data set before decoding: the labels of all rows, their splits, and a function that decodes rows."""
 
     classes: Sequence[str]
     labels: np.ndarray
@@ -33,7 +33,7 @@ HUB_NAMES: dict[str, str] = {}
 
 
 def loader(name: str, hub: str | None = None) -> Callable[[Callable[[Path | None], Raw]], Callable[[Path | None], Raw]]:
-    """Marks the function that loads a data set; it takes the data root. `hub` is where the Hugging Face hub has it."""
+    """Register the function that loads a data set and takes the data root. `hub` is its `user/name` on the Hugging Face hub."""
 
     def mark(function: Callable[[Path | None], Raw]) -> Callable[[Path | None], Raw]:
         LOADERS[name] = function

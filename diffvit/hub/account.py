@@ -19,7 +19,7 @@ _LONGEST_ENV = 100_000
 
 @dataclass(frozen=True)
 class Account:
-    """Where on the hub, `user/name`, and the token that lets one in; None: what is public."""
+    """A repository on the hub, `user/name`, and the token for it; None for a public one."""
 
     repository: str
     token: str | None = field(default=None, repr=False)

@@ -1,4 +1,7 @@
-"""How the hub's client makes requests: with bounded waits, with the pauses that the hub asks for, and quietly."""
+"""How the hub's client makes requests: with bounded waits, with the pauses that the hub asks for, and quietly.
+
+The only file that changes settings of huggingface_hub for the whole process.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _SILENCE_ASKING, _SILENCE_SENDING = 30.0, 120.0
 
 
 class DamagedTransferError(Exception):
-    """What came is not what was listed."""
+    """A file's content is not what the hub listed."""
 
 
 def status_of(error: BaseException) -> int | None:
@@ -61,7 +64,7 @@ def asked_pause(error: BaseException) -> float:
 
 
 def bound_waits() -> None:
-    """Makes the client give up on a silent hub, and leave it to us to wait as long as the hub asks: that may be an hour."""
+    """Have the client give up on a silent hub, and leave the pauses that the hub asks for, up to an hour, to us."""
     from huggingface_hub import constants, set_client_factory
     from huggingface_hub.utils import _http
 
@@ -77,7 +80,7 @@ _hooking = threading.Lock()
 
 
 class _BoundedClients:
-    """Makes the client's connections to the hub, with our hooks."""
+    """A factory of the client's connections to the hub, with our hooks added."""
 
     def __init__(self, make: Callable[[], Any]):
         self._make = make
@@ -93,7 +96,7 @@ class _BoundedClients:
 
 
 def _bound_silence(request: Any) -> None:
-    """A bound for every wait that has none; many calls of the client ask for none."""
+    """Bound every wait that has no bound; many calls of the client have none."""
     asked = request.extensions.get("timeout") or {}
     bound = _SILENCE_ASKING if request.method in ("GET", "HEAD") else _SILENCE_SENDING
     bounds = {"connect": _SILENCE_ASKING, "read": bound, "write": bound, "pool": bound}
@@ -102,7 +105,7 @@ def _bound_silence(request: Any) -> None:
 
 
 def _take_over_pause(response: Any) -> None:
-    """Moves the pause that a response asks for to where the client does not look."""
+    """Move the pause that a response asks for to a header that the client does not read."""
     asked = [response.headers.pop("retry-after", "0")]
     asked += re.findall(r"t=(\d+)", response.headers.pop("ratelimit", ""))
     if response.status_code in (429, 503):
@@ -111,7 +114,7 @@ def _take_over_pause(response: Any) -> None:
 
 @contextlib.contextmanager
 def offline_client() -> Iterator[None]:
-    """Inside, the client tries no network and takes what it has kept."""
+    """Inside the block, the client uses its cache only."""
     from huggingface_hub import constants
 
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -123,7 +126,7 @@ def offline_client() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_client(unless: bool = False) -> Iterator[None]:
-    """No progress bars of the client's inside."""
+    """Hide the client's progress bars inside the block."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if unless or are_progress_bars_disabled():

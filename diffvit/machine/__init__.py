@@ -1,1 +1,1 @@
-"""The machine: its devices and what this process may have of it."""
+"""The machine: its devices, and how much of them this process may use."""

@@ -1,4 +1,4 @@
-"""The device that a run trains on: which, in what precision, and what it is called."""
+"""The device that a run trains on: its choice, name, precision and memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffvit.machine.host import memory_bytes
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
-    """Where it ran and on which versions: recorded, and no part of a run's identity."""
+    """Device, versions and commit, for a run's result. No part of its identity."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "diffvit": diffvit.__version__}
     return {
         "device": device.type,
@@ -29,7 +29,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
 
 
 def device_title(device: torch.device) -> str:
-    """What the maker calls a GPU, or the machine's CPU."""
+    """The product name of a GPU, or of the machine's CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
@@ -81,18 +81,18 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def autocast_dtype(precision: str) -> torch.dtype:
-    """What matrix products are computed in at a precision, "fp32" or "bf16"."""
+    """The dtype of matrix products at a precision, "fp32" or "bf16"."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def set_matmul_precision(precision: str) -> None:
-    """What a GPU does with products that stay fp32: TF32 beside bf16, full fp32 for a run that asks for fp32."""
+    """Set how a GPU computes fp32 products: in TF32 in a bf16 run, in full fp32 in an fp32 run."""
     torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "bf16"
 
 
 def device_memory(device: torch.device) -> int:
-    """All memory of a GPU, or what this process may have of the machine's, in bytes."""
+    """Bytes of memory: all of a GPU's, or as much of the machine's as this process may use."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return memory_bytes()

@@ -1,7 +1,7 @@
-"""What this process may use of its machine: CPUs, memory, a home folder, and an output that somebody may have stopped reading.
+"""How much of its machine this process may use: CPUs, memory, a home folder, and an output whose reader may have gone.
 
-A machine's own numbers are not what a process may have of it: containers and batch systems set affinities and cgroup quotas, and
-containers run under users without a name or a home.
+Containers and batch systems limit a process by affinities and cgroup quotas, and containers run under users without a name or a
+home.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 
 def cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may keep busy: by its affinity and its cgroups' quotas; 1.5 count as one, and less than one too.
+    """CPUs that this process may use, by its affinity and its cgroups' quotas; 1.5 count as 1, and so do fewer than 1.
 
     Args:
         root: where /proc and /sys are.
@@ -35,7 +35,7 @@ def cpus(root: Path = Path("/")) -> int:
 
 
 def memory_bytes(root: Path = Path("/")) -> int:
-    """Bytes of main memory that this process may have: the machine's, or less where its cgroups say so.
+    """Bytes of main memory that this process may use: the machine's, or less under a cgroup's limit.
 
     Args:
         root: where /proc and /sys are.
@@ -50,7 +50,7 @@ def memory_bytes(root: Path = Path("/")) -> int:
 
 
 def _cgroups(controller: str, root: Path) -> Iterator[Path]:
-    """Folders of the cgroups that this process is in, and of those around them, where a controller's limits may stand."""
+    """Folders of this process's cgroups and their parents, in which a controller's limits may be set."""
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2) if line.count(":") >= 2 else ("", "", "")
         if controllers and controller not in controllers.split(","):
@@ -77,12 +77,13 @@ def _words(path: Path) -> list[str]:
 
 
 def lend_home() -> str | None:
-    """Where the user has no home that can be written, $HOME becomes a temporary folder, in which libraries keep their caches.
+    """Set $HOME to a temporary folder where the user has no writable home, so that libraries can keep their caches.
 
-    What a read-only home holds, keys and settings, is linked there. A user without a name gets one. Child processes inherit both.
+    The contents of a read-only home, such as keys and settings, are linked there. A user without a name gets one. Child processes
+    inherit both.
 
     Returns:
-        The folder, where one is lent.
+        The temporary folder, or None.
     """
     if not any(os.environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME")):
         try:
@@ -107,7 +108,7 @@ def lend_home() -> str | None:
 
 
 def _own_temporary_folder() -> str:
-    """The same each time, so that caches serve again; a new one where somebody else has that name."""
+    """The same folder each time, so that caches are used again; a new one if another user owns that name."""
     folder = os.path.join(tempfile.gettempdir(), f"diffvit-home-{os.getuid()}")
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, mode=0o700)
@@ -121,7 +122,7 @@ def _own_temporary_folder() -> str:
 
 
 class _Output(io.FileIO):
-    """A file descriptor whose reader may go: a closed terminal or a pipe's dead end takes the rest and drops it."""
+    """A file descriptor whose reader may go: after that, writes to the closed terminal or pipe are dropped."""
 
     def __init__(self, descriptor: int, may_fail: bool):
         super().__init__(descriptor, "w", closefd=False)
@@ -134,12 +135,12 @@ class _Output(io.FileIO):
         except OSError as error:
             if self._may_fail or error.errno in self._gone:
                 return len(data)
-            self._may_fail = True  # it is said once, and not again when Python ends
+            self._may_fail = True  # raised once, and not again when Python ends
             raise
 
 
 def outlive_readers() -> None:
-    """From now on work goes on when stdout's or stderr's reader has gone, and when stderr, which holds no results, cannot be written."""
+    """Keep working when the reader of stdout or stderr has gone, and when stderr, which holds no results, cannot be written."""
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is not None and stream is getattr(sys, f"__{name}__"):  # and not what a test or a notebook put there

@@ -1,4 +1,4 @@
-"""Ray: joining or starting it, what its nodes reach, runs as Tune trials, the live table. Sets what Ray reads when it is imported."""
+"""Ray: join or start it, check its nodes, run trials, show them live. Importing this sets the environment that Ray reads."""
 
 import os
 
@@ -7,9 +7,9 @@ import os
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-# Signals are ours: a study saves its states before it ends.
+# The study handles signals itself: it saves its states before it ends.
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
-# Ray's start waits so long for its dashboard; each of the dashboard's parts would otherwise be given up after half of it.
+# Ray's start waits 60 s for its dashboard; without this, each part of the dashboard would be given up after 30 s.
 os.environ.setdefault("RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT", "60")
-# Ray puts its workers far behind other processes (15), where the dashboard's could take most of the CPUs from them.
+# Ray's default niceness of 15 would let the dashboard's processes take most of the CPU time from the workers.
 os.environ.setdefault("RAY_worker_niceness", "5")

@@ -1,4 +1,4 @@
-"""What the nodes of a cluster are and what they reach."""
+"""Checks that run on the nodes of a cluster, and the flag that stops a study's runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffvit.errors import UserError
 
 
 def gpu_precision() -> str:
-    """The precision that the connected cluster's GPUs train in."""
+    """The default precision on a GPU of the connected cluster."""
     import ray
 
     from diffvit.machine.device import default_precision, resolve_device
@@ -21,7 +21,7 @@ def gpu_precision() -> str:
 
 
 def gpu_title() -> str:
-    """What torch calls a GPU of the connected cluster."""
+    """The name that torch has for a GPU of the connected cluster."""
     import ray
 
     from diffvit.machine.device import device_title, resolve_device
@@ -30,11 +30,12 @@ def gpu_title() -> str:
 
 
 def unreachable(fault: Callable[[], str], seconds: float = 120.0, here_too: bool = False) -> dict[str, str]:
-    """Runs a check on each other living node; address -> why it failed there, for the nodes where it did.
+    """Run a check on every other living node. Returns address -> reason for the nodes where it failed.
 
     Args:
-        fault: the check; a reason, or "" where all is well.
-        here_too: also in a worker on this node, if it has CPUs for any.
+        fault: the check; returns a reason, or "" on success.
+        seconds: the longest wait for a node.
+        here_too: also run it in a worker on this node, if the node has CPUs.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -60,7 +61,7 @@ def unreachable(fault: Callable[[], str], seconds: float = 120.0, here_too: bool
 
 
 def check_shared_folder(checkpoints: Path, data_root: str | None) -> None:
-    """Finds out whether all nodes see the same checkpoints folder and data. Raises UserError."""
+    """Raise UserError unless all nodes see the same checkpoints folder and the data."""
     mark = checkpoints.resolve() / ".state" / f"reach-{uuid.uuid4().hex}"
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
@@ -78,7 +79,7 @@ def check_shared_folder(checkpoints: Path, data_root: str | None) -> None:
 
 
 def check_storage_and_data(storage: str, data_root: str | None) -> None:
-    """Finds out whether all nodes reach the storage and the data. Raises UserError."""
+    """Raise UserError unless all nodes reach the storage and the data."""
     data = str(Path(data_root).resolve()) if data_root else None
     failed = unreachable(lambda: _cannot_reach(storage, data), here_too=True)
     if failed:
@@ -109,22 +110,22 @@ def _no_data(data_root: str | None) -> str:
 
 
 class StopFlag:
-    """An actor that says whether runs shall save their states and end; all nodes can ask it."""
+    """An actor that tells the runs on all nodes whether to save their states and end."""
 
     def __init__(self) -> None:
         self._is_set = False
 
     def set(self) -> None:
-        """From now on, yes."""
+        """Ask the runs to stop."""
         self._is_set = True
 
     def is_set(self) -> bool:
-        """The answer."""
+        """Whether the runs shall stop."""
         return self._is_set
 
 
 def make_stop_flag() -> Any:
-    """A StopFlag that is started again if its process dies; who set it must then set it again."""
+    """A StopFlag actor. Ray restarts it if its process dies; whoever set it must then set it again."""
     import ray
 
     return ray.remote(num_cpus=0, max_restarts=-1)(StopFlag).remote()

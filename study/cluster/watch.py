@@ -1,4 +1,4 @@
-"""A watch over Ray: where its processes die, its driver would wait for ever."""
+"""A watch over Ray's processes: if they die, Ray's driver would wait forever."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MOST_RESTARTS = 5
 
 @contextlib.contextmanager
 def watch(cluster: Cluster, say: Callable[[str], None], command: str) -> Iterator[None]:
-    """While the block runs, notices when Ray's own processes on this host die, upon which a study would wait forever.
+    """While the block runs, act when Ray's own processes on this host die.
 
-    With a Ray of our own, what is left of it is ended, and this process starts over: finished runs are skipped, others resumed. With a
-    cluster that was joined, the process ends with code 1 and the command that carries on.
+    With a Ray of our own, kill what is left of it and restart this process: finished runs are skipped, others resumed. With a cluster
+    that was joined, exit with code 1 and say the command that carries on.
     """
     import ray
 
@@ -62,9 +62,9 @@ def _start_over(cluster: Cluster, family: list[Any], say: Callable[[str], None],
         say(f"error: the Ray cluster at {cluster.address} is gone\nhint: carry on with {command}")
         os._exit(1)
     say("warning: a process of Ray died; starting over with the runs that are not done")
-    for each in family:
+    for process in family:
         with contextlib.suppress(psutil.Error):
-            each.kill()
+            process.kill()
     psutil.wait_procs(family, timeout=10)
     time.sleep(2.0**restarts)
     os.environ[_RESTARTS] = str(restarts + 1)
