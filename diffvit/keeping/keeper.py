@@ -168,15 +168,21 @@ class RunKeeper:
     def _push(self, result: dict[str, Any]) -> None:
         storage, courier, files = self._storage, self._courier, self._files
         assert storage and courier
+        is_there = False
         for pause in (*_PAUSES, None):
             try:
-                self._lease_given_back = courier.last(
-                    lambda lease: push_run(storage, files, result, [*leftovers(storage, files.run_id), *lease.names()])
-                )
+                if not is_there:
+                    if not courier.may_end():
+                        self._warn(f"the run {files.run_id} is finished here, and not in the storage: another machine has taken it over.")
+                        return
+                    push_run(storage, files, result)  # the lease is renewed meanwhile
+                    is_there = True
+                self._lease_given_back = courier.last(lambda lease: storage.commit({}, [*leftovers(storage, files.run_id), *lease.names()]))
                 return
             except StorageError as error:
                 if pause is None:
-                    self._warn(f"the run {files.run_id} is finished here, and not in the storage: {error.message}")
+                    what = "and its states stay in the storage" if is_there else "and not in the storage"
+                    self._warn(f"the run {files.run_id} is finished here, {what}: {error.message}")
                 else:
                     time.sleep(pause)
 
@@ -228,6 +234,17 @@ class _Courier(threading.Thread):
         """From now on send no states; only the lease is renewed."""
         with self._lock:
             self._resting = True
+
+    def may_end(self) -> bool:
+        """Renew the lease before the run's result is sent. False where the run is lost, or the storage has another result of it."""
+        with self._lock:
+            lease = self._held()
+            if lease is not None:
+                self.lost = not lease.renew()
+            if not self.lost:
+                result = self._storage.read(f"{self._files.model}/{self._files.result.name}")
+                self.lost = result not in (None, self._files.result.read_bytes())
+            return not self.lost
 
     def last(self, action: Callable[[Lease], None]) -> bool:
         """What gives the lease back too: it is not renewed while this runs, nor afterwards if it succeeds. False where the run is lost."""
