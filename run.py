@@ -20,7 +20,7 @@ import click
 
 from diffvit import LENT_HOME, __version__
 from diffvit.checks import usable_path
-from diffvit.errors import HIDDEN, UserError, redacted, shown
+from diffvit.errors import HIDDEN, DiffvitError, UserError, redacted, shown
 from diffvit.keeping.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, HUB_SCHEME, Every, Saving, is_on_hub
 from diffvit.ledger.disk import disk_faults
 from diffvit.machine.host import outlive_readers
@@ -735,7 +735,7 @@ def main() -> None:
     try:
         with disk_faults(Path.cwd()):
             code = cli.main(prog_name="run.py", standalone_mode=False)
-    except UserError as error:
+    except DiffvitError as error:
         _fail(error.message, error.hint, error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "")

@@ -34,12 +34,15 @@ def redacted(text: str, *secrets: str | None) -> str:
     return text
 
 
-class UserError(Exception):
-    """Bad input. The command line prints it as `error: …` and `hint: …` and exits with `exit_code`. It shows no secrets.
+class DiffvitError(Exception):
+    """The base of all that diffvit says clearly: the command line prints `error: …` and `hint: …`. It shows no secrets.
 
     Args:
         message: one sentence that says what is wrong.
         hint: one sentence that says what to do about it.
+
+    Attributes:
+        exit_code: what the command line exits with.
     """
 
     exit_code = 2
@@ -56,14 +59,23 @@ class UserError(Exception):
         return f"{self.message} (hint: {self.hint})"
 
 
-class StorageError(UserError):
+class UserError(DiffvitError):
+    """Bad input."""
+
+
+class StorageError(DiffvitError):
     """A place for files failed in the middle of the work: a full disk, a storage that does not answer. Trying again may help."""
 
     exit_code = 1
 
 
-class RunIsBusyError(UserError):
+class RunIsBusyError(DiffvitError):
     """Another process, here or on another machine, trains this run."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that is not empty; the name of its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.data.batches import Prepare
 from diffvit.dataset import Dataset, ImageSet, load, with_training_noise
-from diffvit.errors import RunIsBusyError, UserError
+from diffvit.errors import DiffvitError, RunIsBusyError
 from diffvit.evaluation import Evaluation, evaluate
 from diffvit.keeping.keeper import RunKeeper
 from diffvit.keeping.saving import DEFAULT_SAVING, Every, Saving
@@ -45,7 +45,7 @@ def _on_first_worker(make: Callable[[], T]) -> T:
     if rank == 0:
         try:
             outcome[0] = make()
-        except UserError as error:
+        except DiffvitError as error:
             outcome[1] = error
     if workers > 1:
         dist.broadcast_object_list(outcome)

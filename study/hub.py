@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffvit.checks import NAME
-from diffvit.errors import StorageError, UserError
+from diffvit.errors import DiffvitError, StorageError
 from diffvit.keeping.runs import fetch_run, remote_result, settle_run
 from diffvit.keeping.saving import is_on_hub
 from diffvit.keeping.storage import Storage, open_storage
@@ -96,7 +96,7 @@ def publish(storage: Storage, checkpoints: Path, warn: Callable[[str], None]) ->
             # The hub fails for a while, or somebody else wrote meanwhile: look again.
             passes = status_of(error) in (409, 412) or (isinstance(error, StorageError) and not isinstance(error, HubRefusesError))
             if pause is None or not passes:
-                reason = error.message if isinstance(error, UserError) else f"{type(error).__name__}."
+                reason = error.message if isinstance(error, DiffvitError) else f"{type(error).__name__}."
                 warn(f"the model card was not written: {reason} The next command with this storage writes it.")
                 return
             time.sleep(pause)

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 import run as command_line
-from diffvit.errors import StorageError, UserError
+from diffvit.errors import DiffvitError, StorageError
 from diffvit.findings.kept import read_evaluations
 from diffvit.hub.account import find_account, find_token, parse_repository
 from diffvit.hub.client import _checked_file, is_safe_name
@@ -67,7 +67,7 @@ def clear(action: Callable[[], Any]) -> Any:
     """What an action gives, or None where it ends in a clear error. Any other exception is the test's failure."""
     try:
         return action()
-    except UserError as error:
+    except DiffvitError as error:
         told = error
     assert told.message and told.hint and "\n" not in told.message and len(told.message) < 1000
     return None

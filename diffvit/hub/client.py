@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffvit import __version__
-from diffvit.errors import StorageError, UserError, redacted, shown
+from diffvit.errors import DiffvitError, StorageError, first_line, redacted, shown
 from diffvit.hub.account import Account
 from diffvit.hub.http import DamagedTransferError, asked_pause, bound_waits, is_missing, is_transient, quiet_client, status_of
 
@@ -108,7 +108,7 @@ class Hub:
                 return found
             except Exception as error:
                 status = status_of(error)
-                ours = isinstance(error, UserError) or (type(error).__module__ == "builtins" and isinstance(error, OSError))
+                ours = isinstance(error, DiffvitError) or (type(error).__module__ == "builtins" and isinstance(error, OSError))
                 if ours and not is_transient(error):  # of this machine's files and disk
                     raise
                 if status in (409, 412) or is_missing(error):
@@ -149,7 +149,7 @@ class Hub:
 
     def reason(self, error: Exception) -> str:
         """What an error says, in a line, without the token or the client's advice."""
-        text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        text = first_line(error)
         server = getattr(error, "server_message", None)
         text = f"{text.rstrip('.: ')}: {server}" if server and server not in text else text
         return redacted(" ".join(text.split()).rstrip("."), self.account.token)[:300]

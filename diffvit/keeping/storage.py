@@ -20,7 +20,7 @@ from typing import IO, Any
 import fsspec
 
 from diffvit.checks import HEX, fault, parse_json, record, text, whole
-from diffvit.errors import StorageError, UserError, redacted
+from diffvit.errors import StorageError, UserError, first_line, redacted
 from diffvit.keeping.saving import is_on_hub
 from diffvit.ledger.disk import MEND_LINK, broken_link, write_atomically, write_exclusively
 
@@ -70,7 +70,7 @@ class Storage:
             self._fs, self._root = fsspec.core.url_to_fs(self.url, **options)
         except Exception as error:  # of many kinds, by file system
             raise UserError(
-                f"the storage {url} cannot be opened: {_reason(error)}.",
+                f"the storage {url} cannot be opened: {first_line(error)}.",
                 "give a path or a URL that fsspec knows; s3:// needs `pip install s3fs`.",
             ) from error
 
@@ -274,13 +274,9 @@ class Storage:
             if isinstance(error, FileNotFoundError) and not missing_too:
                 raise
             raise StorageError(
-                f"the storage {self.url} failed: {_reason(error)}.", "check its address, your access to it, and the network."
+                f"the storage {self.url} failed: {first_line(error)}.", "check its address, your access to it, and the network."
             ) from error
 
 
 class _DamagedError(Exception):
     """An object is not what its marker says."""
-
-
-def _reason(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line), type(error).__name__)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffvit.errors import UserError
+from diffvit.errors import DiffvitError, UserError
 
 
 def gpu_precision() -> str:
@@ -100,7 +100,7 @@ def _cannot_reach(storage: str, data_root: str | None) -> str:
 
     try:
         open_storage(storage).check()
-    except UserError as error:
+    except DiffvitError as error:
         return error.message
     return _no_data(data_root)
 

@@ -38,7 +38,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import load
-from diffvit.errors import RunIsBusyError, StorageError, UserError, redacted
+from diffvit.errors import DiffvitError, RunIsBusyError, StorageError, UserError, redacted
 from diffvit.keeping.keeper import RunKeeper
 from diffvit.keeping.saving import DEFAULT_SAVING, Saving
 from diffvit.keeping.state import StateFolder
@@ -227,7 +227,7 @@ def _trial(config: dict[str, Any]) -> None:
             cause = _cause(error)
             if isinstance(cause, StorageError):
                 reason, limit = str(cause), _STORAGE_TRIES
-            elif isinstance(cause, UserError):  # no try will change it
+            elif isinstance(cause, (UserError, RunIsBusyError)):  # no try will change it
                 tune.report({"run_id": run_id, "failed": str(cause)})
                 return
             else:
@@ -237,7 +237,7 @@ def _trial(config: dict[str, Any]) -> None:
 def _cause(error: Exception) -> BaseException:
     """What a run failed of: of a group, what one of its workers raised, ours before what the others make of it."""
     failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values())
-    return next((failure for failure in failures if isinstance(failure, UserError)), error)
+    return next((failure for failure in failures if isinstance(failure, DiffvitError)), error)
 
 
 def _of_try(config: dict[str, Any], number: int) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 import torch
 
-from diffvit.errors import StorageError, UserError
+from diffvit.errors import DiffvitError, StorageError, UserError
 from diffvit.evaluation import evaluate_checkpoint
 from diffvit.keeping.runs import fetch_run
 from diffvit.keeping.saving import Every
@@ -150,7 +150,7 @@ def _rehearse_cell(spec: RunSpec, settings: Settings) -> dict[str, Any]:
     try:
         for part in _parts(spec, settings, device):
             parts.append(part)
-    except UserError as error:
+    except DiffvitError as error:
         fault = error.message
     except Exception as error:
         fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
