@@ -219,23 +219,14 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
         except Stopped as stopped:
             click.echo(f"{stopped}; its state is saved\nhint: carry on with {_own_command()}", err=True)
             sys.exit(signals.exit_code)
+    assert result is not None  # only a group has processes without one
     if not progress.steps:
-        click.echo(f"this run is done already: {result['finished']}", err=True)
-    if result["status"] == "diverged":
-        _fail(
-            f"the run {result['diverged']['message']}.", "try a lower --lr, a longer --warmup_steps or --clip_norm 1; its log is kept.", 1
-        )
-    click.echo(f"run_id         {result['run_id']}")
-    click.echo(f"parameters     {result['parameters']:,}")
-    click.echo(
-        f"steps          {result['steps']} in {result['seconds']:.1f} s, {result['images_per_second']:.0f}/s, {result['device_name']}"
-    )
-    click.echo(f"train loss     {result['train_loss']:.4f} (last batch)")
-    click.echo(f"val loss       {result['val_loss']:.4f}, accuracy {100 * result['val_accuracy']:.2f} %")
-    click.echo(
-        f"test loss      {result['test_loss']:.4f}, accuracy {100 * result['test_accuracy']:.2f} % of {result['test_images']} images"
-    )
-    weights = _files(checkpoints, result).weights
+        click.echo(f"this run is done already: {result.finished}", err=True)
+    if result.diverged:
+        _fail(f"the run {result.diverged['message']}.", "try a lower --lr, a longer --warmup_steps or --clip_norm 1; its log is kept.", 1)
+    click.echo("\n".join(result.lines()))
+    files = result.files(checkpoints)
+    weights = files.weights
     if weights.is_file():
         click.echo(f"weights        {weights}")
     else:
@@ -243,7 +234,7 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
     if saving.storage:
         from study.hub import send_run
 
-        send_run(saving.storage, _files(checkpoints, result), _warn, _own_command())
+        send_run(saving.storage, files, _warn, _own_command())
 
 
 @cli.command()
@@ -584,12 +575,6 @@ def _finding_lines(findings: dict[str, Any]) -> list[str]:
 
         lines += attention_lines(findings["attention"])
     return lines
-
-
-def _files(checkpoints: Path, result: dict[str, Any]) -> Any:
-    from diffvit.ledger.files import RunFiles
-
-    return RunFiles(checkpoints, result["model"], result["run_id"], result["size"], result["dataset"])
 
 
 _COMPUTE = ("micro_batch", "deterministic", "fused", "graphs", "compile", "recompute")

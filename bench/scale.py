@@ -119,8 +119,8 @@ def make(folder: str, runs: int, steps: int) -> None:
         accuracies[run_id] = _write_run(ours, spec, *of_spec)
     ids = [spec.run_id(fingerprints[spec.dataset]) for spec in specs]
     facts = {
-        "machine": f"{template['device_name']}, {cpus()} CPU cores",
-        "fields": sorted(template),
+        "machine": f"{template.device_name}, {cpus()} CPU cores",
+        "fields": sorted(template.content()),
         "runs": len(ids),
         "diverged": sum(accuracies[run_id] is None for run_id in ids),
         "accuracies": {run_id: accuracies[run_id] for run_id in ids},
@@ -130,9 +130,11 @@ def make(folder: str, runs: int, steps: int) -> None:
 
 
 def _write_run(
-    files: Any, spec: Any, fingerprint: str, template: dict[str, Any], predictions: bytes, number: int, steps: int, diverged: bool
+    files: Any, spec: Any, fingerprint: str, template: Any, predictions: bytes, number: int, steps: int, diverged: bool
 ) -> float | None:
     """All files of an ended run. Returns its test accuracy, None where it diverged."""
+    import dataclasses
+
     import numpy as np
 
     from diffvit.ledger.disk import file_sha256
@@ -178,7 +180,7 @@ def _write_run(
     if diverged:
         unknown = ("train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_images", "memorised", "recovered")
         outcome |= {"status": "diverged", **dict.fromkeys(unknown), "diverged": {"step": steps, "message": "loss is not a number"}}
-    write_result(files, {**{key: value for key, value in template.items() if key != "checksum"}, **outcome})
+    write_result(files, dataclasses.replace(template, **outcome))
     return accuracy
 
 

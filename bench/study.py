@@ -84,7 +84,7 @@ def phases(work: Callable[[Path], None]) -> dict[str, Any]:
         assert first is not None
         return {
             "start_up": first - start, "makespan": last - first, "end": end - last, "whole": end - start,
-            "accuracies": {result["run_id"]: result["test_accuracy"] for result in results if result},
+            "accuracies": {result.run_id: result.test_accuracy for result in results if result},
         }  # fmt: skip
 
 

@@ -121,7 +121,7 @@ class _Candidate(NamedTuple):
         result = None
         with contextlib.suppress(UserError):  # `list --verify` says what is damaged
             result = read_result(files.result)
-        ended = f"ended {result['finished']}" if result else "without a result"
+        ended = f"ended {result.finished}" if result else "without a result"
         return f"{files.run_id}: seed {self.facts['seed']}, {overrides}, {self.facts['precision']}, {ended}"
 
 

@@ -6,7 +6,8 @@ import contextlib
 import datetime
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,12 +24,12 @@ from diffvit.keeping.keeper import RunKeeper
 from diffvit.keeping.saving import DEFAULT_SAVING, Every, Saving
 from diffvit.ledger.disk import disk_faults, file_sha256, write_atomically
 from diffvit.ledger.files import RunFiles
-from diffvit.ledger.log import LogPosition, Step, TrainingLog, note_of_work_again, work_after
-from diffvit.ledger.results import write_result
+from diffvit.ledger.log import LogPosition, Step, TrainingLog, WorkAgain
+from diffvit.ledger.results import DivergedAt, Result, write_result
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.weights import save_weights, weight_facts
 from diffvit.loop.fit import Fit, Stopped, fit, rank_and_workers
-from diffvit.loop.placement import place
+from diffvit.loop.placement import Placed, place
 from diffvit.loop.recorder import Diverged, Progress
 from diffvit.loop.resume import fits_run
 from diffvit.machine.device import machine_facts, resolve_device
@@ -66,7 +67,7 @@ def train(
     on_preparing: Callable[[], None] | None = None,
     saving: Saving = DEFAULT_SAVING,
     should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
+) -> Result | None:
     """One run, from its specification to its result file.
 
     A run that has ended already is not done again; one that was interrupted goes on after its last saved state.
@@ -74,14 +75,15 @@ def train(
     Args:
         device: default: the first GPU, or the CPU.
         compute: how it is computed, which the result records and does not depend on.
-        on_steps: hears of every step, about once a second.
-        on_warning: hears what a reader of the result must know, of damaged states and of a storage that does not answer.
+        on_steps: called with every step, about once a second.
+        on_warning: called with what a reader of the result must know, and where a state is damaged or the storage does not answer.
         on_preparing: called before kernels are compiled and tuned.
         saving: how the state survives.
         should_stop: asked after each step; if true, the state is saved and Stopped raised.
 
     Returns:
-        The content of the result file. Its "status" is "done", or "diverged" where a loss or gradient was not a number.
+        The result, as it is in the run's file. Its status is "done", or "diverged" where a loss or gradient was not a number.
+        In a torch.distributed group, None on all processes but the first if the run ended now.
 
     Raises:
         UserError: bad input, before anything is written.
@@ -100,7 +102,7 @@ def train(
     with disk_faults(files.checkpoints), contextlib.ExitStack() as stack:
         keeper = RunKeeper(files, saving, on_warning)
 
-        def begin() -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        def begin() -> tuple[Result | None, dict[str, Any] | None]:
             stack.enter_context(keeper)
             total = spec.protocol.total_steps(len(data.train))
             return keeper.result, None if keeper.result else keeper.load_state(lambda state: fits_run(state, spec, total))
@@ -122,11 +124,55 @@ def train(
             raise
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A run before its first step.
+
+    Attributes:
+        clean: the data as they are; `data` are what is trained on: with the protocol's noise, and with false labels in `false_rows`.
+        notes: sentences for the log and the result.
+        resume: the state after which it goes on, if any.
+    """
+
+    spec: RunSpec
+    files: RunFiles
+    clean: Dataset
+    data: Dataset
+    false_rows: Tensor
+    device: torch.device
+    compute: Compute
+    placed: Placed
+    notes: list[str]
+    started: str
+    resume: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How training ended; a model that diverged is not evaluated.
+
+    Attributes:
+        last: the step that training ended with.
+        written: the run's files.
+        memorised, recovered: as in Result.
+    """
+
+    last: Step
+    images: int
+    micro_batch: int
+    written: list[Path]
+    val: Evaluation | None = None
+    test: Evaluation | None = None
+    memorised: float | None = None
+    recovered: float | None = None
+    diverged: DivergedAt | None = None
+
+
 def _train(
     spec: RunSpec,
     files: RunFiles,
     keeper: RunKeeper,
-    data: Dataset,
+    clean: Dataset,
     device: torch.device,
     resume: dict[str, Any] | None,
     compute: Compute,
@@ -136,151 +182,149 @@ def _train(
     on_preparing: Callable[[], None] | None,
     save_every: Every,
     should_stop: Callable[[], bool],
-) -> dict[str, Any]:
+) -> Result | None:
     """`train` once the run is ours: resume or begin, fit, evaluate, write the files."""
     rank, workers = rank_and_workers()
-    protocol, run_id = spec.protocol, files.run_id
-    clean = data
+    protocol = spec.protocol
     data, false_rows = with_training_noise(clean, protocol, spec.seed)
     if on_preparing and rank == 0 and (device.type == "cuda" or compute.compile):
         on_preparing()
     placed = place(spec.model, spec.size, protocol, spec.seed, device, spec.precision, compute, workers)
-    model, chosen, micro_batch = placed.model, placed.chosen, placed.micro_batch
-    total = protocol.total_steps(len(data.train))
-    warning = protocol.warmup_warning(total)
+    warning = protocol.warmup_warning(protocol.total_steps(len(data.train)))
     if warning and on_warning and rank == 0:
         on_warning(warning)
     notes = [*([f"warning: {warning}"] if warning else []), *(f"data: {note}" for note in data.notes)]
     started = resume["started"] if resume else _utc_now()
-    facts = {"run_id": run_id, "model": spec.model, "size": spec.size, "dataset": spec.dataset, "seed": spec.seed, "steps": total}
-    keep = LogPosition(*resume["log"]) if resume else None
-    again = work_after(files.log, keep)
-    with contextlib.ExitStack() as stack:
-        log = None
-        if rank == 0:
-            log = stack.enter_context(TrainingLog(files.log, facts, notes, keep=keep))
-            for note in chosen.notes:
-                log.note(note)
-            if resume or again[0]:
-                log.note(note_of_work_again(f"resumed after step {resume['step']}" if resume else "begun again", *again))
-
-        def record(steps: list[Step], total: int) -> None:
-            if log:
-                log.write(steps)
-            if on_steps:
-                on_steps(steps, total)
-
-        def save(state: dict[str, Any]) -> None:
-            if log:
-                keeper.save({**state, "started": started}, log)
-
+    run = _Run(spec, files, clean, data, false_rows, device, compute, placed, notes, started, resume)
+    with _open_log(run) if rank == 0 else contextlib.nullcontext() as log:
         try:
-            fitted = fit(
-                model, data, protocol, seed=spec.seed, precision=spec.precision, **placed.how, on_steps=record, resume=resume,
-                on_save=save, save_every=save_every, should_stop=should_stop,
-            )  # fmt: skip
+            fitted = _fit(run, keeper, log, on_steps=on_steps, save_every=save_every, should_stop=should_stop)
+            outcome = _evaluate(run, fitted, log) if log else None
         except Diverged as diverged:
-            if log is None:
-                return {"run_id": run_id}
-            log.note(str(diverged))
-            notes.append(str(diverged))
-            images = images_in_steps(len(data.train), protocol.batch_size, diverged.step.step)
-            outcome, written = _diverged_outcome(diverged, images), [files.log]
-        else:
-            if log is None:
-                return {"run_id": run_id}
-            # A run cut short by max_steps is a trial: its evaluation shall not cost more than its training.
-            limit = None if protocol.max_steps is None else max(64, fitted.images)
-            prepare = Prepare(protocol.image_size, data.mean, data.std, device)
-            if fitted.micro_batch < micro_batch:
-                log.note(f"memory was short: {fitted.micro_batch} instead of {micro_batch} images at once")
-            micro_batch, evaluation_batch = fitted.micro_batch, fitted.evaluation_batch
-            val, test = (
-                evaluate(model, split.head(limit), prepare=prepare, batch_size=evaluation_batch, precision=spec.precision)
-                for split in (data.val, data.test)
-            )
-            log.note(f"test_accuracy={test.accuracy:.6f} test_loss={test.loss:.6f} test_images={len(test.labels)}")
-            save_weights(files.weights, model, weight_facts(spec, run_id, data))
-            write_atomically(files.predictions, test.to_csv().encode())
-            outcome, written = _outcome(fitted, val, test), [files.weights, files.log, files.predictions]
-            some = false_rows[:limit]
-            if len(some):
-                falsely = ImageSet(data.train.pixels[some], data.train.labels[some])
-                learnt = evaluate(model, falsely, prepare=prepare, batch_size=evaluation_batch, precision=spec.precision)
-                outcome |= _memory_of(learnt, clean.train.labels[some])
+            outcome = _give_up(run, diverged, log) if log else None
+        if log is None or outcome is None:
+            return None
         log.position()  # on disk before the result says so
-
-    result = {
-        **spec.names(run_id),
-        "overrides": dict(spec.overrides),
-        "identity": spec.identity(data.fingerprint),
-        "depth": protocol.depths[spec.size],
-        "parameters": model.count_parameters(),
-        "forward_flops": model.estimate_flops(),
-        "false_labels": len(false_rows) if protocol.label_noise else None,
-        "memorised": None,
-        "recovered": None,
-        **outcome,
-        "workers": workers,
-        "micro_batch": micro_batch,
-        "attention": chosen.attention,
-        "fused": chosen.fused,
-        "graphs": chosen.graphs,
-        "compiled": chosen.compiled,
-        "compile_seconds": round(chosen.compile_seconds, 1),
-        "recompute": model.recompute,
-        "deterministic": compute.deterministic or device.type == "cpu",
-        **machine_facts(device),
-        "started": started,
-        "finished": _utc_now(),
-        "notes": notes,
-        "sha256": {path.name: file_sha256(path) for path in written},
-    }
+    result = _result(run, outcome, workers)
     write_result(files, result)
     keeper.finish(result)
     return result
 
 
-def _outcome(fitted: Fit, val: Evaluation, test: Evaluation) -> dict[str, Any]:
-    return {
-        "status": "done",
-        **_pace(fitted.last, fitted.images),
-        "train_loss": fitted.last.train_loss,
-        "val_loss_last_batch": fitted.last.val_loss,
-        "val_loss": val.loss,
-        "val_accuracy": val.accuracy,
-        "test_loss": test.loss,
-        "test_accuracy": test.accuracy,
-        "test_images": len(test.labels),
-    }
+@contextlib.contextmanager
+def _open_log(run: _Run) -> Iterator[TrainingLog]:
+    """The run's log, with what is to be said before the first step."""
+    spec, resume = run.spec, run.resume
+    total = spec.protocol.total_steps(len(run.data.train))
+    names = {key: value for key, value in spec.names(run.files.run_id).items() if key != "precision"}
+    keep = LogPosition(*resume["log"]) if resume else None
+    again = WorkAgain.after(run.files.log, keep)
+    with TrainingLog(run.files.log, {**names, "steps": total}, run.notes, keep=keep) as log:
+        for note in run.placed.chosen.notes:
+            log.note(note)
+        if resume or again.steps:
+            log.note(again.note(f"resumed after step {resume['step']}" if resume else "begun again"))
+        yield log
 
 
-def _memory_of(learnt: Evaluation, true_labels: Tensor) -> dict[str, Any]:
-    """What a model answers for training images whose labels were false: shares of those labels, and of the true ones."""
-    return {"memorised": learnt.accuracy, "recovered": (learnt.predicted == true_labels).double().mean().item()}
+def _fit(
+    run: _Run, keeper: RunKeeper, log: TrainingLog | None, *, on_steps: Progress | None, save_every: Every, should_stop: Callable[[], bool]
+) -> Fit:
+    """Train the model; steps go to the log, states to the keeper."""
+
+    def record(steps: list[Step], total: int) -> None:
+        if log:
+            log.write(steps)
+        if on_steps:
+            on_steps(steps, total)
+
+    def save(state: dict[str, Any]) -> None:
+        if log:
+            keeper.save({**state, "started": run.started}, log)
+
+    return fit(
+        run.placed.model, run.data, run.spec.protocol, seed=run.spec.seed, precision=run.spec.precision, **run.placed.how, on_steps=record,
+        resume=run.resume, on_save=save, save_every=save_every, should_stop=should_stop,
+    )  # fmt: skip
 
 
-def _diverged_outcome(diverged: Diverged, images: int) -> dict[str, Any]:
-    """What there is to say of a run that diverged; numbers that JSON does not have are left to the message."""
+def _evaluate(run: _Run, fitted: Fit, log: TrainingLog) -> _Outcome:
+    """Evaluate the trained model, and write its weights and predictions."""
+    spec, data, files, model = run.spec, run.data, run.files, run.placed.model
+    # A run cut short by max_steps is a trial: its evaluation shall not cost more than its training.
+    limit = None if spec.protocol.max_steps is None else max(64, fitted.images)
+    prepare = Prepare(spec.protocol.image_size, data.mean, data.std, run.device)
+    if fitted.micro_batch < run.placed.micro_batch:
+        log.note(f"memory was short: {fitted.micro_batch} instead of {run.placed.micro_batch} images at once")
+
+    def measure(images: ImageSet) -> Evaluation:
+        return evaluate(model, images, prepare=prepare, batch_size=fitted.evaluation_batch, precision=spec.precision)
+
+    val, test = measure(data.val.head(limit)), measure(data.test.head(limit))
+    log.note(f"test_accuracy={test.accuracy:.6f} test_loss={test.loss:.6f} test_images={len(test.labels)}")
+    save_weights(files.weights, model, weight_facts(spec, files.run_id, data))
+    write_atomically(files.predictions, test.to_csv().encode())
+    memorised = recovered = None
+    rows = run.false_rows[:limit]
+    if len(rows):
+        learnt = measure(ImageSet(data.train.pixels[rows], data.train.labels[rows]))
+        memorised, recovered = learnt.accuracy, (learnt.predicted == run.clean.train.labels[rows]).double().mean().item()
+    written = [files.weights, files.log, files.predictions]
+    return _Outcome(fitted.last, fitted.images, fitted.micro_batch, written, val, test, memorised, recovered)
+
+
+def _give_up(run: _Run, diverged: Diverged, log: TrainingLog) -> _Outcome:
+    """Say where training diverged."""
     step = diverged.step
-    unknown = ("train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_images")
+    log.note(str(diverged))
+    run.notes.append(str(diverged))
+    images = images_in_steps(len(run.data.train), run.spec.protocol.batch_size, step.step)
     norm = step.grad_norm if math.isfinite(step.grad_norm) else str(step.grad_norm)
-    at = {"step": step.step, "learning_rate": step.learning_rate, "grad_norm": norm, "message": str(diverged)}
-    return {
-        "status": "diverged",
-        **_pace(step, images),
-        **dict.fromkeys(unknown),
-        "diverged": at,
-    }
+    at = DivergedAt(step=step.step, learning_rate=step.learning_rate, grad_norm=norm, message=str(diverged))
+    return _Outcome(step, images, run.placed.micro_batch, [run.files.log], diverged=at)
 
 
-def _pace(last: Step, images: int) -> dict[str, Any]:
-    return {
-        "steps": last.step,
-        "images": images,
-        "seconds": round(last.seconds, 3),
-        "images_per_second": round(images / last.seconds, 2),
-    }
+def _result(run: _Run, outcome: _Outcome, workers: int) -> Result:
+    spec, chosen, model = run.spec, run.placed.chosen, run.placed.model
+    last, val, test = outcome.last, outcome.val, outcome.test
+    return Result(
+        **spec.names(run.files.run_id),
+        overrides=dict(spec.overrides),
+        identity=spec.identity(run.data.fingerprint),
+        depth=spec.protocol.depths[spec.size],
+        parameters=model.count_parameters(),
+        forward_flops=model.estimate_flops(),
+        false_labels=len(run.false_rows) if spec.protocol.label_noise else None,
+        memorised=outcome.memorised,
+        recovered=outcome.recovered,
+        status="diverged" if outcome.diverged else "done",
+        steps=last.step,
+        images=outcome.images,
+        seconds=round(last.seconds, 3),
+        images_per_second=round(outcome.images / last.seconds, 2),
+        train_loss=None if outcome.diverged else last.train_loss,
+        val_loss_last_batch=None if outcome.diverged else last.val_loss,
+        val_loss=val.loss if val else None,
+        val_accuracy=val.accuracy if val else None,
+        test_loss=test.loss if test else None,
+        test_accuracy=test.accuracy if test else None,
+        test_images=len(test.labels) if test else None,
+        diverged=outcome.diverged,
+        workers=workers,
+        micro_batch=outcome.micro_batch,
+        attention=chosen.attention,
+        fused=chosen.fused,
+        graphs=chosen.graphs,
+        compiled=chosen.compiled,
+        compile_seconds=round(chosen.compile_seconds, 1),
+        recompute=model.recompute,
+        deterministic=run.compute.deterministic or run.device.type == "cpu",
+        **machine_facts(run.device),
+        started=run.started,
+        finished=_utc_now(),
+        notes=run.notes,
+        sha256={path.name: file_sha256(path) for path in outcome.written},
+    )
 
 
 def _utc_now() -> str:

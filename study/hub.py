@@ -61,7 +61,7 @@ def collect(storage: Storage, specs: Iterable[RunSpec], checkpoints: Path) -> li
             found = remote_result(storage, files)
             if found is None:
                 raise StorageError(f"{name} in {storage.url} is not a result of diffvit.", "remove it there.")
-            if cell_key(found[0]["identity"]) in cells and fetch_run(storage, files, found):
+            if cell_key(found[0].identity) in cells and fetch_run(storage, files, found):
                 brought.append(files.run_id)
     return brought
 

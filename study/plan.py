@@ -61,7 +61,7 @@ def _plan(spec: RunSpec, checkpoints: Path, fingerprint: str | None) -> PlannedR
     steps = protocol.total_steps()
     run_ids = run_ids_of(spec, fingerprint) if fingerprint else {}
     results = {precision: read_result(RunFiles.of(checkpoints, spec, run_id).result) for precision, run_id in run_ids.items()}
-    ended = {precision: result["status"] for precision, result in results.items() if result}
+    ended = {precision: result.status for precision, result in results.items() if result}
     status = ended.get(spec.precision)
     elsewhere = None if status else next((f"{other} in {precision}" for precision, other in ended.items()), None)
     run_id, work = run_ids.get(spec.precision), forward * _image_passes(protocol, steps)

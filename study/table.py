@@ -15,19 +15,12 @@ from diffvit.errors import UserError
 from diffvit.ledger.disk import write_atomically
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import LogRows, Step, read_rows
-from diffvit.ledger.results import read_results
+from diffvit.ledger.results import Result, read_results
 from diffvit.ledger.spec import RunSpec, overrides_text
 from diffvit.protocol import PROTOCOLS
 
-# Order of the run table's columns; identity first, outcome, then where it ran.
-COLUMNS = (
-    "run_id", "status", "model", "size", "dataset", "seed", "precision", "overrides", "fingerprint",
-    "depth", "parameters", "forward_flops", "steps", "images", "seconds", "images_per_second",
-    "train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "test_images",
-    "false_labels", "memorised", "recovered",
-    "device", "device_name", "threads", "workers", "micro_batch", "attention", "fused", "graphs", "compiled", "recompute", "deterministic",
-    "python", "torch", "diffvit", "git_commit", "started", "finished", "notes", "flags",
-)  # fmt: skip
+# The run table's: what tables have of a result, and what _flags finds.
+COLUMNS = (*Result.columns(), "flags")
 
 # What should be alike for all runs of a cell (one size of one data set); recorded, and no part of a run's identity.
 _SHOULD_AGREE = (
@@ -58,20 +51,20 @@ def run_table(checkpoints: Path, grid: Iterable[RunSpec] | None = None) -> pd.Da
     results = read_results(checkpoints)
     if grid is not None:
         cells = {cell_key(spec.identity("")) for spec in grid}
-        results = [result for result in results if cell_key(result["identity"]) in cells]
+        results = [result for result in results if cell_key(result.identity) in cells]
     table = pd.DataFrame([_row(result) for result in results], columns=list(COLUMNS))
     for name in ("train_loss", "val_loss_last_batch", "val_loss", "val_accuracy", "test_loss", "test_accuracy", "memorised", "recovered"):
         table[name] = table[name].astype(float)
     table["false_labels"] = table["false_labels"].astype("Int64")  # whole numbers, and gaps for runs without label noise
     table = table.sort_values(["dataset", "overrides", "parameters", "model", "seed", "run_id"], ignore_index=True)
-    cell_of = {result["run_id"]: cell_key({**result["identity"], "model": ""}) for result in results}
+    cell_of = {result.run_id: cell_key({**result.identity, "model": ""}) for result in results}
     table["flags"] = _flags(table, [cell_of[run_id] for run_id in table["run_id"]])
     return table
 
 
 def missing_runs(checkpoints: Path, specs: Iterable[RunSpec]) -> list[RunSpec]:
     """Those of the runs that have not ended here, at whatever precision and on whatever version of the data. Raises UserError."""
-    ended = {(cell_key(result["identity"]), result["seed"]) for result in read_results(checkpoints)}
+    ended = {(cell_key(result.identity), result.seed) for result in read_results(checkpoints)}
     return [spec for spec in specs if (cell_key(spec.identity("")), spec.seed) not in ended]
 
 
@@ -84,11 +77,9 @@ def _sorted(value: Any) -> Any:
     return sorted(value.items()) if isinstance(value, dict) else value
 
 
-def _row(result: dict[str, Any]) -> dict[str, Any]:
-    versions = {name: result["versions"].get(name) for name in ("python", "torch", "diffvit")}
-    row = {**result, **versions, "fingerprint": result["identity"]["fingerprint"]}
-    row["overrides"] = overrides_text(result["overrides"])
-    row["notes"] = "; ".join(result["notes"])
+def _row(result: Result) -> dict[str, Any]:
+    as_text = {"overrides": overrides_text(result.overrides), "notes": "; ".join(result.notes)}
+    row = {**result.versions, **vars(result), "fingerprint": result.identity["fingerprint"], **as_text}
     return {column: row.get(column) for column in COLUMNS}
 
 

@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_written(cli, tmp_path: Path, command: tuple[str
 def test_damaged_and_foreign_checkpoints(cli, tmp_path: Path) -> None:
     spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 1})
     result = train(spec, Path("checkpoints"), device="cpu")
-    files = RunFiles.of(Path("checkpoints"), spec, result["run_id"])
+    files = RunFiles.of(Path("checkpoints"), spec, result.run_id)
     whole = files.weights.read_bytes()
     for content, word in ((whole[:1000], "damaged"), (b"", "damaged"), (whole.replace(b"diffvit", b"another"), "not written by diffvit")):
         files.weights.write_bytes(content)

@@ -117,7 +117,7 @@ def test_recomputation_gives_the_same_bits_with_dropout(name: str) -> None:
 def test_recomputation_is_recorded(tmp_path: Path) -> None:
     spec = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"max_steps": 2})
     result = train(spec, tmp_path, device="cpu", compute=Compute(recompute=True))
-    assert result["recompute"] is True and result["compiled"] is False
+    assert result.recompute is True and result.compiled is False
 
 
 def test_forms_are_measured_once_and_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +298,7 @@ def test_compiled_blocks_compute_the_same_and_repeat_themselves(name: str, tmp_p
         files = RunFiles.of(tmp_path / folder, spec, results[-1]["run_id"])
         logs.append(read_log(files.log)[["train_loss", "val_loss", "grad_norm"]].to_numpy())
     eager, compiled, again = logs
-    assert [result["compiled"] for result in results] == [False, True, True]
+    assert [result.compiled for result in results] == [False, True, True]
     assert results[1]["compile_seconds"] > 0
     # Rounding differs, and training makes more of it from step to step.
     assert abs(compiled[:5] / eager[:5] - 1).max() < 1e-3

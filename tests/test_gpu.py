@@ -298,8 +298,8 @@ def test_deterministic_runs_repeat_themselves_and_resume_to_the_same_bits(name: 
         cut = train(spec, tmp_path / "cut", **options)
     finally:
         torch.use_deterministic_algorithms(False)
-    weights = [RunFiles.of(tmp_path / folder, spec, whole["run_id"]).weights for folder in ("whole", "again", "cut")]
-    assert again["test_loss"] == whole["test_loss"] == cut["test_loss"]
+    weights = [RunFiles.of(tmp_path / folder, spec, whole.run_id).weights for folder in ("whole", "again", "cut")]
+    assert again.test_loss == whole.test_loss == cut.test_loss
     models = [load_weights(path)[0] for path in weights]
     for first, *others in zip(*(model.parameters() for model in models), strict=True):
         assert all(torch.equal(first, other) for other in others)
@@ -312,7 +312,7 @@ def test_a_run_is_fused_and_captured_and_says_so(tmp_path: Path) -> None:
         spec, tmp_path, device="cuda", compute=Compute(fused=True, compile=False), on_preparing=lambda: heard.append("preparing")
     )
     kernels = has_kernels(GPU, 64)
-    assert result["fused"] == result["graphs"] == kernels and not result["compiled"]
+    assert result.fused == result.graphs == kernels and not result.compiled
     assert heard == ["preparing"]
 
 

@@ -98,7 +98,7 @@ def test_memory_is_what_the_cgroups_allow(tmp_path: Path) -> None:
 def test_a_run_trains_with_as_many_threads_as_it_has_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffvit.train.cpus", lambda: 1)
     result = train(RunSpec.of("vit_classic", "small", "digits", overrides={"max_steps": 1}), tmp_path, device="cpu")
-    assert result["threads"] == 1
+    assert result.threads == 1
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ from diffvit.keeping.saving import Every, Saving
 from diffvit.keeping.state import StateFolder, folder_id
 from diffvit.keeping.storage import Storage
 from diffvit.ledger.files import RunFiles
-from diffvit.ledger.log import LogPosition, read_log, was_interrupted, work_after
+from diffvit.ledger.log import LogPosition, WorkAgain, read_log, was_interrupted
 from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.verify import verify_run
@@ -393,7 +393,7 @@ def logged(path: Path, steps: int) -> None:
         clear(lambda count=count: read_log(path, count))
     was_interrupted(path)
     for position in (None, LogPosition(0, ""), LogPosition(10**15, ""), LogPosition(-1, "")):
-        done_again = work_after(path, position)
+        done_again = WorkAgain.after(path, position)
         assert isinstance(done_again[0], int) and isinstance(f"{done_again[1]:.1f}", str)
         assert position is None or not position.fits(path)
 
@@ -429,10 +429,10 @@ def everything_that_reads(checkpoints: Path, path: Path) -> None:
     """All of the ledger's readers, but figures."""
     result = clear(lambda: read_result(path))
     if result is not None:
-        files = RunFiles(checkpoints, result["model"], result["run_id"], result["size"], result["dataset"])
-        for name in (files.stem, *result["sha256"]):
+        files = result.files(checkpoints)
+        for name in (files.stem, *result.sha256):
             assert (files.folder / name).resolve().is_relative_to(checkpoints.resolve())
-        cell_key(result["identity"])
+        cell_key(result.identity)
     assert isinstance(verify_run(path), list)
     json.dumps(verify_ledger(checkpoints))
     table = clear(lambda: run_table(checkpoints, SPECS))
@@ -760,7 +760,7 @@ def test_a_run_whose_state_is_not_its_own_begins_again(stopped: Path, tmp_path: 
     heard: list[str] = []
     file.write_bytes(forged(file, lambda content: {**content, "step": 10**15}))
     result = train(SPECS[0], tmp_path / "copy", device="cpu", on_warning=heard.append)
-    assert result["steps"] == 3 and any("resume state" in text for text in heard)
+    assert result.steps == 3 and any("resume state" in text for text in heard)
     assert len(read_log(next((tmp_path / "copy").glob("*/*.log")), 3)) == 3
 
 

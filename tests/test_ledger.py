@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -139,7 +140,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
 
     folder = tmp_path_factory.mktemp("ended")
     spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 3})
-    return RunFiles.of(folder, spec, train(spec, folder, device="cpu")["run_id"])
+    return RunFiles.of(folder, spec, train(spec, folder, device="cpu").run_id)
 
 
 def _copy(ended: RunFiles, folder: Path) -> RunFiles:
@@ -178,10 +179,10 @@ def test_files_that_do_not_belong_together_are_named(ended: RunFiles, tmp_path: 
     for change, said in (
         ({"parameters": 7}, "differ in parameters"),
         ({"steps": 4}, "after 3 of 4 steps"),
-        ({"identity": {**result["identity"], "seed": 9}}, "run_id that does not belong"),
+        ({"identity": {**result.identity, "seed": 9}}, "run_id that does not belong"),
         ({"seed": 9}, "differ in seed"),
     ):
-        write_result(copy, {**result, **change})
+        write_result(copy, dataclasses.replace(result, **change))
         assert any(said in wrong for wrong in verify_run(copy.result)), said
     copy.result.rename(copy.result.with_name("model_0000000000_0.1M_digits_result.json"))
     assert any("another run" in wrong for wrong in verify_run(copy.result.with_name("model_0000000000_0.1M_digits_result.json")))
@@ -191,7 +192,7 @@ def test_runs_in_a_linked_folder_are_seen_and_a_link_to_nowhere_is_named(ended: 
     ended = _copy(ended, tmp_path)
     ended.folder.rename(tmp_path / "big")
     ended.folder.symlink_to(tmp_path / "big")
-    assert [result["run_id"] for result in read_results(ended.checkpoints)] == [ended.run_id] and verify_run(ended.result) == []
+    assert [result.run_id for result in read_results(ended.checkpoints)] == [ended.run_id] and verify_run(ended.result) == []
     (tmp_path / "big").rename(tmp_path / "away")
     for read in (lambda: read_results(ended.checkpoints), lambda: read_result(ended.result)):
         with pytest.raises(UserError, match=f"{ended.model} is a link to .*big, which is not there"):

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from diffvit.errors import UserError
-from diffvit.ledger.log import LogPosition, Step, TrainingLog, note_of_work_again, read_log, read_rows, work_after
+from diffvit.ledger.log import LogPosition, Step, TrainingLog, WorkAgain, read_log, read_rows
 
 
 def _steps(first: int, last: int) -> list[Step]:
@@ -19,10 +19,10 @@ def _steps(first: int, last: int) -> list[Step]:
 
 def _grow(path: Path, keep: LogPosition | None, first: int, last: int) -> LogPosition:
     """A process goes on after `keep` as training does, to a step that is saved, and then two steps further, where it is killed."""
-    again = work_after(path, keep)
+    again = WorkAgain.after(path, keep)
     with TrainingLog(path, {"run_id": "x"}, keep=keep) as log:
         if keep:
-            log.note(note_of_work_again(f"resumed after step {first - 1}", *again))
+            log.note(again.note(f"resumed after step {first - 1}"))
         log.write(_steps(first, last))
         position = log.position()
         log.write(_steps(last + 1, last + 2))
@@ -31,17 +31,17 @@ def _grow(path: Path, keep: LogPosition | None, first: int, last: int) -> LogPos
 
 def test_work_that_is_done_twice_is_counted_over_several_interruptions(tmp_path: Path) -> None:
     path = tmp_path / "run.log"
-    assert work_after(path, None) == (0, 0.0)
+    assert WorkAgain.after(path, None) == (0, 0.0)
     saved = _grow(path, None, 1, 10)
-    assert work_after(path, None) == (12, 24.0)  # nothing was saved: all of it
-    assert work_after(path, saved) == (2, 4.0)
+    assert WorkAgain.after(path, None) == (12, 24.0)  # nothing was saved: all of it
+    assert WorkAgain.after(path, saved) == (2, 4.0)
     with TrainingLog(path, {}, keep=saved) as log:  # killed before it saved anything: its note goes, and its count stays
-        log.note(note_of_work_again("resumed after step 10", 2, 4.0))
+        log.note(WorkAgain(2, 4.0).note("resumed after step 10"))
         log.write(_steps(11, 13))
-    assert work_after(path, saved) == (5, 10.0)
+    assert WorkAgain.after(path, saved) == (5, 10.0)
     saved = _grow(path, saved, 11, 20)
     assert "# resumed after step 10; 5 steps, 10.0 s done again\n" in path.read_text()
-    assert work_after(path, saved) == (2, 4.0)
+    assert WorkAgain.after(path, saved) == (2, 4.0)
     assert read_log(path)["step"].tolist() == list(range(1, 23))
 
 
@@ -49,7 +49,7 @@ def test_a_line_that_was_cut_is_no_step(tmp_path: Path) -> None:
     path = tmp_path / "run.log"
     saved = _grow(path, None, 1, 3)
     path.write_bytes(path.read_bytes()[:-4])
-    assert work_after(path, saved) == (1, 2.0)
+    assert WorkAgain.after(path, saved) == (1, 2.0)
 
 
 def _log(path: Path, count: int) -> list[Step]:

@@ -74,8 +74,8 @@ def test_a_finished_study_draws_what_is_missing_or_damaged(ledger, damage: str) 
 
 def test_weights_that_are_gone_are_missed(ledger) -> None:
     spec = RunSpec.of("vit_classic", "small", "digits")
-    result = next(each for each in read_results(CHECKPOINTS) if not each["overrides"] and each["seed"] == 0)
-    weights = RunFiles.of(CHECKPOINTS, spec, result["run_id"]).weights
+    result = next(each for each in read_results(CHECKPOINTS) if not each.overrides and each.seed == 0)
+    weights = RunFiles.of(CHECKPOINTS, spec, result.run_id).weights
     assert "gone" not in ledger(*STUDY).err
     weights.unlink()
     assert f"warning: files of finished runs are gone: {weights}\nhint: delete the _result.json" in ledger(*STUDY).err
@@ -143,7 +143,7 @@ def _evaluated(ledger, *arguments: str) -> tuple[dict, str]:
     outcome = ledger("evaluate", *CELL, "--limit", "8", "--device", "cpu", "--json", *arguments)
     assert outcome.code == 0, outcome.err
     report = json.loads(outcome.out)
-    (result,) = (each for each in read_results(CHECKPOINTS) if each["run_id"] == report["run_id"])
+    (result,) = (each for each in read_results(CHECKPOINTS) if each.run_id == report["run_id"])
     return result, outcome.err
 
 
@@ -160,14 +160,14 @@ def _evaluated(ledger, *arguments: str) -> tuple[dict, str]:
 )
 def test_evaluate_takes_the_run_that_is_named(ledger, arguments: tuple[str, ...], seed: int, overrides: dict) -> None:
     result, said = _evaluated(ledger, *arguments)
-    assert (result["seed"], result["overrides"]) == (seed, overrides)
+    assert (result.seed, result.overrides) == (seed, overrides)
     alone = arguments[0:1] == ("--lr",) or len(arguments) == 4
-    line = rf"of \d runs that match, {result['run_id']}: seed {seed}, .*fp32, ended {re.escape(result['finished'])}\n"
+    line = rf"of \d runs that match, {result.run_id}: seed {seed}, .*fp32, ended {re.escape(result['finished'])}\n"
     assert re.fullmatch("" if alone else line, said)  # no choice, no word
 
 
 def test_a_run_id_may_stand_alone_and_must_agree_with_what_else_is_said(ledger) -> None:
-    run_id = next(each["run_id"] for each in read_results(CHECKPOINTS) if each["seed"] == 1 and not each["overrides"])
+    run_id = next(each.run_id for each in read_results(CHECKPOINTS) if each.seed == 1 and not each.overrides)
     alone = ledger("evaluate", "--run_id", run_id, "--limit", "8", "--device", "cpu")
     assert alone.code == 0 and run_id in alone.out and not alone.err
     for other in (("--seed", "0"), ("--epochs", "3"), ("--dataset", "digits-noisy"), ("--model", "vit_differential")):
@@ -184,8 +184,8 @@ def test_a_model_folder_on_a_disk_that_is_not_there_is_named(ledger) -> None:
 
 def test_runs_that_nothing_tells_apart_are_shown_with_what_does(ledger) -> None:
     for result in read_results(CHECKPOINTS):
-        if not result["overrides"]:
-            for path in CHECKPOINTS.glob(f"*/*{result['run_id']}*"):
+        if not result.overrides:
+            for path in CHECKPOINTS.glob(f"*/*{result.run_id}*"):
                 path.unlink()
     outcome = ledger("evaluate", *CELL, "--seed", "0")
     assert outcome.code == 2 and outcome.err.startswith("error: 2 runs of vit_classic 0.1M digits seed 0 match")

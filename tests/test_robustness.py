@@ -25,7 +25,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learnt a little."""
     folder = tmp_path_factory.mktemp("run")
     spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 80, "warmup_steps": 10})
-    return RunFiles.of(folder, spec, train(spec, folder, device="cpu")["run_id"]).weights
+    return RunFiles.of(folder, spec, train(spec, folder, device="cpu").run_id).weights
 
 
 @pytest.fixture(scope="module")

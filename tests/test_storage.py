@@ -112,7 +112,7 @@ def test_a_lease_that_a_dying_writer_left_half_written_does_not_block(storage: S
 def test_an_ended_run_travels_whole(storage: Storage, tmp_path: Path) -> None:
     spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 2})
     result = train(spec, tmp_path / "a", device="cpu")
-    here, there = (RunFiles.of(tmp_path / name, spec, result["run_id"]) for name in "ab")
+    here, there = (RunFiles.of(tmp_path / name, spec, result.run_id) for name in "ab")
     assert not fetch_run(storage, there)
     push_run(storage, here, result)
     storage.remove(f"vit_classic/{here.predictions.name}")
@@ -124,7 +124,7 @@ def test_an_ended_run_travels_whole(storage: Storage, tmp_path: Path) -> None:
 
 def test_a_run_that_is_sent_late_leaves_nothing_under_way(storage: Storage, tmp_path: Path) -> None:
     spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 2})
-    run_id = train(spec, tmp_path / "a", device="cpu")["run_id"]
+    run_id = train(spec, tmp_path / "a", device="cpu").run_id
     here, there = (RunFiles.of(tmp_path / name, spec, run_id) for name in "ab")
     assert isinstance(take_lease(storage, run_id, "a", 600.0), Lease)
     storage.put(f".state/{run_id}/000000001.state", b"half of it")

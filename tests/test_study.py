@@ -202,7 +202,7 @@ def test_a_run_that_fails_does_not_stop_the_others(cluster: Cluster, tmp_path: P
     assert len(failed) == 1
     assert "IsADirectoryError" in failed[0]
     assert "3 times" in failed[0]
-    assert [result["model"] for result in read_results(tmp_path)] == ["vit_differential"]
+    assert [result.model for result in read_results(tmp_path)] == ["vit_differential"]
 
 
 def test_slots() -> None:

@@ -37,7 +37,7 @@ def _losses(files: RunFiles) -> pd.DataFrame:
 def _run(folder: Path, model: str = "vit_differential", overrides: dict | None = None, **options) -> RunFiles:
     spec = RunSpec.of(model, "0.1M", "digits", overrides=SHORT if overrides is None else overrides)
     result = train(spec, folder, device="cpu", **options)
-    return RunFiles.of(folder, spec, result["run_id"])
+    return RunFiles.of(folder, spec, result.run_id)
 
 
 def test_a_run_leaves_its_four_files_and_learns(tmp_path: Path) -> None:
@@ -50,11 +50,11 @@ def test_a_run_leaves_its_four_files_and_learns(tmp_path: Path) -> None:
     assert log["train_loss"].tail(20).mean() < 0.6 * log["train_loss"].head(20).mean()
     result = read_result(files.result)
     assert result is not None
-    assert result["test_accuracy"] > 0.5
+    assert result.test_accuracy > 0.5
     predictions = pd.read_csv(files.predictions)
     assert len(predictions) == 359
-    assert (predictions["label"] == predictions["predicted"]).mean() == pytest.approx(result["test_accuracy"])
-    assert predictions["loss"].mean() == pytest.approx(result["test_loss"], rel=1e-6)
+    assert (predictions["label"] == predictions["predicted"]).mean() == pytest.approx(result.test_accuracy)
+    assert predictions["loss"].mean() == pytest.approx(result.test_loss, rel=1e-6)
     assert predictions["label"].tolist() == load("digits").test.labels.tolist()
 
 
@@ -65,9 +65,9 @@ def test_the_saved_model_gives_the_recorded_accuracy(tmp_path: Path) -> None:
     result = read_result(files.result)
     assert result is not None
     report = evaluate_checkpoint(files.weights, device=torch.device("cpu"), batch_size=50)
-    limited = evaluate_checkpoint(files.weights, device=torch.device("cpu"), limit=result["test_images"])
-    assert limited["accuracy"] == pytest.approx(result["test_accuracy"])
-    assert limited["loss"] == pytest.approx(result["test_loss"], rel=1e-5)
+    limited = evaluate_checkpoint(files.weights, device=torch.device("cpu"), limit=result.test_images)
+    assert limited["accuracy"] == pytest.approx(result.test_accuracy)
+    assert limited["loss"] == pytest.approx(result.test_loss, rel=1e-5)
     assert report["images"] == 359
     assert sum(row["images"] for row in report["classes"]) == 359
 
@@ -84,8 +84,8 @@ def test_another_seed_another_run(tmp_path: Path) -> None:
     first = _run(tmp_path)
     spec = RunSpec.of("vit_differential", "0.1M", "digits", seed=1, overrides=SHORT)
     result = train(spec, tmp_path, device="cpu")
-    assert result["run_id"] not in first.weights.name
-    assert first.weights.read_bytes() != RunFiles.of(tmp_path, spec, result["run_id"]).weights.read_bytes()
+    assert result.run_id not in first.weights.name
+    assert first.weights.read_bytes() != RunFiles.of(tmp_path, spec, result.run_id).weights.read_bytes()
 
 
 def test_micro_batches_do_not_change_the_losses(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def _worker(rank: int, workers: int, folder: str, overrides: dict) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
-    _run(Path(folder), overrides=overrides)
+    train(RunSpec.of("vit_differential", "0.1M", "digits", overrides=overrides), Path(folder), device="cpu")
     dist.destroy_process_group()
 
 
@@ -114,7 +114,7 @@ def test_two_workers_give_the_losses_of_one(tmp_path: Path, batch_size: int) -> 
     pd.testing.assert_frame_equal(_losses(alone), _losses(together), rtol=2e-4, atol=1e-5)
     result = read_result(together.result)
     assert result is not None
-    assert result["workers"] == 2
+    assert result.workers == 2
 
 
 def _interrupted_worker(rank: int, workers: int, folder: str, round_: int) -> None:
@@ -140,7 +140,7 @@ def test_a_group_stops_resumes_and_diverges_together(tmp_path: Path) -> None:
         mp.start_processes(_interrupted_worker, args=(2, str(tmp_path), round_), nprocs=2, start_method="spawn")
     outcomes = [[(tmp_path / f"outcome{round_}-{rank}").read_text() for rank in (0, 1)] for round_ in range(3)]
     assert outcomes == [["stopped after 11"] * 2, ["ended"] * 2, ["ended"] * 2]
-    statuses = {result["status"]: result for result in read_results(tmp_path)}
+    statuses = {result.status: result for result in read_results(tmp_path)}
     assert set(statuses) == {"done", "diverged"}
     log = RunFiles(tmp_path, "vit_differential", statuses["done"]["run_id"], "0.1M", "digits").log
     assert "# resumed after step 11;" in log.read_text() and read_log(log)["step"].tolist() == list(range(1, 41))
@@ -200,8 +200,8 @@ def test_both_arms_train_on_the_same_noise_and_test_on_clean_images(tmp_path: Pa
     for files in runs:
         result = read_result(files.result)
         assert result is not None
-        assert result["identity"]["protocol"]["label_noise"] == 0.2 and result["false_labels"] == 252
-        assert "data: 252 of 1258 training labels are false" in result["notes"]
+        assert result.identity["protocol"]["label_noise"] == 0.2 and result.false_labels == 252
+        assert "data: 252 of 1258 training labels are false" in result.notes
         assert load_weights(files.weights)[1]["mean"] == list(clean.mean)
         labels = pd.read_csv(files.predictions)["label"].tolist()
         assert labels == clean.test.labels[: len(labels)].tolist()
@@ -228,19 +228,19 @@ def test_memorised_and_recovered_are_what_the_saved_model_answers(tmp_path: Path
     noisy, rows = with_training_noise(clean, facts["protocol"], facts["seed"])
     with torch.inference_mode():
         answers = model(Prepare(8, clean.mean, clean.std)(noisy.train.pixels[rows])).argmax(1)
-    assert result["false_labels"] == len(rows) == 252
-    assert result["memorised"] == pytest.approx((answers == noisy.train.labels[rows]).double().mean().item())
-    assert result["recovered"] == pytest.approx((answers == clean.train.labels[rows]).double().mean().item())
-    assert result["recovered"] > 0.3 > result["memorised"]  # three epochs learn the digits before the mistakes
+    assert result.false_labels == len(rows) == 252
+    assert result.memorised == pytest.approx((answers == noisy.train.labels[rows]).double().mean().item())
+    assert result.recovered == pytest.approx((answers == clean.train.labels[rows]).double().mean().item())
+    assert result.recovered > 0.3 > result.memorised  # three epochs learn the digits before the mistakes
 
 
 @pytest.mark.parametrize("overrides", [SHORT, {**SHORT, "input_noise": 0.1}, {**SHORT, "label_noise": 0.2, "lr": 1e8}])
 def test_nothing_is_memorised_without_false_labels_or_a_model(tmp_path: Path, overrides: dict) -> None:
     result = read_result(_run(tmp_path, overrides=overrides).result)
     assert result is not None
-    assert (result["memorised"], result["recovered"]) == (None, None)
-    assert result["false_labels"] == (252 if "label_noise" in overrides else None)
-    assert result["status"] == ("diverged" if "lr" in overrides else "done")
+    assert (result.memorised, result.recovered) == (None, None)
+    assert result.false_labels == (252 if "label_noise" in overrides else None)
+    assert result.status == ("diverged" if "lr" in overrides else "done")
 
 
 def test_a_trial_looks_at_no_more_false_labels_than_it_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +280,7 @@ def test_the_log_says_what_a_reader_must_know(tmp_path: Path) -> None:
     assert "# test_accuracy=" in text
     result = read_result(files.result)
     assert result is not None
-    assert any("warm-up" in note for note in result["notes"])
+    assert any("warm-up" in note for note in result.notes)
 
 
 def test_clipping_is_an_option(tmp_path: Path) -> None:

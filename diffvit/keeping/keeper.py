@@ -30,7 +30,7 @@ from diffvit.keeping.storage import Storage, open_storage
 from diffvit.ledger.disk import check_writable, sweep_asides
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import LogPosition, TrainingLog
-from diffvit.ledger.results import read_result
+from diffvit.ledger.results import Result, read_result
 
 # Seconds after which a renewal that failed is tried again.
 _RENEW_AGAIN = 60.0
@@ -52,7 +52,7 @@ class RunKeeper:
     """
 
     def __init__(self, files: RunFiles, saving: Saving, on_warning: Callable[[str], None] | None = None):
-        self.result: dict[str, Any] | None = None
+        self.result: Result | None = None
         self._files, self._saving = files, saving
         self._warn = on_warning or (lambda text: None)
         self._states = StateFolder(files.checkpoints, files.run_id, on_warning)
@@ -154,7 +154,7 @@ class RunKeeper:
         if self._courier:
             self._courier.offer(_Parcel(state["step"], path, self._files.log, position.bytes))
 
-    def finish(self, result: dict[str, Any]) -> None:
+    def finish(self, result: Result) -> None:
         """The run has ended and its result is written: copy it to the storage and forget the states.
 
         A storage that does not answer never fails a finished run: the next command sends it.
@@ -165,7 +165,7 @@ class RunKeeper:
             self._courier.stop(send=False)
         self._states.remove()
 
-    def _push(self, result: dict[str, Any]) -> None:
+    def _push(self, result: Result) -> None:
         storage, courier, files = self._storage, self._courier, self._files
         assert storage and courier
         is_there = False

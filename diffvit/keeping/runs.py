@@ -6,18 +6,17 @@ import contextlib
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from diffvit.errors import StorageError, UserError
 from diffvit.keeping.storage import MARKER, Storage
 from diffvit.ledger.disk import write_atomically
-from diffvit.ledger.files import RunFiles, files_of_result
-from diffvit.ledger.results import read_result
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.results import Result, read_result
 
 
-def push_run(storage: Storage, files: RunFiles, result: dict[str, Any], removes: Iterable[str] = ()) -> None:
+def push_run(storage: Storage, files: RunFiles, result: Result, removes: Iterable[str] = ()) -> None:
     """Copy an ended run to the storage, its result last, and then forget other objects."""
-    names = [*result["sha256"], files.result.name]
+    names = [*result.sha256, files.result.name]
     try:
         storage.commit({f"{files.model}/{name}": files.folder / name for name in names}, removes)
     except FileNotFoundError as error:
@@ -53,7 +52,7 @@ def leftovers(storage: Storage, run_id: str) -> list[str]:
     return sorted(f"{folder}/{name}" for name in names if name.endswith((".state", ".log")))
 
 
-def fetch_run(storage: Storage, files: RunFiles, found: tuple[dict[str, Any], bytes] | None = None) -> bool:
+def fetch_run(storage: Storage, files: RunFiles, found: tuple[Result, bytes] | None = None) -> bool:
     """Bring an ended run from the storage, its result last. False where the storage does not have all of it.
 
     Args:
@@ -63,13 +62,13 @@ def fetch_run(storage: Storage, files: RunFiles, found: tuple[dict[str, Any], by
     if found is None:
         return False
     result, content = found
-    if not all(storage.get(f"{files.model}/{name}", files.folder / name) for name in result["sha256"]):
+    if not all(storage.get(f"{files.model}/{name}", files.folder / name) for name in result.sha256):
         return False
     write_atomically(files.result, content)  # the one that was looked at
     return True
 
 
-def remote_result(storage: Storage, files: RunFiles) -> tuple[dict[str, Any], bytes] | None:
+def remote_result(storage: Storage, files: RunFiles) -> tuple[Result, bytes] | None:
     """The result that a storage has of a run, and its file's content; None where it has none.
 
     Raises:
@@ -83,6 +82,6 @@ def remote_result(storage: Storage, files: RunFiles) -> tuple[dict[str, Any], by
         path.write_bytes(content)
         with contextlib.suppress(UserError):
             result = read_result(path)
-            if result and files_of_result(files.checkpoints, result) == files:
+            if result and result.files(files.checkpoints) == files:
                 return result, content
     raise StorageError(f"{files.result.name} in {storage.url} is not a result of diffvit.", "remove it there.")

@@ -10,14 +10,10 @@ _evaluations.json  what `run.py evaluate` found out later, by kind
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from diffvit.checks import (
-    NAME,
-)
+from diffvit.checks import NAME
 from diffvit.errors import UserError
 from diffvit.ledger.disk import listed
 from diffvit.ledger.spec import RunSpec
@@ -75,11 +71,6 @@ def files_of_weights(path: Path) -> RunFiles:
     if path.suffix != ".safetensors" or len(parts) != 4 or parts[0] != "model":
         raise UserError(f"{path} is not named as a checkpoint is.", "its name is model_{run_id}_{size}_{dataset}.safetensors.")
     return RunFiles(path.parent.parent, path.parent.name, *parts[1:])
-
-
-def files_of_result(checkpoints: Path, result: Mapping[str, Any]) -> RunFiles:
-    """The files of the run whose result this is."""
-    return RunFiles(checkpoints, result["model"], result["run_id"], result["size"], result["dataset"])
 
 
 def result_paths(checkpoints: Path) -> list[Path]:

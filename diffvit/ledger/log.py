@@ -128,9 +128,36 @@ class TrainingLog:
             rest = rest[self._file.write(rest) :]
 
 
-def note_of_work_again(what: str, steps: int, seconds: float) -> str:
-    """The note of a run that goes on after it was interrupted."""
-    return f"{what}; {steps} steps, {seconds:.1f} s done again"
+class WorkAgain(NamedTuple):
+    """Steps that a run did again after it was interrupted, and their seconds. The log has them in a note."""
+
+    steps: int
+    seconds: float
+
+    def note(self, what: str) -> str:
+        """The text of the note; `what` says how the run went on."""
+        return f"{what}; {self.steps} steps, {self.seconds:.1f} s done again"
+
+    @staticmethod
+    def noted(text: str) -> list[WorkAgain]:
+        """The notes in a log, or a part of one."""
+        return [WorkAgain(int(match[1]), float(match[2])) for match in _WORK_AGAIN.finditer(text)]
+
+    @staticmethod
+    def after(path: Path, position: LogPosition | None) -> WorkAgain:
+        """What is done again when a run goes on from a position of its log.
+
+        Work that was done again there already, and is cut off with the rest, counts too.
+        """
+        try:
+            content = path.read_bytes()
+        except OSError:
+            return WorkAgain(0, 0.0)
+        cut = position.bytes if position else 0
+        kept, lost = (part.decode(errors="replace") for part in (content[:cut], content[cut:]))
+        (_, before), (steps, seconds) = _steps_and_seconds(kept), _steps_and_seconds(lost)
+        notes = [WorkAgain(steps, max(0.0, seconds - before) if steps else 0.0), *WorkAgain.noted(lost)]
+        return WorkAgain(sum(note.steps for note in notes), sum(note.seconds for note in notes))
 
 
 # Anchored: else a long line of `#` would be searched from each of them. Digits: no more than make a number.
@@ -140,25 +167,9 @@ _WORK_AGAIN = re.compile(r"^# .*; ([0-9]{1,15}) steps, ([0-9]{1,15}(?:\.[0-9]{1,
 def was_interrupted(path: Path) -> bool:
     """Whether a log says that its run did not go from start to end in one go. False where there is none."""
     try:
-        return bool(_WORK_AGAIN.search(path.read_text(errors="replace")))
+        return bool(WorkAgain.noted(path.read_text(errors="replace")))
     except OSError:
         return False
-
-
-def work_after(path: Path, position: LogPosition | None) -> tuple[int, float]:
-    """Steps in a log after a position, and the seconds they took: what is done again when a run goes on from there.
-
-    Work that was done again there already, and is cut off with the rest, counts too.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return 0, 0.0
-    cut = position.bytes if position else 0
-    kept, lost = (_steps_and_seconds(part.decode(errors="replace")) for part in (content[:cut], content[cut:]))
-    notes = [(int(match[1]), float(match[2])) for match in _WORK_AGAIN.finditer(content[cut:].decode(errors="replace"))]
-    seconds = max(0.0, lost[1] - kept[1]) if lost[0] else 0.0
-    return lost[0] + sum(steps for steps, _ in notes), seconds + sum(seconds for _, seconds in notes)
 
 
 def _steps_and_seconds(text: str) -> tuple[int, float]:

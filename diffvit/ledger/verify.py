@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from diffvit.errors import UserError
 from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import file_sha256
-from diffvit.ledger.files import RunFiles, files_of_result
-from diffvit.ledger.results import checksum, read_result
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.results import Result, read_result, was_changed
 from diffvit.ledger.spec import hash_of_identity
 from diffvit.ledger.weights import load_weights
 
@@ -30,15 +28,15 @@ def verify_run(path: Path) -> list[str]:
         return [error.message]
     if result is None:
         return [f"{path} is gone."]
-    files = files_of_result(path.parent.parent, result)
+    files = result.files(path.parent.parent)
     wrong = []
     if files.result != path:
         wrong.append(f"{path} has the result of another run, {files.result.name}.")
-    if result.get("checksum") != checksum(result):
+    if was_changed(path):
         wrong.append(f"{path} was changed after it was written.")
-    if result["run_id"] != hash_of_identity(result["identity"]):
+    if result.run_id != hash_of_identity(result.identity):
         wrong.append(f"{path} has a run_id that does not belong to its identity.")
-    for name, expected in result["sha256"].items():
+    for name, expected in result.sha256.items():
         file = path.parent / name
         if not file.is_file():
             wrong.append(f"{file} is missing.")
@@ -49,28 +47,28 @@ def verify_run(path: Path) -> list[str]:
     except UserError as error:
         wrong.append(error.message)
     if not wrong:
-        wrong += [*_verify_log(files, result), *(_verify_weights(files, result) if result["status"] == "done" else [])]
+        wrong += [*_verify_log(files, result), *(_verify_weights(files, result) if result.status == "done" else [])]
     return wrong
 
 
-def _verify_log(files: RunFiles, result: Mapping[str, Any]) -> list[str]:
+def _verify_log(files: RunFiles, result: Result) -> list[str]:
     from diffvit.ledger.log import read_rows
 
     try:
-        read_rows(files.log, result["steps"])
+        read_rows(files.log, result.steps)
     except UserError as error:
         return [error.message]
     return []
 
 
-def _verify_weights(files: RunFiles, result: Mapping[str, Any]) -> list[str]:
+def _verify_weights(files: RunFiles, result: Result) -> list[str]:
     try:
         model, facts = load_weights(files.weights)
     except UserError as error:
         return [error.message]
-    wrong = [key for key in ("run_id", "model", "size", "dataset", "seed", "precision") if facts[key] != result[key]]
-    if facts["fingerprint"] != result["identity"]["fingerprint"]:
+    wrong = [key for key in ("run_id", "model", "size", "dataset", "seed", "precision") if facts[key] != getattr(result, key)]
+    if facts["fingerprint"] != result.identity["fingerprint"]:
         wrong.append("fingerprint")
-    if model.count_parameters() != result["parameters"]:
+    if model.count_parameters() != result.parameters:
         wrong.append("parameters")
     return [f"{files.weights} and the result differ in {', '.join(wrong)}."] if wrong else []

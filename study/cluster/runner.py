@@ -301,7 +301,8 @@ def _worker(config: dict[str, Any]) -> None:
         report({"run_id": config["run"]["run_id"], "busy": True})
         return
     # The outcome, flat, as Tune keeps it, and what the whole run took this process.
-    outcome = {key: value for key, value in result.items() if isinstance(value, (str, int, float, bool))}
+    content = result.content() if result else {"run_id": config["run"]["run_id"]}
+    outcome = {key: value for key, value in content.items() if isinstance(value, (str, int, float, bool))}
     report({**outcome, "run_seconds": time.perf_counter() - start})
 
 

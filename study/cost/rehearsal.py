@@ -29,6 +29,7 @@ from diffvit.keeping.saving import Every
 from diffvit.keeping.storage import open_storage
 from diffvit.ledger.disk import check_lockable, check_writable
 from diffvit.ledger.files import RunFiles
+from diffvit.ledger.results import Result
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.verify import verify_run
 from diffvit.loop.fit import Stopped
@@ -169,11 +170,12 @@ def _parts(spec: RunSpec, settings: Settings, device: torch.device) -> Iterator[
     except Stopped:
         yield "stopped and saved after a step"
         result = train(spec, checkpoints, **how)
-    if result["status"] != "done":
-        raise UserError(result["diverged"]["message"], "the study would record it as diverged.")
+    assert result is not None  # a rehearsal has one process
+    if result.diverged:
+        raise UserError(result.diverged["message"], "the study would record it as diverged.")
     yield "resumed to step 2"
-    yield f"tested on {result['test_images']} images"
-    files = RunFiles.of(checkpoints, spec, result["run_id"])
+    yield f"tested on {result.test_images} images"
+    files = result.files(checkpoints)
     _read_back(files, result, settings.data_root, device)
     yield "read back"
     if settings.saving.storage:
@@ -185,17 +187,16 @@ def _parts(spec: RunSpec, settings: Settings, device: torch.device) -> Iterator[
         yield "stored and brought back"
 
 
-def _read_back(files: RunFiles, result: dict[str, Any], data_root: str | None, device: torch.device) -> None:
+def _read_back(files: RunFiles, result: Result, data_root: str | None, device: torch.device) -> None:
     """Raises UserError where a run's files are not whole, or its weights do not give the accuracy of its result."""
     if wrong := verify_run(files.result):
         raise UserError(" ".join(wrong), "check the disk.")
-    images = result["test_images"]
-    again = evaluate_checkpoint(files.weights, data_root=data_root, limit=images, batch_size=result["micro_batch"], device=device)
+    images, accuracy, batch_size = result.test_images, result.test_accuracy, result.micro_batch
+    assert images and batch_size and accuracy is not None  # it is done, and new
+    again = evaluate_checkpoint(files.weights, data_root=data_root, limit=images, batch_size=batch_size, device=device)
     # A change of one image is left to rounding.
-    if abs(again["accuracy"] - result["test_accuracy"]) * images > 1.5:
-        raise UserError(
-            f"the weights read back give {100 * again['accuracy']:.2f} % and not {100 * result['test_accuracy']:.2f} %.", "check the disk."
-        )
+    if abs(again["accuracy"] - accuracy) * images > 1.5:
+        raise UserError(f"the weights read back give {100 * again['accuracy']:.2f} % and not {100 * accuracy:.2f} %.", "check the disk.")
 
 
 def _peak_memory(device: torch.device) -> int:

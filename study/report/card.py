@@ -10,6 +10,7 @@ import pandas as pd
 import yaml
 
 from diffvit.dataset import hub_name
+from diffvit.ledger.results import Result
 from diffvit.protocol import MODEL_TITLES
 from study.report.document import Block, Code, Figures, Heading, Paragraph, Table, to_markdown
 
@@ -17,12 +18,12 @@ from study.report.document import Block, Code, Figures, Heading, Paragraph, Tabl
 MARK = "<!-- written by diffvit; without this line it is left alone -->"
 
 
-def card_text(repository: str, table: pd.DataFrame, results: Sequence[Mapping[str, Any]], figures: Sequence[str]) -> str:
+def card_text(repository: str, table: pd.DataFrame, results: Sequence[Result], figures: Sequence[str]) -> str:
     """README.md of a repository, with the test accuracies in its metadata.
 
     Args:
         table: the run table of its results.
-        results: their contents, in any order.
+        results: all of them, in any order.
         figures: names of the pictures that the repository has under figures/.
     """
     from huggingface_hub import ModelCardData
@@ -56,9 +57,7 @@ def _model_index(done: pd.DataFrame) -> list[dict[str, Any]]:
     return index
 
 
-def _page(
-    repository: str, table: pd.DataFrame, done: pd.DataFrame, results: Sequence[Mapping[str, Any]], figures: Sequence[str]
-) -> list[Block]:
+def _page(repository: str, table: pd.DataFrame, done: pd.DataFrame, results: Sequence[Result], figures: Sequence[str]) -> list[Block]:
     blocks: list[Block] = [
         Heading(repository.partition("/")[2], 1),
         Paragraph(
@@ -98,11 +97,11 @@ def _runs(table: pd.DataFrame) -> Table:
     return Table(header, rows, left=3)
 
 
-def _protocols(results: Sequence[Mapping[str, Any]]) -> list[Block]:
+def _protocols(results: Sequence[Result]) -> list[Block]:
     """The values that the runs of a data set share, a column a data set; those that differ between its runs are told as ranges."""
     protocols: dict[str, list[Mapping[str, Any]]] = {}
     for result in results:
-        protocols.setdefault(result["dataset"], []).append(result["identity"]["protocol"])
+        protocols.setdefault(result.dataset, []).append(result.identity["protocol"])
     datasets = sorted(protocols)
     names = list(dict.fromkeys(name for dataset in datasets for protocol in protocols[dataset] for name in protocol))
 

@@ -70,7 +70,7 @@ def test_a_full_disk_while_a_state_is_saved(disk: Path, whole: dict[str, bytes])
     assert not list(disk.glob("checkpoints/.state/*/*.aside"))
     filler.unlink()
     result = train(SPEC, checkpoints, device="cpu")
-    files = RunFiles.of(checkpoints, SPEC, result["run_id"])
+    files = RunFiles.of(checkpoints, SPEC, result.run_id)
     assert "# resumed after step 20" in files.log.read_text()
     assert weights(disk) == whole and verify_run(files.result) == []
 

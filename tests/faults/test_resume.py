@@ -28,7 +28,7 @@ SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 3, 
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
     folder = tmp_path_factory.mktemp("undisturbed")
     torch.set_num_threads(1)
-    return RunFiles.of(folder, SPEC, train(SPEC, folder, device="cpu")["run_id"])
+    return RunFiles.of(folder, SPEC, train(SPEC, folder, device="cpu").run_id)
 
 
 def _same(ours: RunFiles, undisturbed: RunFiles) -> None:
@@ -141,7 +141,7 @@ def test_killed_three_ways_the_command_carries_on(tmp_path: Path) -> None:
     # The command has no option for dropout: a run of its own to compare with.
     spec = RunSpec.of(SPEC.model, SPEC.size, SPEC.dataset, overrides={"epochs": 3})
     torch.set_num_threads(1)
-    whole = RunFiles.of(tmp_path / "whole", spec, train(spec, tmp_path / "whole", device="cpu")["run_id"])
+    whole = RunFiles.of(tmp_path / "whole", spec, train(spec, tmp_path / "whole", device="cpu").run_id)
     step = 0
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process = _start(tmp_path)
@@ -178,4 +178,4 @@ def test_the_result_names_the_hashes_of_its_files(undisturbed: RunFiles) -> None
     result = read_result(undisturbed.result)
     assert result is not None
     for path in (undisturbed.weights, undisturbed.log, undisturbed.predictions):
-        assert result["sha256"][path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert result.sha256[path.name] == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -54,7 +54,7 @@ def _same(folder: Path, undisturbed: Path) -> None:
     assert_same_ledgers(folder, undisturbed)
     assert len(weights(folder)) == 2
     for ours, theirs in zip(*(read_results(each / "checkpoints") for each in (folder, undisturbed)), strict=True):
-        assert (ours["test_accuracy"], ours["test_loss"], ours["steps"]) == (theirs["test_accuracy"], theirs["test_loss"], theirs["steps"])
+        assert (ours.test_accuracy, ours.test_loss, ours.steps) == (theirs.test_accuracy, theirs.test_loss, theirs.steps)
     assert not states(folder) and not list(folder.rglob("*.aside"))
     assert _resumptions(folder) and min(_resumptions(folder)) > 0
 
