@@ -6,23 +6,19 @@ the forms' times are kept in the cache folder. On a CPU a table says it: docs/pe
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from diffvit.data.cache import cache_folder
 from diffvit.errors import UserError
 from diffvit.kernels.dropout import has_kernels
-from diffvit.ledger.disk import write_atomically
+from diffvit.machine.caches import cache_folder, recall, remember
 from diffvit.machine.device import autocast, autocast_dtype
 from diffvit.vit import AttentionLayer, Block, VisionTransformer, set_form
 
@@ -141,28 +137,6 @@ def _fastest_form(model: VisionTransformer, images: int, precision: str) -> str 
         seconds = measure_forms(model, forms, images, precision)
         remember(path, key, seconds)
     return min(seconds, key=seconds.__getitem__, default=None)
-
-
-def recall(path: Path, key: str) -> dict[str, float]:
-    """What the cache has under a key, without what cannot be, such as negative times; nothing where the cache cannot be read."""
-    try:
-        values = {name: float(value) for name, value in json.loads(path.read_text(encoding="utf-8"))[key].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return {}
-    return {name: value for name, value in values.items() if 0 <= value < math.inf}
-
-
-def remember(path: Path, key: str, values: Mapping[str, Any]) -> OSError | None:
-    """Adds to the cache; what is no JSON is begun again. Returns why it was done without: another user's file that cannot be read, say."""
-    try:
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            known = {}
-        write_atomically(path, (json.dumps({**(known if isinstance(known, dict) else {}), key: values}, indent=1) + "\n").encode())
-    except OSError as error:
-        return error
-    return None
 
 
 def measure_forms(model: VisionTransformer, forms: Iterable[str], images: int, precision: str, repeats: int = 7) -> dict[str, float]:

@@ -240,3 +240,24 @@ def test_the_exceptions_are_still_needed() -> None:
     assert all(len(sources()[module].splitlines()) > MOST_LINES for module in LONG)
     third_party = {each.name.split(".")[0] for text in sources().values() for each in imports(text)} - {*OURS, *sys.stdlib_module_names}
     assert HEAVY - {"sklearn"} <= third_party and importlib.util.find_spec("sklearn")
+
+
+def test_private_names_are_still_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose loss would go unnoticed: they are set, or are copies of a library's own."""
+    import datasets
+    import torch
+    from huggingface_hub import constants
+    from ray._common.utils import get_default_ray_temp_dir
+
+    from study.cluster.address import ray_folder
+
+    for name in ("RAY_TMPDIR", "TMPDIR", "none"):
+        monkeypatch.delenv("RAY_TMPDIR", raising=False)
+        monkeypatch.delenv("TMPDIR", raising=False)
+        monkeypatch.setenv(name, "/somewhere")
+        assert str(ray_folder()) == get_default_ray_temp_dir()
+    layer = torch.nn.Linear(1, 1)
+    layer.compile()
+    assert layer._compiled_call_impl is not None
+    assert isinstance(constants.HF_HUB_DISABLE_XET, bool) and isinstance(constants.HF_HUB_OFFLINE, bool)
+    assert isinstance(datasets.config.HF_HUB_OFFLINE, bool)

@@ -18,6 +18,7 @@ from diffvit.data.hub import first_sentence
 from diffvit.data.sources import Raw
 from diffvit.errors import UserError
 from diffvit.ledger.disk import write_atomically
+from diffvit.machine.caches import cache_folder
 
 # Raise it when decoding, splitting or resizing changes: cached arrays of other versions are not used.
 _CACHE_VERSION = 2
@@ -55,12 +56,6 @@ def _channel_statistics(pixels: np.ndarray) -> tuple[list[float], list[float]]:
         mean.append(float(weights @ values))
         std.append(float(np.sqrt(weights @ (values - mean[-1]) ** 2)))
     return mean, std
-
-
-def cache_folder() -> Path:
-    """Where decoded images are kept: $DIFFVIT_CACHE, or diffvit in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(os.environ.get("DIFFVIT_CACHE") or Path(base) / "diffvit"))
 
 
 def cached_arrays(name: str, raw: Raw) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

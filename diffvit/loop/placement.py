@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from diffvit.compute import Chosen, Compute, choose, recall, remember
-from diffvit.data.cache import cache_folder
+from diffvit.compute import Chosen, Compute, choose
 from diffvit.loop.passes import is_out_of_memory
+from diffvit.machine.caches import cache_folder, recall, remember
 from diffvit.machine.device import autocast_dtype, device_memory, set_matmul_precision
 from diffvit.memory import FILLED, Peak, evaluation_bytes, even_split, measure_peak, micro_batch_within, parameter_bytes
 from diffvit.protocol import ARMS, Protocol

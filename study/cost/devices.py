@@ -6,7 +6,6 @@ Measurements are kept in the user's cache folder, `measured_rates.json`, so that
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffvit.errors import unknown_name
+from diffvit.machine.caches import cache_folder, read_cache, remember
 
 if TYPE_CHECKING:
     from diffvit.compute import Compute
@@ -77,7 +77,7 @@ def find_sheet(name: str) -> Sheet:
 
 
 def sheet_of(device_name: str) -> Sheet | None:
-    """The data sheet of what torch calls so."""
+    """The data sheet that matches a torch device name."""
     return next((sheet for sheet in SHEETS.values() if re.search(sheet.names, device_name)), None)
 
 
@@ -137,18 +137,12 @@ class Machine:
 
 def measurements_file() -> Path:
     """Where measurements are kept."""
-    from diffvit.data.cache import cache_folder
-
     return cache_folder() / "measured_rates.json"
 
 
 def read_machines() -> list[Machine]:
-    """All machines in the measurements' file; none where it is missing. What cannot be read is as good as missing."""
-    try:
-        found = json.loads(measurements_file().read_text(encoding="utf-8")).values()
-    except (OSError, ValueError, AttributeError):
-        return []
-    return [machine for values in found if (machine := _machine(values))]
+    """All machines in the measurements' file that can be read."""
+    return [machine for values in read_cache(measurements_file()).values() if (machine := _machine(values))]
 
 
 def _machine(values: Any) -> Machine | None:
@@ -194,11 +188,9 @@ def keep_machine(machine: Machine, on_warning: Callable[[str], None] = lambda te
     """Adds a machine's measurements to the file, over older ones of the same cells. Returns the machine with all of its cells.
 
     Args:
-        on_warning: hears of a file that cannot be written.
+        on_warning: called if the file cannot be written.
     """
-    from diffvit.compute import remember
-
-    if older := next((each for each in read_machines() if each.key == machine.key), None):
+    if older := next((known for known in read_machines() if known.key == machine.key), None):
         machine = dataclasses.replace(machine, load={**older.load, **machine.load}, cells={**older.cells, **machine.cells})
     if fault := remember(measurements_file(), machine.key, dataclasses.asdict(machine)):
         on_warning(f"the measurements cannot be kept in {measurements_file()}: {fault.strerror}; DIFFVIT_CACHE names another folder")
