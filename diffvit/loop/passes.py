@@ -33,9 +33,9 @@ class Passes:
 
     Args:
         prepare: makes pixels what the model takes.
-        micro_batch: images at once in a training pass. Where memory does not suffice it is halved, and the batch done again.
+        micro_batch: images per training pass. Where memory does not suffice it is halved, and the batch done again.
         evaluation_batch: the same for validation; default: the micro-batch.
-        graphs: replay CUDA graphs, for the shapes that `capture` is told of.
+        graphs: replay CUDA graphs, for the shapes given to `capture`.
         group: (rank, workers) of this process.
 
     Attributes:
@@ -64,7 +64,7 @@ class Passes:
         self._captured_for: tuple[ImageSet, Collection[int], ImageSet, Collection[int]] | None = None
 
     def differentiate(self, batch: tuple[Tensor, Tensor], images: int, seed: int) -> Tensor:
-        """A training batch's gradient, into the parameters. Returns this process's part of the batch's mean loss.
+        """Add a training batch's gradient to the parameters'. Returns this process's part of the batch's mean loss.
 
         Args:
             batch: pixels and labels, this process's part of the global batch.
@@ -78,7 +78,7 @@ class Passes:
         return self._within_memory(lambda: self._validate(batch, images))
 
     def zero_gradients(self) -> None:
-        """Forget the gradients."""
+        """Zero the gradients."""
         for parameter in self._model.parameters():
             if self._graphs is None:
                 parameter.grad = None
@@ -128,8 +128,8 @@ class Passes:
         shapes = [(self._training_pass, train_set, train_lengths, self.micro_batch, True)]
         shapes += [(self._validation_pass, val_set, val_lengths, self.evaluation_batch, False)]
         calls = []
-        for work, images, lengths, at_once, training in shapes:
-            for length in sorted({n for whole in lengths for n in (min(whole, at_once), whole % at_once) if n}, reverse=True):
+        for work, images, lengths, most, training in shapes:
+            for length in sorted({n for whole in lengths for n in (min(whole, most), whole % most) if n}, reverse=True):
                 pixels, labels = images.pixels[:1].repeat(length, 1, 1, 1), images.labels[:1].repeat(length)
                 calls.append((work, (pixels, labels, self._count(length)), training))
         try:
@@ -186,7 +186,7 @@ class Passes:
             return net(self._prepare(pixels)).float()
 
     def _within_memory(self, attempt: Callable[[], T]) -> T:
-        """What the attempt gives; where memory is short, again with half the images at once. A group cannot: the others wait."""
+        """Return what the attempt returns; out of memory, retry with half the micro-batch. A group cannot: the others wait."""
         while True:
             try:
                 return attempt()
@@ -254,7 +254,7 @@ class _Graphs:
         self._captured[_shape_of(work, inputs)] = (graph, inputs)
 
     def replay(self, work: Callable[..., None], inputs: tuple[Tensor, ...]) -> bool:
-        """Whether there is a graph for this, which then has run."""
+        """Replay the graph for these shapes. Returns False if there is none."""
         graph, own = self._captured.get(_shape_of(work, inputs), (None, ()))
         if graph is None:
             return False

@@ -1,4 +1,4 @@
-"""A run's model on its device: how it is computed there, and how many images at once."""
+"""A run's model on its device: how it is computed there, and its micro-batch."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Placed:
     """A model on its device, ready to be trained there.
 
     Attributes:
-        micro_batch: images at once in training.
-        evaluation_batch: images at once in evaluation.
+        micro_batch: images per training pass.
+        evaluation_batch: images per evaluation pass.
     """
 
     model: VisionTransformer
@@ -40,7 +40,7 @@ class Placed:
 
     @property
     def how(self) -> dict[str, Any]:
-        """What `fit` is told of it."""
+        """Arguments for `fit`."""
         return {"micro_batch": self.micro_batch, "evaluation_batch": self.evaluation_batch, "graphs": self.chosen.graphs}
 
 
