@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffvit.errors import StorageError, UserError, shown
+from diffvit.keeping.base import Storage
 from diffvit.keeping.lease import Lease, lease_state, take_lease
 from diffvit.keeping.state import folder_id
-from diffvit.keeping.storage import Storage
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from study.plan import PlannedRun
@@ -66,13 +66,13 @@ def own_share(runs: list[PlannedRun], shard: Shard | None) -> list[PlannedRun]:
 @contextlib.contextmanager
 def sign_of_life(storage: Storage, runs: Sequence[PlannedRun], shard: Shard, checkpoints: Path, seconds: float,
                  warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:  # fmt: skip
-    """While the block runs, the other boxes see that the shard has one that trains it.
+    """Hold the lease of a shard while the block runs, so that other boxes see that it is being trained.
 
     Args:
-        seconds: so long after the last sign a box counts as dead.
+        seconds: a box counts as dead so long after its last renewal.
 
     Yields:
-        What to call where the block ends with work undone: others need not wait then.
+        A function to call where the block ends with work undone, so that others need not wait.
     """
     undone = threading.Event()
     lease = take_lease(storage, _name(runs, shard), folder_id(checkpoints), seconds)

@@ -39,7 +39,7 @@ from diffvit.keeping.lease import Lease, lease_state, take_lease
 from diffvit.keeping.runs import fetch_run
 from diffvit.keeping.saving import Every, Saving
 from diffvit.keeping.state import StateFolder, folder_id
-from diffvit.keeping.storage import Storage
+from diffvit.keeping.storage import Storage, open_storage
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import LogPosition, WorkAgain, read_log, was_interrupted
 from diffvit.ledger.results import read_result
@@ -814,7 +814,7 @@ RIGHT = {"bytes": 7, "sha256": hashlib.sha256(b"content").hexdigest()}
 )
 def test_a_marker_with_something_else(tmp_path_factory: pytest.TempPathFactory, marker: Any) -> None:
     folder = tmp_path_factory.getbasetemp()
-    storage = Storage(str(folder / "marked"))
+    storage = open_storage(str(folder / "marked"))
     stored(storage, "object", b"content", marker)
     all_of(storage, folder)
 
@@ -823,13 +823,13 @@ def test_a_marker_with_something_else(tmp_path_factory: pytest.TempPathFactory, 
 @given(mutate=mutations())
 def test_a_mutated_marker(tmp_path_factory: pytest.TempPathFactory, mutate: Callable) -> None:
     folder = tmp_path_factory.getbasetemp()
-    storage = Storage(str(folder / "marked"))
+    storage = open_storage(str(folder / "marked"))
     stored(storage, "object", b"content", mutate(json.dumps(RIGHT).encode()))
     all_of(storage, folder)
 
 
 def test_an_object_longer_than_its_marker_says_is_not_brought(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path / "storage"))
+    storage = open_storage(str(tmp_path / "storage"))
     for there in (RIGHT, {**RIGHT, "bytes": 10**12}):
         stored(storage, "object", b"content", there)
         with open(tmp_path / "storage/object", "wb") as file:
@@ -843,7 +843,7 @@ def test_an_object_longer_than_its_marker_says_is_not_brought(tmp_path: Path) ->
 
 @pytest.mark.parametrize("there", ["object", "object.ok"])
 def test_a_folder_in_place_of_an_object(tmp_path: Path, there: str) -> None:
-    storage = Storage(str(tmp_path / "storage"))
+    storage = open_storage(str(tmp_path / "storage"))
     stored(storage, "object", b"content")
     (tmp_path / "storage" / there).unlink()
     (tmp_path / "storage" / there).mkdir()
@@ -859,8 +859,8 @@ LEASE = {"owner": "another", "host": "host", "seconds": 60.0, "expires": 4e9, "n
 )
 def test_a_lease_with_something_else(tmp_path_factory: pytest.TempPathFactory, content: Any, name: str) -> None:
     with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffvit.keeping.storage.time", SimpleNamespace(**{**vars(__import__("time")), "sleep": lambda seconds: None}))
-        storage = Storage(folder)
+        patch.setattr("diffvit.keeping.objects.time", SimpleNamespace(**{**vars(__import__("time")), "sleep": lambda seconds: None}))
+        storage = open_storage(folder)
         storage.overwrite(f".state/run/lease/{name}", as_json(content).encode("utf-8", "replace"))
         assert lease_state(storage, "run") in ("live", "expired")
         lease = clear(lambda: take_lease(storage, "run", "us", 60.0))
@@ -873,7 +873,7 @@ def test_a_lease_with_something_else(tmp_path_factory: pytest.TempPathFactory, c
 
 @pytest.mark.parametrize("name", ["²", "1" * 200, "٣٣٣٣٣٣", "-00001", "x", "000001.ok"])
 def test_other_objects_among_the_leases(tmp_path: Path, name: str) -> None:
-    storage = Storage(str(tmp_path))
+    storage = open_storage(str(tmp_path))
     storage.overwrite(f".state/run/lease/{name}", json.dumps(LEASE).encode())
     assert lease_state(storage, "run") == "none"
     assert isinstance(take_lease(storage, "run", "us", 60.0), Lease)
@@ -886,7 +886,7 @@ def test_collecting_from_a_hostile_storage(
 ) -> None:
     result = json.loads(ended.result.read_text())
     with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder:
-        storage, here = Storage(f"{folder}/storage"), Path(folder, "here/checkpoints")
+        storage, here = open_storage(f"{folder}/storage"), Path(folder, "here/checkpoints")
         for name in result["sha256"]:
             storage.put(f"{ended.model}/{name}", ended.folder / name)
         changed = with_checksum(replaced(result, data.draw(st.sampled_from(paths(result))), value))
@@ -901,7 +901,7 @@ def test_collecting_from_a_hostile_storage(
 
 
 def test_another_runs_result_is_not_collected(ended: RunFiles, tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path / "storage"))
+    storage = open_storage(str(tmp_path / "storage"))
     storage.put(f"{ended.model}/model_0000000000_0.1M_digits_result.json", ended.result)
     with pytest.raises(StorageError, match="is not a result of diffvit"):
         collect(storage, SPECS, tmp_path / "here")
@@ -910,7 +910,7 @@ def test_another_runs_result_is_not_collected(ended: RunFiles, tmp_path: Path) -
 
 def test_states_with_other_names_in_a_storage(stopped: Path, tmp_path: Path) -> None:
     run_id = state_file(stopped).parent.name
-    storage = Storage(str(tmp_path / "storage"))
+    storage = open_storage(str(tmp_path / "storage"))
     for name in ("x", "9" * 100, "²", "-00000002"):
         storage.put(f".state/{run_id}/{name}.state", b"x")
     files = RunFiles.of(tmp_path / "here", SPECS[0], run_id)

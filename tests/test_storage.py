@@ -14,7 +14,7 @@ from diffvit.errors import StorageError, UserError
 from diffvit.keeping.lease import Lease, take_lease
 from diffvit.keeping.runs import fetch_run, push_run, settle_run
 from diffvit.keeping.saving import Every, Saving
-from diffvit.keeping.storage import Storage
+from diffvit.keeping.storage import Storage, open_storage
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.verify import verify_run
@@ -24,8 +24,8 @@ from diffvit.train import train
 @pytest.fixture(params=["path", "s3", "memory"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "s3":
-        return Storage(request.getfixturevalue("s3"))
-    return Storage(f"memory://{tmp_path.name}" if request.param == "memory" else str(tmp_path / "deep/storage"))
+        return open_storage(request.getfixturevalue("s3"))
+    return open_storage(f"memory://{tmp_path.name}" if request.param == "memory" else str(tmp_path / "deep/storage"))
 
 
 def test_an_object_is_whole_or_not_there(storage: Storage, tmp_path: Path) -> None:
@@ -137,11 +137,11 @@ def test_a_run_that_is_sent_late_leaves_nothing_under_way(storage: Storage, tmp_
 @pytest.mark.parametrize("url", ["gibberish://bucket/x", "gs://bucket/x"])
 def test_a_storage_that_is_not_known(url: str) -> None:
     with pytest.raises(UserError, match="cannot be opened"):
-        Storage(url)
+        open_storage(url)
 
 
 def test_a_linked_folder_of_a_storage_is_followed_and_one_that_leads_nowhere_is_named(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path / "storage"))
+    storage = open_storage(str(tmp_path / "storage"))
     (tmp_path / "storage").mkdir()
     (tmp_path / "big").mkdir()
     (tmp_path / "storage/vit_classic").symlink_to(tmp_path / "big")
@@ -155,10 +155,10 @@ def test_a_linked_folder_of_a_storage_is_followed_and_one_that_leads_nowhere_is_
 
 def test_a_storage_that_does_not_let_us_write(s3_port: int, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="s3://no-such-bucket/x failed"):
-        Storage("s3://no-such-bucket/x").check()
+        open_storage("s3://no-such-bucket/x").check()
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="failed"):
-        Storage(str(tmp_path / "file/storage")).check()
+        open_storage(str(tmp_path / "file/storage")).check()
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_the_storage_is_checked_before_data_are_loaded(cli, monkeypatch: pytest.
 
 def test_what_is_overwritten_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As s3fs says it of a lease that is renewed between the opening and the reading."""
-    storage = Storage(str(tmp_path / "storage"))
+    storage = open_storage(str(tmp_path / "storage"))
     storage.check()
     storage.overwrite("lease/000001", b"renewed")
     opened, faults = storage._fs.open, [errno.EBUSY, errno.EBUSY]

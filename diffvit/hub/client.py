@@ -66,7 +66,7 @@ class Hub:
 
     Args:
         pauses: in seconds, before each further attempt at a call that fails for a while.
-        on_retry: hears why a call is tried again.
+        on_retry: called with a sentence before a failed call is tried again.
         bars: show the client's progress bars.
         longest_pause: of those that the hub asks for, in seconds.
 

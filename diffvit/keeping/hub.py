@@ -21,8 +21,8 @@ from diffvit.errors import StorageError, UserError
 from diffvit.hub.account import Account, find_token, parse_repository
 from diffvit.hub.client import Hub, HubFile, is_safe_name
 from diffvit.hub.http import is_missing, status_of
+from diffvit.keeping.base import LONGEST_READ, Content, Storage
 from diffvit.keeping.saving import HUB_SCHEME
-from diffvit.keeping.storage import LONGEST_READ, Content, Storage
 from diffvit.ledger.disk import write_atomically
 
 STATE_BRANCH = "diffvit-state"
@@ -91,9 +91,6 @@ class HubStorage(Storage):
                 else:
                     time.sleep(random.uniform(0.1, 1.0))
 
-    def put(self, name: str, content: bytes | Path, length: int | None = None) -> None:
-        self.commit({name: content if length is None or isinstance(content, bytes) else (content, length)})
-
     def read(self, name: str) -> bytes | None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "object"
@@ -133,9 +130,6 @@ class HubStorage(Storage):
     def names(self, folder: str, suffix: str = "") -> list[str]:
         return sorted(f"{folder}/{name}" for name in self._files_in(folder) if name.endswith(suffix))
 
-    def remove(self, name: str) -> None:
-        self.commit({}, [name])
-
     def remove_all(self) -> None:
         for branch in ("main", STATE_BRANCH):
             names = [name.removeprefix(self._folder) for name in self.hub.files(self._folder.rstrip("/"), branch)]
@@ -173,7 +167,7 @@ class HubStorage(Storage):
         return sorted({name.removeprefix(f"{inside}/").partition("/")[0] for name in found})
 
     def tidy(self) -> None:
-        """Forgets the history of what was under way, if nothing is under way."""
+        """Forget the history of what was under way, if nothing is under way."""
         if not self.hub.files(f"{self._folder}.state", STATE_BRANCH):
             self._squash()
 

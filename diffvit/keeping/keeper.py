@@ -1,9 +1,9 @@
-"""Keeps one run: who may train it, its states here and in the storage, and what becomes of both when it ends.
+"""One run under way: the right to train it, its states here and in the storage, and their removal when it ends.
 
     with RunKeeper(files, saving) as keeper:      the lock and, if there is a storage, the lease are ours
         keeper.result                             the run's result, if it has ended already, here or in the storage
         keeper.load_state(fits)                   the newest state that fits the run, wherever it is
-        keeper.save(state, log)                   a state, at once on disk and in time in the storage
+        keeper.save(state, log)                   a state, at once on disk and every `sync_every` seconds in the storage
         keeper.finish(result)                     to the storage; the states go
 
 Copies to the storage are made by a thread of its own: training waits for the local disk only.
@@ -22,11 +22,12 @@ from types import TracebackType
 from typing import Any
 
 from diffvit.errors import RunIsBusyError, StorageError
+from diffvit.keeping.base import Storage
 from diffvit.keeping.lease import Lease, take_lease
 from diffvit.keeping.runs import fetch_run, leftovers, push_run, state_folder
 from diffvit.keeping.saving import Saving
 from diffvit.keeping.state import KEPT, StateFolder, folder_id
-from diffvit.keeping.storage import Storage, open_storage
+from diffvit.keeping.storage import open_storage
 from diffvit.ledger.disk import check_writable, sweep_asides
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import LogPosition, TrainingLog
@@ -40,10 +41,10 @@ _PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
 
 class RunKeeper:
-    """The right to train a run, and the care for what it leaves. A context manager.
+    """A context manager that holds the right to train a run and keeps its states.
 
     Args:
-        on_warning: hears of damaged states and of a storage that does not answer.
+        on_warning: called with a warning about damaged states or a storage that does not answer.
 
     Raises:
         RunIsBusyError: on entry, where another process trains the run.
@@ -100,7 +101,7 @@ class RunKeeper:
 
     @contextlib.contextmanager
     def _unless_needed(self) -> Iterator[None]:
-        """A storage that fails inside is said, and does no harm where the run is to begin without it too."""
+        """Turn a StorageError inside into a warning, unless the run must not begin without its storage."""
         try:
             yield
         except StorageError as error:
@@ -116,7 +117,7 @@ class RunKeeper:
 
     @property
     def lost(self) -> bool:
-        """Whether another machine has the run, or has ended it, since the storage did not hear of us for too long."""
+        """Whether another machine has taken the run over, or has ended it, because our lease ran out."""
         return self._courier is not None and self._courier.lost
 
     def load_state(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
@@ -130,7 +131,7 @@ class RunKeeper:
         return state
 
     def _fetch_states(self, newer_than: int) -> bool:
-        """Brings the newest whole state of the storage, and its log, if it is newer than ours."""
+        """Copy the newest whole state in the storage, and its log, to this machine. False where none is newer than ours."""
         assert self._storage
         remote = state_folder(self._files.run_id)
         for name in reversed(self._storage.names(remote, ".state")):
@@ -155,9 +156,10 @@ class RunKeeper:
             self._courier.offer(_Parcel(state["step"], path, self._files.log, position.bytes))
 
     def finish(self, result: Result) -> None:
-        """The run has ended and its result is written: copy it to the storage and forget the states.
+        """Copy the ended run, whose result is written here, to the storage and remove the states.
 
-        A storage that does not answer never fails a finished run: the next command sends it.
+        A storage that does not answer never fails a finished run: the next command sends it. Where another machine has taken the run
+        over meanwhile, nothing is sent.
         """
         if self._storage and self._courier:
             self._courier.rest()
@@ -189,7 +191,7 @@ class RunKeeper:
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A state on the disk, and the part of the log that goes with it."""
+    """A state's file, and the part of the log that goes with it."""
 
     step: int
     state: Path
@@ -198,11 +200,11 @@ class _Parcel:
 
 
 class _Courier(threading.Thread):
-    """Takes and renews the lease, and carries the newest state to the storage every `sync_every` seconds.
+    """A thread that renews the lease, and copies the newest state to the storage every `sync_every` seconds.
 
     Attributes:
         lease: None until the storage has answered.
-        looked: with the lease in hand, whether the run has ended elsewhere.
+        looked: since the lease was taken, it was checked whether the run has ended elsewhere.
         lost: another machine has the run, or has ended it.
     """
 
@@ -219,7 +221,7 @@ class _Courier(threading.Thread):
         self._silent = self._resting = self._renewed = False
 
     def join_others(self) -> str | None:
-        """Take the lease. Returns who has it, where that is another machine."""
+        """Take the lease. Returns a sentence about the machine that has it; None where it is ours."""
         found = take_lease(self._storage, self._files.run_id, folder_id(self._files.checkpoints), self._saving.lease_seconds)
         if not isinstance(found, Lease):
             return found
@@ -227,11 +229,11 @@ class _Courier(threading.Thread):
         return None
 
     def offer(self, parcel: _Parcel) -> None:
-        """A newer state than the last one."""
+        """Make this the next state to send."""
         self._parcel = parcel
 
     def rest(self) -> None:
-        """From now on send no states; only the lease is renewed."""
+        """Send no more states; only renew the lease."""
         with self._lock:
             self._resting = True
 
@@ -247,7 +249,7 @@ class _Courier(threading.Thread):
             return not self.lost
 
     def last(self, action: Callable[[Lease], None]) -> bool:
-        """What gives the lease back too: it is not renewed while this runs, nor afterwards if it succeeds. False where the run is lost."""
+        """Run an action that gives the lease back, and renew it no more if that succeeds. False where the run is lost."""
         with self._lock:
             lease = self._held()
             if lease:
@@ -256,7 +258,7 @@ class _Courier(threading.Thread):
             return lease is not None
 
     def stop(self, send: bool = True) -> None:
-        """End; a state that has not been sent yet is sent, so that another machine can go on from it."""
+        """End the thread, and send a state that was not sent yet, so that another machine can go on from it."""
         if self._ending.is_set():
             return
         self._ending.set()
@@ -281,7 +283,7 @@ class _Courier(threading.Thread):
                 return
 
     def _held(self) -> Lease | None:
-        """The lease, taken now if the storage had not answered before; None where the run is lost."""
+        """The lease, taken now if the storage did not answer before; None where the run is lost."""
         if self.lease is None and not self.lost:
             self.lost = self.join_others() is not None
         if not self.looked and not self.lost:
@@ -316,7 +318,7 @@ class _Courier(threading.Thread):
         self._sent, self._renewed = parcel.step, True
 
     def _try(self, action: Callable[[], None]) -> bool:
-        """Training goes on without the storage; what could not be done is done at the next time. Whether it could."""
+        """Run an action against the storage. On failure warn once and return False; the caller tries again at its next time."""
         try:
             with self._lock:
                 if not self._ending.is_set() or threading.current_thread() is not self:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffvit.checks import fault, parse_json, real, record, text
+from diffvit.keeping.base import Storage
 from diffvit.keeping.runs import state_folder
-from diffvit.keeping.storage import Storage
 
 # What clocks of two machines may differ by: a lease is taken over only so long after it has run out, or after a tenth of its length
 # where that is less.
@@ -34,25 +34,25 @@ class Lease:
     seconds: float
 
     def renewal(self) -> dict[str, bytes] | None:
-        """What to write to hold it for its length from now on, name -> content; None where another machine has taken the run over."""
+        """What to write to extend it to its full length from now, name -> content; None where another machine has taken the run over."""
         found = _numbers(self.storage, self.folder)
         if max(found, default=0) != self.number or not self._is_ours(found[self.number]):
             return None
         return {self._name(self.number): _lease_content(self.owner, self.seconds)}
 
     def renew(self) -> bool:
-        """Hold it for its length from now on; False where another machine has taken the run over."""
+        """Extend it to its full length from now; False where another machine has taken the run over."""
         renewal = self.renewal()
         for name, content in (renewal or {}).items():
             self.storage.overwrite(name, content)
         return renewal is not None
 
     def abandon(self) -> None:
-        """Let it run out now: who sees it knows that its work is not done, and that nobody does it."""
+        """Let it expire now: whoever sees it knows that the work is undone and that nobody does it."""
         self.storage.overwrite(self._name(self.number), _lease_content(self.owner, 0.0))
 
     def names(self) -> list[str]:
-        """All that there is of it, and of those before it; nothing once it is gone, since numbers begin anew then."""
+        """Object names of this lease and of those before it; none once it is gone, since numbers begin anew then."""
         found = _numbers(self.storage, self.folder)
         if not self._is_ours(found.get(self.number, b"")):
             return []
@@ -109,7 +109,7 @@ def _newest(storage: Storage, folder: str) -> tuple[int, dict[str, Any]]:
 
 
 def _runs_out(held: dict[str, Any]) -> float:
-    """When another machine may take it, in seconds since the epoch."""
+    """The time after which another machine may take it, in seconds since the epoch."""
     return held["expires"] + min(_CLOCK_SKEW, 0.1 * held["seconds"])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from diffvit.errors import StorageError, UserError
-from diffvit.keeping.storage import MARKER, Storage
+from diffvit.keeping.base import MARKER, Storage
 from diffvit.ledger.disk import write_atomically
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.results import Result, read_result

@@ -29,10 +29,11 @@ import pytest
 
 from diffvit.errors import RunIsBusyError, StorageError
 from diffvit.keeping import keeper as keeper_module
+from diffvit.keeping.base import MARKER
 from diffvit.keeping.keeper import RunKeeper
 from diffvit.keeping.runs import fetch_run, settle_run
 from diffvit.keeping.saving import Saving
-from diffvit.keeping.storage import MARKER, open_storage
+from diffvit.keeping.storage import open_storage
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import LogPosition
 from diffvit.ledger.results import read_result, write_result
@@ -395,7 +396,7 @@ def play(template: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[
         time=lambda: worlds[-1].clock(), monotonic=lambda: worlds[-1].now, sleep=lambda seconds: worlds[-1].sleep(seconds),
         strftime=time.strftime, gmtime=time.gmtime,
     )  # fmt: skip
-    for module in ("keeper", "lease", "storage"):
+    for module in ("keeper", "lease", "objects"):
         monkeypatch.setattr(f"diffvit.keeping.{module}.time", clock)
     monkeypatch.setattr(keeper_module, "StateFolder", LocalStates)
     monkeypatch.setattr(keeper_module, "open_storage", lambda url: worlds[-1].current.storage)

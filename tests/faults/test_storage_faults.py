@@ -18,9 +18,10 @@ from s3 import Gate
 from diffvit.dataset import load
 from diffvit.errors import RunIsBusyError, StorageError
 from diffvit.keeping.lease import Lease, _lease_content, take_lease
+from diffvit.keeping.objects import ObjectStorage
 from diffvit.keeping.runs import settle_run
 from diffvit.keeping.saving import Every, Saving
-from diffvit.keeping.storage import Storage
+from diffvit.keeping.storage import Storage, open_storage
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import Step
 from diffvit.ledger.spec import RunSpec
@@ -61,7 +62,7 @@ def test_another_machine_takes_over_from_one_that_vanished_with_its_disk(
     tmp_path: Path, s3: str, long: Path, cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_num_threads(1)
-    storage, first, second, third = Storage(s3), *(tmp_path / name for name in ("first", "second", "third"))
+    storage, first, second, third = open_storage(s3), *(tmp_path / name for name in ("first", "second", "third"))
     for folder in (first, second, third):
         folder.mkdir()
     command = (*TRAIN, "--storage", s3, "--save_every", "0.2s", "--sync_every", "0.5s", "--lease", "4s")
@@ -93,7 +94,7 @@ def test_a_stopped_run_leaves_its_newest_state_and_no_lease(tmp_path: Path, s3: 
         asked = iter(range(1, 1000))
         with pytest.raises(Stopped):
             train(SPEC, tmp_path / box / "checkpoints", device="cpu", saving=Saving(storage=s3), should_stop=lambda a=asked: next(a) >= 40)
-        assert max(int(Path(name).stem) for name in _remote_states(Storage(s3))) == reached
+        assert max(int(Path(name).stem) for name in _remote_states(open_storage(s3))) == reached
     train(SPEC, tmp_path / "three" / "checkpoints", device="cpu", saving=Saving(storage=s3))
     assert_same_ledgers(tmp_path / "three", whole)
 
@@ -144,7 +145,7 @@ def test_who_was_silent_for_too_long_gives_way(tmp_path: Path) -> None:
 
     def on_steps(steps: list[Step], total: int) -> None:
         if not taken:  # another machine, for which this one has been dead for long
-            storage = Storage(url)
+            storage = open_storage(url)
             lease = Lease(storage, f".state/{storage.ls('.state')[0]}/lease", 2, "another machine", 60.0)
             assert storage.create(f"{lease.folder}/000002", _lease_content("another machine", 60.0)) and lease.renew()
             taken.append(lease)
@@ -202,7 +203,7 @@ def test_a_run_that_need_not_wait_for_its_storage_joins_it_later(tmp_path: Path,
     train(SPEC, tmp_path / "goes/checkpoints", device="cpu", saving=saving, on_warning=warnings.append, on_steps=on_steps)
     assert any("is trained without it until it answers" in warning for warning in warnings)
     assert_same_ledgers(tmp_path / "goes", whole)
-    assert not _remote_states(Storage(url)) and not [path for path in Path(url).glob(".state/**/*") if path.is_file()]
+    assert not _remote_states(open_storage(url)) and not [path for path in Path(url).glob(".state/**/*") if path.is_file()]
     train(SPEC, tmp_path / "third/checkpoints", device="cpu", saving=Saving(storage=url), on_steps=lambda *_: pytest.fail("it was there"))
     assert_same_ledgers(tmp_path / "third", whole)
 
@@ -214,10 +215,10 @@ def test_who_began_without_the_storage_gives_way(tmp_path: Path, whole: Path, mo
     ended = next((whole / "checkpoints").glob("*/*_result.json"))
     run_id = json.loads(ended.read_text())["run_id"]
     if how == "trains it":
-        assert isinstance(take_lease(Storage(url), run_id, "another machine", 600.0), Lease)
+        assert isinstance(take_lease(open_storage(url), run_id, "another machine", 600.0), Lease)
     else:
         shutil.copytree(whole / "checkpoints", tmp_path / "other")
-        settle_run(Storage(url), RunFiles.of(tmp_path / "other", SPEC, run_id))
+        settle_run(open_storage(url), RunFiles.of(tmp_path / "other", SPEC, run_id))
     silent = _fall_silent(monkeypatch)
     before = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
     saving = Saving(every=Every(steps=1), storage=url, lease_seconds=0.9, needs_storage=False)
@@ -231,7 +232,7 @@ def test_a_result_that_could_not_be_looked_at_is_not_replaced(tmp_path: Path, wh
     url = str(tmp_path / "storage")
     run_id = json.loads(next((whole / "checkpoints").glob("*/*_result.json")).read_text())["run_id"]
     shutil.copytree(whole / "checkpoints", tmp_path / "other")
-    settle_run(Storage(url), RunFiles.of(tmp_path / "other", SPEC, run_id))
+    settle_run(open_storage(url), RunFiles.of(tmp_path / "other", SPEC, run_id))
     before = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
 
     def fail(*_: object) -> None:
@@ -258,7 +259,7 @@ def _fall_silent(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         return method
 
     for name in ("ls", "has", "_marker"):
-        monkeypatch.setattr(Storage, name, unless_silent(getattr(Storage, name)))
+        monkeypatch.setattr(ObjectStorage, name, unless_silent(getattr(ObjectStorage, name)))
     return silent
 
 
@@ -313,7 +314,7 @@ def test_two_machines_share_a_study_and_one_vanishes(tmp_path: Path, s3: str) ->
     options = ("--storage", s3, "--save_every", "0.3s", "--sync_every", "1s", "--lease", "10s")
     one = study(first, *options, grid=grid)
     with ending(one):
-        wait_until(lambda: _remote_states(Storage(s3)), one)
+        wait_until(lambda: _remote_states(open_storage(s3)), one)
         two = study(second, *options, grid=grid)
         with ending(two):
             wait_until(lambda: states(second) or weights(second), two)
@@ -324,4 +325,4 @@ def test_two_machines_share_a_study_and_one_vanishes(tmp_path: Path, s3: str) ->
     assert_same_ledgers(second, plain)
     for path in second.glob("checkpoints/*/*_result.json"):
         assert verify_run(path) == []
-    assert not Storage(s3)._fs.find(f"{Storage(s3)._root}/.state")
+    assert not open_storage(s3)._fs.find(f"{open_storage(s3)._root}/.state")
