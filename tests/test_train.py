@@ -326,6 +326,7 @@ def test_timms_vit_in_the_same_loop_learns_the_same() -> None:
     ours, timms = build_model("vit_classic", "0.1M", protocol), timm_twin("digits", "0.1M")
     ours.initialise(0)
     timms.load_state_dict(timm_names(ours.state_dict()))
+    torch.set_num_threads(1)
     losses: tuple[list[float], list[float]] = ([], [])
     for model, found in zip((ours, timms), losses, strict=True):
         fit(model, data, protocol, seed=0, on_steps=lambda steps, total, found=found: found.extend(step.train_loss for step in steps))
