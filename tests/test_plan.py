@@ -6,14 +6,13 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from faults.processes import finish, run_py, study
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import load
@@ -36,7 +35,6 @@ from study.cost.truth import compare, comparison_lines, seconds_taken
 from study.grid import GRIDS, Grid
 from study.plan import load_fingerprints, plan_runs
 
-ROOT = Path(__file__).resolve().parents[1]
 SHORT_DEPTHS = {"two": 2}
 
 # ---------------------------------------------------------------------------------------------------------------- memory
@@ -339,7 +337,7 @@ def test_a_cell_is_measured_by_real_steps(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="module")
 def cluster():
-    with connect("local") as connected:
+    with connect("local", dashboard=False) as connected:
         yield connected
 
 
@@ -381,37 +379,25 @@ def test_a_process_that_dies_in_a_rehearsal_is_named(cluster, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_plan_probe_study_and_rehearsal_as_commands(tmp_path: Path) -> None:
-    (tmp_path / "two.yaml").write_text("datasets: [digits]\nsizes: [small]\noverrides: {epochs: 2}\n")
-    environment = {**os.environ, "DIFFVIT_CACHE": str(tmp_path / "cache")}
-
-    def command(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-
-    grid = ("--grid", "two.yaml", "--address", "local")
-    rehearsed = command("study", *grid, "--rehearse")
-    assert rehearsed.returncode == 0, rehearsed.stderr
-    assert len(rehearsed.stdout.splitlines()) == 2 and all(
-        line.startswith("ok ") and " GB " in line for line in rehearsed.stdout.splitlines()
-    )
+def test_plan_probe_study_and_rehearsal_as_commands(tmp_path: Path, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path / "cache"))
+    grid = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 2}\n"
+    rehearsed = finish(study(tmp_path, "--rehearse", grid=grid)).splitlines()
+    assert sum(line.startswith("ok ") and " GB " in line for line in rehearsed) == 2
     assert not (tmp_path / "checkpoints").exists()
-    assert command("study", "--grid", "two.yaml", "--address", "local", "--rehearse", "--dry_run").returncode == 2
+    assert cli("study", "--grid", "grid.yaml", "--address", "local", "--rehearse", "--dry_run").code == 2
 
-    unknown = command("plan", "--grid", "two.yaml")
-    assert unknown.returncode == 2 and "--probe" in unknown.stderr
-    probed = command("plan", *grid, "--probe", "--probe_seconds", "1", "--json", "plan.json")
-    assert probed.returncode == 0, probed.stderr
-    assert len(re.findall(r" measured +to do", probed.stdout)) == 2 and "measured  on " in probed.stdout
+    unknown = cli("plan", "--grid", "grid.yaml")
+    assert unknown.code == 2 and "--probe" in unknown.err
+    probe = ("--probe", "--probe_seconds", "1", "--json", "plan.json")
+    probed = finish(run_py(tmp_path, "plan", "--grid", "grid.yaml", "--address", "local", *probe))
+    assert len(re.findall(r" measured +to do", probed)) == 2 and "measured  on " in probed
     assert json.loads((tmp_path / "plan.json").read_text())["makespan_seconds"] > 0
-    again = command("plan", *grid)
-    assert again.stdout == probed.stdout
+    assert cli("plan", "--grid", "grid.yaml", "--address", "local").out in probed
 
-    study = command("study", *grid)
-    assert study.returncode == 0, study.stderr
-    assert re.search(r"^forecast: \d+", study.stderr, re.MULTILINE)
-    assert len(re.findall(r"^vit_\w+ 0\.1M digits seed 0 .*\d s +\d+\.\d s +[+-]\d+ %$", study.stderr, re.MULTILINE)) == 2
-    assert re.search(r"^whole study: forecast \d+.*, took \d+.*: [+-]\d+ %$", study.stderr, re.MULTILINE)
-    done = command("plan", *grid)
-    assert "0 to train; 2 ended" in done.stdout and done.stdout.count("0:00:00") == 2
+    said = finish(study(tmp_path, grid=grid))
+    assert re.search(r"^forecast: \d+", said, re.MULTILINE)
+    assert len(re.findall(r"^vit_\w+ 0\.1M digits seed 0 .*\d s +\d+\.\d s +[+-]\d+ %$", said, re.MULTILINE)) == 2
+    assert re.search(r"^whole study: forecast \d+.*, took \d+.*: [+-]\d+ %$", said, re.MULTILINE)
+    done = cli("plan", "--grid", "grid.yaml", "--address", "local").out
+    assert "0 to train; 2 ended" in done and done.count("0:00:00") == 2

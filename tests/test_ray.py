@@ -145,7 +145,7 @@ def test_the_dashboard_answers_at_the_printed_address_while_runs_train_on_all_co
         with contextlib.suppress(OSError):  # then another study has it
             taken.bind(("127.0.0.1", 8265))
             taken.listen()
-        process = study(tmp_path, grid="datasets: [digits]\noverrides: {epochs: 400}\n", RAY_TMPDIR=str(sessions))
+        process = study(tmp_path, grid="datasets: [digits]\noverrides: {epochs: 400}\n", dashboard=True, RAY_TMPDIR=str(sessions))
         with ending(process):
             assert process.stderr
             printed = re.search(r"dashboard http://127\.0\.0\.1:(\d+)$", process.stderr.readline().strip())
@@ -157,28 +157,28 @@ def test_the_dashboard_answers_at_the_printed_address_while_runs_train_on_all_co
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("why", ["--dashboard false", "TMPDIR is too long a path for its sockets"])
-def test_a_study_without_dashboard_says_why(tmp_path: Path, sessions: Path, why: str) -> None:
-    name, options = why.split()[0], ["--dashboard", "false"] if why.startswith("--") else []
-    folder = tmp_path / ("x" * 80) if name == "TMPDIR" else sessions
-    folder.mkdir(exist_ok=True)
-    said = finish(study(tmp_path, *options, grid=GRID, **{"RAY_TMPDIR": str(sessions), name: str(folder)}))
-    assert f"; no dashboard ({why})\n" in said
+def test_a_study_without_room_for_a_dashboard_says_why(tmp_path: Path, sessions: Path) -> None:
+    folder = tmp_path / ("x" * 80)
+    folder.mkdir()
+    said = finish(study(tmp_path, grid=GRID, dashboard=True, RAY_TMPDIR=str(sessions), TMPDIR=str(folder)))
+    assert "; no dashboard (TMPDIR is too long a path for its sockets)\n" in said
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["found", "RAY_ADDRESS"])
-def test_a_cluster_is_joined_past_proxies_and_with_the_token_of_the_home_folder(tmp_path: Path, where: str) -> None:
+def test_a_cluster_is_joined_past_proxies_and_with_the_token_of_the_home_folder(tmp_path: Path) -> None:
     """As after a first study, which made the token: from Ray 2.59 `ray start` then takes only who has it."""
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray/auth_token").write_text(secrets.token_hex(32))
-    (tmp_path / "grid.yaml").write_text(GRID)
     nodes = Nodes(6423, HOME=str(tmp_path), **PROXIES)
     try:
         nodes.add(RAY_AUTH_MODE="token")  # a node that names its head does not send it by itself
-        given = {"RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "token"} if where == "RAY_ADDRESS" else {}
-        said = finish(run_py(tmp_path, "study", "--grid", "grid.yaml", **nodes.environment, **given))
-        assert re.search(r"joined the Ray cluster at \S+:6423: 2 nodes", said)
+        for name, given in (("found", {}), ("named", {"RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "token"})):
+            folder = tmp_path / name
+            folder.mkdir()
+            (folder / "grid.yaml").write_text(GRID)
+            said = finish(run_py(folder, "study", "--grid", "grid.yaml", **nodes.environment, **given))
+            assert re.search(r"joined the Ray cluster at \S+:6423: 2 nodes, 0 GPUs, 1 CPUs", said)
+            assert nodes.head.poll() is None  # it was not ours to end
     finally:
         nodes.end()
 
@@ -187,17 +187,7 @@ def test_a_cluster_is_joined_past_proxies_and_with_the_token_of_the_home_folder(
 @pytest.mark.parametrize("home", ["/proc", None])
 def test_a_study_needs_no_home_folder(tmp_path: Path, sessions: Path, home: str | None) -> None:
     """A user without an entry in the user database, as in a container; / is not theirs either."""
-    user = [
-        "unshare",
-        "--user",
-        "--map-user=12345",
-        "--map-group=12345",
-        "env",
-        "-u",
-        "HOME",
-        "-u",
-        "USER",
-        *([f"HOME={home}"] if home else []),
-    ]
+    user = ["unshare", "--user", "--map-user=12345", "--map-group=12345", "env", "-u", "HOME", "-u", "USER"]
     environment = {"RAY_TMPDIR": str(sessions), "DIFFVIT_CACHE": str(tmp_path / "cache")}
-    assert "started a local Ray" in finish(study(tmp_path, grid=GRID, within=user, **environment))
+    said = finish(study(tmp_path, grid=GRID, within=[*user, *([f"HOME={home}"] if home else [])], **environment))
+    assert "started a local Ray" in said and "; no dashboard (--dashboard false)\n" in said

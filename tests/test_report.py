@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,13 @@ import pandas as pd
 import pytest
 from tables import study_table
 
+from diffvit.train import train
+from study.grid import find_grid
 from study.report import verdict
 from study.report.analysis import analyse
 from study.report.document import Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from study.report.page import page
 
-ROOT = Path(__file__).resolve().parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -108,21 +108,16 @@ def test_a_percentage_keeps_its_sign() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
-def test_a_real_study_becomes_a_page_that_fits_wide_and_narrow_screens(tmp_path: Path) -> None:
-    (tmp_path / "small.yaml").write_text("datasets: [digits, digits-noisy]\nsizes: [small, medium]\nseeds: 2\noverrides: {epochs: 1}\n")
-    for command in (
-        "study --grid small.yaml --address local",
-        "evaluate --grid small.yaml --corruptions --attention --device cpu",
-        "report --grid small.yaml",
-    ):
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr
+def test_real_runs_become_a_page_that_fits_wide_and_narrow_screens(tmp_path: Path, cli) -> None:
+    (tmp_path / "small.yaml").write_text("datasets: [digits, digits-noisy]\nsizes: [small, medium]\nseeds: 2\noverrides: {max_steps: 9}\n")
+    for spec in find_grid("small.yaml").runs():
+        train(spec, tmp_path / "checkpoints", device="cpu")
+    for command in ("evaluate --grid small.yaml --corruptions --attention --device cpu", "report --grid small.yaml"):
+        done = cli(*command.split())
+        assert done.code == 0, done.err
     report = tmp_path / "checkpoints" / "report"
-    assert done.stdout.split() == ["checkpoints/report/report.html", "checkpoints/report/report.md"]
+    assert done.out.split() == ["checkpoints/report/report.html", "checkpoints/report/report.md"]
     text = _text((report / "report.html").read_text())
     assert "On digits-noisy" in text and "pairs)" in text and "gaussian" in text and "Where attention goes" in text
     for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (report / "report.md").read_text()):
@@ -134,14 +129,8 @@ def test_a_real_study_becomes_a_page_that_fits_wide_and_narrow_screens(tmp_path:
         frame = report / f"frame{width}.html"
         frame.write_text(f'<iframe id="f" style="border:0;width:{width}px;height:3000px" src="{probe.name}"></iframe>')
         shot = report / f"shot{width}.png"
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--hide-scrollbars",
-            "--allow-file-access-from-files",
-            "--virtual-time-budget=5000",
-        ]
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files",
+                 "--virtual-time-budget=5000"]  # fmt: skip
         seen = subprocess.run([str(BROWSER), *flags, f"--window-size={width},3000", f"--screenshot={shot}", f"file://{report / 'report.html'}"],
                               capture_output=True, timeout=120)  # fmt: skip
         assert seen.returncode == 0 and shot.stat().st_size > 20_000

@@ -32,11 +32,14 @@ def run_py(
     )  # fmt: skip
 
 
-def study(folder: Path, *arguments: str, grid: str, within: Sequence[str] = (), **environment: str) -> subprocess.Popen:
+def study(
+    folder: Path, *arguments: str, grid: str, dashboard: bool = False, within: Sequence[str] = (), **environment: str
+) -> subprocess.Popen:
     """`run.py study` of a grid file with this content, on a Ray of its own."""
     (folder / "grid.yaml").write_text(grid)
     address = [] if "--address" in arguments else ["--address", "local"]
-    return run_py(folder, "study", "--grid", "grid.yaml", *address, *arguments, within=within, **environment)
+    options = [*address, "--dashboard", str(dashboard).lower()]
+    return run_py(folder, "study", "--grid", "grid.yaml", *options, *arguments, within=within, **environment)
 
 
 def states(folder: Path) -> list[Path]:

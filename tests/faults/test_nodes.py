@@ -11,7 +11,7 @@ from faults.nodes import Nodes
 from faults.processes import assert_same_ledgers, ending, finish, states, study, trainers, wait_until, weights
 
 # Four runs: one for each node that is left, and more for one that comes.
-GRID = "datasets: [digits]\nsizes: [small]\nseeds: 2\noverrides: {epochs: 15}\n"
+GRID = "datasets: [digits]\nsizes: [small]\nseeds: 2\noverrides: {epochs: 12}\n"
 
 
 @pytest.fixture
@@ -57,25 +57,21 @@ def test_a_node_is_taken_away_and_another_comes(tmp_path: Path, nodes: Nodes, pl
 
 @pytest.mark.slow
 @needs_namespaces
-def test_a_folder_that_not_all_nodes_share_is_found_out_before_training(tmp_path: Path, nodes: Nodes) -> None:
+def test_a_folder_that_not_all_nodes_share_is_found_out_before_training_and_a_storage_helps(
+    tmp_path: Path, nodes: Nodes, s3: str, plain: Path
+) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
     nodes.add()
-    nodes.add(own_folder=tmp_path)
-    process = study(tmp_path, "--address", nodes.address, grid=GRID, **nodes.environment)
+    nodes.add(own_folder=folder)
+    process = study(folder, "--address", nodes.address, grid=GRID, **nodes.environment)
     with ending(process):
         _, errors = process.communicate(timeout=200)
     assert process.returncode == 2, errors
     assert "not every node can use the folders" in errors and "hint: " in errors and "--storage" in errors
     assert errors.count("is another folder there") == 1
-    assert not states(tmp_path) and not weights(tmp_path)
+    assert not states(folder) and not weights(folder)
 
-
-@pytest.mark.slow
-@needs_namespaces
-def test_nodes_with_folders_of_their_own_share_a_storage(tmp_path: Path, nodes: Nodes, s3: str, plain: Path) -> None:
-    folder = tmp_path / "study"
-    folder.mkdir()
-    for _ in range(2):
-        nodes.add(own_folder=folder)
     options = ("--address", nodes.address, "--storage", s3, "--save_every", "0.3s", "--sync_every", "1s", "--lease", "10s")
     finish(study(folder, *options, grid=GRID, **nodes.environment))
     assert_same_ledgers(folder, plain)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from faults.processes import (
     assert_same_ledgers,
     command_line,
@@ -26,8 +26,6 @@ from faults.processes import (
 )
 
 from diffvit.ledger.results import read_results
-from diffvit.ledger.spec import RunSpec
-from diffvit.train import train
 
 GRID = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 20}\n"
 SAVE = ("--save_every", "0.5s")
@@ -60,7 +58,7 @@ def _same(folder: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_then_everything_then_ctrl_c_and_the_same_command_finishes(tmp_path: Path, undisturbed: Path) -> None:
+def test_workers_then_the_study_then_everything_then_ctrl_c_and_the_same_command_finishes(tmp_path: Path, undisturbed: Path) -> None:
     # The processes that train: the same study goes on by itself.
     process = study(tmp_path, *SAVE, grid=GRID)
     with ending(process):
@@ -70,59 +68,58 @@ def test_workers_then_everything_then_ctrl_c_and_the_same_command_finishes(tmp_p
         for trainer in killed:
             trainer.kill()
         wait_until(lambda: _resumptions(tmp_path), process)
-        kill_all(process)  # everything at once
-
-    # Ctrl-C: states are saved, nothing is left running.
-    before = set(states(tmp_path))
-    process = study(tmp_path, *SAVE, grid=GRID)
-    with ending(process):
-        wait_until(lambda: set(states(tmp_path)) - before, process)  # it trains again
-        started = family(process)[1:]
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 130, errors
-        assert "carry on with" in errors
-        assert "Traceback" not in errors
-        _, alive = psutil.wait_procs(started, timeout=5)
-        assert not alive
-
-    finish(study(tmp_path, *SAVE, grid=GRID))
-    _same(tmp_path, undisturbed)
-
-
-@pytest.mark.slow
-def test_the_study_alone_is_killed(tmp_path: Path, undisturbed: Path) -> None:
-    process = study(tmp_path, *SAVE, grid=GRID)
-    with ending(process):
-        wait_until(lambda: _runs_with_states(tmp_path) == 2, process)
+        # The study alone: what it had started ends too, and lets go of the runs.
         training = trainers(process)
         process.kill()
         process.communicate()
-        # What it had started ends too, and lets go of the runs.
         _, alive = psutil.wait_procs(training, timeout=30)
-        assert not alive
+        assert training and not alive
+
+    for everything_at_once in (True, False):
+        before = set(states(tmp_path))
+        process = study(tmp_path, *SAVE, grid=GRID)
+        with ending(process):
+            wait_until(lambda before=before: set(states(tmp_path)) - before, process)  # it trains again
+            if everything_at_once:
+                kill_all(process)
+            else:  # Ctrl-C: states are saved, nothing is left running.
+                assert "carry on with" in _stopped(process, signal.SIGINT)
+
     finish(study(tmp_path, *SAVE, grid=GRID))
     _same(tmp_path, undisturbed)
 
 
+def _stopped(process: subprocess.Popen, number: int) -> str:
+    """What a study says that a signal stops; nothing is left running."""
+    started = family(process)[1:]
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert not alive
+    return errors
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["raylet/raylet", "gcs/gcs_server"])
-def test_ray_itself_is_killed_and_the_study_starts_over(tmp_path: Path, undisturbed: Path, name: str) -> None:
+def test_ray_itself_is_killed_and_the_study_starts_over(tmp_path: Path, undisturbed: Path) -> None:
     process = study(tmp_path, *SAVE, grid=GRID)
     with ending(process):
-        wait_until(lambda: _runs_with_states(tmp_path) == 2, process)
-        before = family(process)[1:]
-        next(each for each in before if name in command_line(each).split(" ")[0]).kill()
+        for name in ("raylet/raylet", "gcs/gcs_server"):
+            before = set(states(tmp_path))
+            wait_until(lambda before=before: set(states(tmp_path)) - before, process)
+            started = family(process)[1:]
+            next(each for each in started if name in command_line(each).split(" ")[0]).kill()
+            _, alive = psutil.wait_procs(started, timeout=60)
+            assert not alive
         said = finish(process)
-    assert "a process of Ray died; starting over" in said
-    assert said.count("started a local Ray") == 2
+    assert said.count("a process of Ray died; starting over") == 2
+    assert said.count("started a local Ray") == 3
     _same(tmp_path, undisturbed)
-    _, alive = psutil.wait_procs(before, timeout=5)
-    assert not alive
 
 
 @pytest.mark.slow
-def test_a_worker_of_a_group_is_killed(tmp_path: Path) -> None:
+def test_a_group_is_stopped_at_one_step_and_one_of_its_workers_is_killed(tmp_path: Path) -> None:
     grid = "datasets: [digits]\nmodels: [vit_differential]\nsizes: [small]\noverrides: {epochs: 15}\n"
     plain, ours = tmp_path / "plain", tmp_path / "ours"
     plain.mkdir()
@@ -131,28 +128,18 @@ def test_a_worker_of_a_group_is_killed(tmp_path: Path) -> None:
     process = study(ours, *SAVE, "--workers", "2", grid=grid)
     with ending(process):
         wait_until(lambda: states(ours), process)
+        assert "carry on with" in _stopped(process, signal.SIGTERM)
+    before = set(states(ours))
+    assert before
+    process = study(ours, *SAVE, "--workers", "2", grid=grid)
+    with ending(process):
+        wait_until(lambda: set(states(ours)) - before, process)
         workers = [each for each in family(process) if "RayTrainWorker" in command_line(each)]
         assert len(workers) == 2
         workers[-1].kill()
         finish(process)
     assert_same_ledgers(ours, plain)
-    assert len(_resumptions(ours)) == 1
-
-
-@pytest.mark.slow
-def test_ctrl_c_stops_a_group_at_one_step(tmp_path: Path) -> None:
-    grid = "datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\noverrides: {epochs: 200}\n"
-    process = study(tmp_path, *SAVE, "--workers", "2", grid=grid)
-    with ending(process):
-        wait_until(lambda: states(tmp_path), process)
-        started = family(process)[1:]
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
-    assert "carry on with" in errors and "Traceback" not in errors
-    _, alive = psutil.wait_procs(started, timeout=5)
-    assert not alive
-    assert states(tmp_path)
+    assert len(_resumptions(ours)) == 2
 
 
 @pytest.mark.slow
@@ -171,7 +158,7 @@ def test_a_run_that_always_dies_is_given_up_and_the_others_go_on(tmp_path: Path,
         out, errors = process.communicate()
     assert kills == 3
     assert process.returncode == 1, errors
-    assert "1 of 2 runs failed" in errors
+    assert "1 of 2 runs failed" in errors and "study --grid grid.yaml" in errors
     assert re.search(r"vit_classic 0.1M digits seed 0 epochs=20: its process died \(3 times at the same step\); its log ends: \d+,", errors)
     assert out.count("vit_differential") == 1
     finish(study(tmp_path, *SAVE, grid=GRID))
@@ -193,21 +180,17 @@ def test_two_studies_at_once_train_each_run_once(tmp_path: Path, undisturbed: Pa
 
 
 @pytest.mark.slow
-def test_the_first_of_two_studies_is_killed_and_the_second_takes_over(tmp_path: Path) -> None:
-    # One run, long enough that the second study finds it being trained.
-    spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"epochs": 80})
-    grid = "models: [vit_classic]\ndatasets: [digits]\nsizes: [small]\noverrides: {epochs: 80}\n"
-    plain, ours = tmp_path / "plain", tmp_path / "ours"
-    ours.mkdir()
-    torch.set_num_threads(1)
-    train(spec, plain / "checkpoints", device="cpu")
-    one = study(ours, *SAVE, grid=grid)
+def test_the_first_of_two_studies_is_killed_and_the_second_takes_over(tmp_path: Path, undisturbed: Path) -> None:
+    one = study(tmp_path, *SAVE, grid=GRID)
     with ending(one):
-        wait_until(lambda: states(ours), one)
-        two = study(ours, *SAVE, grid=grid)
+        wait_until(lambda: _runs_with_states(tmp_path) == 2, one)
+        for trainer in trainers(one):
+            trainer.suspend()  # so that the second finds its runs being trained
+        two = study(tmp_path, *SAVE, grid=GRID)
         with ending(two):
             wait_until(lambda: trainers(two), two)
+            assert not _resumptions(tmp_path)
             kill_all(one)
             finish(two)
-    assert_same_ledgers(ours, plain)
-    assert len(_resumptions(ours)) == 1
+    _same(tmp_path, undisturbed)
+    assert len(_resumptions(tmp_path)) == 2
