@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -21,9 +22,23 @@ import click
 from diffvit import LENT_HOME, __version__
 from diffvit.checks import usable_path
 from diffvit.errors import HIDDEN, DiffvitError, UserError, redacted, shown
+from diffvit.findings.kept import find_out
+from diffvit.hub.account import check_env_file, find_account, find_token
+from diffvit.hub.client import Hub
 from diffvit.keeping.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, HUB_SCHEME, Every, Saving, is_on_hub
-from diffvit.ledger.disk import disk_faults
+from diffvit.ledger.disk import disk_faults, write_atomically
+from diffvit.ledger.files import files_of_weights
+from diffvit.ledger.spec import RunSpec
 from diffvit.machine.host import outlive_readers
+from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
+from diffvit.signals import StopSignals
+from diffvit.utils import download as bring
+from diffvit.utils import upload as send
+from study.cost.devices import find_sheet
+from study.grid import find_grid
+from study.listing import ledger_rows, ledger_text, verify_ledger
+from study.placement import Placement
+from study.results import finished_checkpoints, plot_grid, report_grid
 
 # --batch-size and --batch_size are the same option.
 _SETTINGS = {
@@ -75,7 +90,6 @@ def cli() -> None:
     `run.py study` trains a grid of both, `run.py plot` draws it. The same command carries on after an interruption.
     Options may be written with - or with _.
     """
-    from diffvit.hub.account import check_env_file
 
     check_env_file()
     if cache := os.environ.get("DIFFVIT_CACHE"):
@@ -195,14 +209,12 @@ def train(model: str, size: str, dataset: str, seed: int, upload: bool, data_roo
 
     A run that is done already is not done again; one that was interrupted goes on where its state was last saved.
     """
-    from diffvit.ledger.spec import RunSpec
 
     overrides = {name: value for name, value in options.items() if name not in _COMPUTE}
     RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
     saving = _saving(save_every, storage, sync_every, lease, upload)
     from diffvit.loop.fit import Stopped
     from diffvit.machine.device import default_precision, resolve_device
-    from diffvit.signals import StopSignals
     from diffvit.train import train as train_run
 
     place, compute = resolve_device(device), _compute(options)
@@ -247,7 +259,6 @@ def upload(local: Path, hf_dir: str, force: bool) -> None:
     Links are followed. What is hidden (.state, .env) is not sent, which is said. What is there already with the same content is not sent
     again, and what is different is not replaced.
     """
-    from diffvit.utils import upload as send
 
     hub = _hub()
     done = send(local, hf_dir, hub, force=force, on_progress=_say_transfer)
@@ -265,7 +276,6 @@ def download(hf_path: str, local: Path, force: bool) -> None:
 
     What is here already with the same content is not brought again, and what is different is not replaced.
     """
-    from diffvit.utils import download as bring
 
     hub = _hub()
     done = bring(hf_path, local, hub, force=force, on_progress=_say_transfer)
@@ -308,7 +318,6 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
             raise UserError(f"--grid and --{wrong[0]} exclude each other.", "give one of both.")
         if not kinds:
             raise UserError("--grid evaluates nothing by itself.", "add --corruptions, --attention or both.")
-        from study.results import finished_checkpoints
 
         paths = finished_checkpoints(checkpoints, grid, epochs, dataset)
     else:
@@ -364,7 +373,6 @@ def study(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
     Finished runs are skipped, so the same command carries on. Without arguments: both architectures in three sizes on two
     small data sets, in a few minutes on two CPU cores.
     """
-    from study.grid import find_grid
 
     alone = [name for name, wanted in (("--rehearse", rehearse), ("--dry_run", dry_run), ("--collect", collect)) if wanted]
     if len(alone) > 1:
@@ -419,13 +427,10 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
     Numbers are measured on the machine at hand (--probe), were measured there earlier, or are estimated from a data sheet (--gpu);
     the table says which. Finished runs cost nothing, half-done ones only the rest.
     """
-    from study.grid import find_grid
 
     chosen = find_grid(grid, dataset)
     chosen.runs(seeds=seeds, overrides={"epochs": epochs}, on_same=_warn)  # names and values first
     if gpu:
-        from study.cost.devices import find_sheet
-
         find_sheet(gpu)
     for name, value in (("--probe_seconds", probe_seconds), ("--gpus_per_run", options["gpus_per_run"])):
         if not probe and (value or (gpu and value == 0)):  # without --gpu, 0 GPUs choose what was measured on the CPU
@@ -439,8 +444,6 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
     from study.cost.forecast import forecast_json, forecast_text
 
     if json_path:
-        from diffvit.ledger.disk import write_atomically
-
         write_atomically(json_path, (json.dumps(forecast_json(forecast), indent=1) + "\n").encode())
     click.echo(forecast_text(forecast, _terminal_width()))
 
@@ -453,7 +456,6 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
 @_checkpoints_option
 def plot(grid: str | None, dataset: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
     """Draw the losses and the scaling of finished runs: seven figures for each data set and condition, as PNG and SVG."""
-    from study.results import plot_grid
 
     for path in plot_grid(checkpoints, grid, out, epochs=epochs, dataset=dataset):
         click.echo(path)
@@ -467,7 +469,6 @@ def plot(grid: str | None, dataset: str | None, epochs: int | None, out: Path | 
 @_checkpoints_option
 def report(grid: str | None, dataset: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
     """Write the verdict, with its intervals and all that it rests on, as one HTML page and as Markdown."""
-    from study.results import report_grid
 
     for path in report_grid(checkpoints, grid, out, epochs=epochs, dataset=dataset):
         click.echo(path)
@@ -482,7 +483,6 @@ def report(grid: str | None, dataset: str | None, epochs: int | None, out: Path 
 @_checkpoints_option
 def power(grid: str, dataset: str | None, epochs: int | None, difference: float, as_json: bool, checkpoints: Path) -> None:
     """Say how many seeds it takes to see a difference, from the spread between the seeds that are done."""
-    from study.grid import find_grid
     from study.report.power import power_rows, power_text
 
     rows = power_rows(checkpoints, find_grid(grid, dataset).runs(overrides={"epochs": epochs}), difference / 100)
@@ -506,7 +506,6 @@ def list_runs(grid: str | None, dataset: str | None, seeds: int | None, epochs: 
         raise UserError(f"--{wrong[0]} is given without --grid.", "it says which runs of a grid to look for.")
     if verify and (grid or dataset):
         raise UserError(f"--verify and --{'grid' if grid else 'dataset'} exclude each other.", "--verify reads all runs that there are.")
-    from study.listing import ledger_rows, ledger_text, verify_ledger
 
     if verify:
         report = verify_ledger(checkpoints)
@@ -525,7 +524,6 @@ def _one_checkpoint(checkpoints: Path, model: str | None, size: str | None, data
     """The weights of the run that is named so far. Raises UserError."""
     if not (run_id or (model and size and dataset)) or (size and not dataset):
         raise UserError("which model is not said.", "give --model, --size and --dataset, or --grid, or --run_id.")
-    from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
 
     dataset = resolve_dataset(dataset) if dataset else None
     model, size = resolve_model(model) if model else None, resolve_size(size, dataset) if size and dataset else None
@@ -537,8 +535,6 @@ def _one_checkpoint(checkpoints: Path, model: str | None, size: str | None, data
 
 def _find_out(paths: list[Path], kinds: list[str], as_json: bool, **how: Any) -> None:
     """Findings about checkpoints, each as lines or all as JSON."""
-    from diffvit.findings.kept import find_out
-    from diffvit.ledger.files import files_of_weights
 
     all_findings = {}
     for number, path in enumerate(paths, start=1):
@@ -591,7 +587,6 @@ def _compute(options: dict[str, Any]) -> Any:
 def _study_options(**options: Any) -> Any:
     """The StudyOptions of a command's options."""
     from study.options import StudyOptions
-    from study.placement import Placement
 
     placement = Placement(**{name: options.pop(name) for name in _PLACEMENT if name in options})
     return StudyOptions(compute=_compute(options), placement=placement, command=_own_command(), **options)
@@ -604,13 +599,10 @@ def _saving(save_every: str, storage: str | None, sync_every: str | None, lease:
                 "--upload and --storage exclude each other.",
                 "with --upload true the hub is the storage; leave --storage and DIFFVIT_STORAGE out.",
             )
-        from diffvit.hub.account import find_account
 
         storage = f"{HUB_SCHEME}{find_account().repository}"
     on_hub = is_on_hub(storage)
     if on_hub:
-        from diffvit.hub.account import find_token
-
         os.environ["HF_TOKEN"] = find_token() or ""  # workers have other working directories, without .env
     if storage and "://" not in storage:
         storage = str(usable_path(storage).resolve())  # workers have folders of their own
@@ -644,7 +636,6 @@ def _resource(text: str) -> tuple[str, float]:
 
 def _own_command() -> str:
     """The command line as it was given but for secrets, for `the command that carries on`."""
-    import shlex
 
     runner = "uv run" if "UV" in os.environ or "UV_RUN_RECURSION_DEPTH" in os.environ else "python"
     given = [redacted(argument) for argument in sys.argv[1:]]
@@ -699,8 +690,6 @@ class _StepProgress:
 
 def _hub() -> Any:
     """The user's repository; on a terminal with the client's progress bars."""
-    from diffvit.hub.account import find_account
-    from diffvit.hub.client import Hub
 
     return Hub(find_account(), on_retry=_warn, bars=sys.stderr.isatty())
 

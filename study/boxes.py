@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from diffvit.errors import StorageError
+from diffvit.keeping.runs import settle_run
 from diffvit.keeping.saving import Saving, is_on_hub
+from diffvit.keeping.storage import open_storage
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from study.plan import PlannedRun
@@ -70,7 +72,6 @@ class SharedBoxes(Boxes):
 
     def __init__(self, saving: Saving, shard: Shard | None, checkpoints: Path):
         super().__init__(checkpoints)
-        from diffvit.keeping.storage import open_storage
 
         self._saving, self._shard = saving, shard
         self._storage = open_storage(str(saving.storage))
@@ -79,7 +80,6 @@ class SharedBoxes(Boxes):
         self._storage.check()
 
     def exchange(self, tried: list[PlannedRun], every: list[PlannedRun], strict: bool = True) -> list[str]:
-        from diffvit.keeping.runs import settle_run
 
         ids, unsent = {run.run_id for run in tried}, []
         for run in every:

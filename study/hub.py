@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from diffvit.checks import NAME
 from diffvit.errors import DiffvitError, StorageError
+from diffvit.hub.client import HubRefusesError
+from diffvit.hub.http import status_of
+from diffvit.keeping.hub import HubStorage
 from diffvit.keeping.runs import fetch_run, remote_result, settle_run
 from diffvit.keeping.saving import is_on_hub
 from diffvit.keeping.storage import Storage, open_storage
 from diffvit.ledger.files import RunFiles, result_paths
 from diffvit.ledger.results import read_result, read_results
 from diffvit.ledger.spec import RunSpec
-from study.table import cell_key
+from study.table import all_overrides, cell_key, file_stem, run_table
 
 if TYPE_CHECKING:
     from diffvit.hub.client import Hub, HubFile
@@ -82,9 +85,6 @@ def publish(storage: Storage, checkpoints: Path, warn: Callable[[str], None]) ->
 
     What fails is said, and fails nothing: the next run that ends writes it.
     """
-    from diffvit.hub.client import HubRefusesError
-    from diffvit.hub.http import status_of
-    from diffvit.keeping.hub import HubStorage
 
     for pause in (*_PAUSES, None):
         try:
@@ -111,7 +111,6 @@ def _is_ours(hub: Hub, readme: HubFile, folder: Path, head: str) -> bool:
 
 def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
     from study.report.card import card_text
-    from study.table import all_overrides, file_stem, run_table
 
     with tempfile.TemporaryDirectory() as folder:
         results = []

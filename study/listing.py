@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffvit.ledger.files import RunFiles
+from diffvit.ledger.files import RunFiles, result_paths
 from diffvit.ledger.spec import overrides_text
+from diffvit.ledger.verify import verify_run
 from study.grid import find_grid
 from study.plan import load_fingerprints, run_ids_of
 from study.results import check_dataset, kept_files
@@ -79,8 +80,6 @@ def verify_ledger(checkpoints: Path) -> dict[str, Any]:
         "damaged": a sentence for each thing that is wrong; "summary": one for all.
     """
     from diffvit.keeping.state import StateFolder
-    from diffvit.ledger.files import result_paths
-    from diffvit.ledger.verify import verify_run
 
     paths = result_paths(checkpoints)
     of_runs = [verify_run(path) for path in paths]

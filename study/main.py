@@ -13,12 +13,14 @@ from diffvit.ledger.disk import check_lockable, check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from study.boxes import boxes_of
+from study.cluster.nodes import check_shared_folder, check_storage_and_data
+from study.cluster.watch import watch
 from study.cost.planning import expected_forecast
 from study.options import StudyOptions, connect_cluster, may_join
 from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
 from study.results import report_results
 from study.shard import own_share
-from study.text import say, warn
+from study.text import duration, say, warn
 
 if TYPE_CHECKING:
     from study.cluster.connect import Cluster
@@ -152,11 +154,8 @@ def _train(
         begun: time.monotonic() when the study began.
     """
     from study.cluster.display import StudyDisplay
-    from study.cluster.nodes import check_shared_folder, check_storage_and_data
     from study.cluster.runner import run_all
-    from study.cluster.watch import watch
     from study.cost.truth import compare, comparison_lines, seconds_taken
-    from study.text import duration
 
     settings, placement = options.settings(), options.placement
     at_once = placement.check_room(cluster)

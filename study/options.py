@@ -12,6 +12,9 @@ from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.keeping.saving import DEFAULT_SAVING, Saving
 from diffvit.ledger.spec import RunSpec
 from diffvit.machine.device import default_precision, resolve_device
+from study.cluster.address import find_address
+from study.cluster.connect import connect
+from study.cluster.nodes import gpu_precision
 from study.grid import Grid, named_after
 from study.placement import Placement
 from study.text import say
@@ -50,8 +53,6 @@ class StudyOptions:
         """With the precision, and on a cluster the GPUs of a run, that hold there; None: on this machine. Raises UserError."""
         placement, precision = self.placement.on(cluster) if cluster else self.placement, self.precision
         if precision == "auto" and cluster and cluster.gpus and placement.gpus_per_run:  # GPUs that this machine may not see
-            from study.cluster.nodes import gpu_precision
-
             precision = gpu_precision()
         elif precision == "auto":
             precision = default_precision(resolve_device(placement.device))
@@ -76,14 +77,12 @@ class StudyOptions:
 
 def may_join(options: StudyOptions) -> bool:
     """Whether the study could run on a cluster whose GPUs this machine cannot see."""
-    from study.cluster.address import find_address
 
     return find_address(options.address) != "local"
 
 
 def connect_cluster(stack: contextlib.ExitStack, options: StudyOptions) -> Cluster:
     """Join or start Ray until the stack closes, and say which."""
-    from study.cluster.connect import connect
 
     cluster = stack.enter_context(connect(options.address, options.dashboard))
     say(cluster.sentence())

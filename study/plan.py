@@ -12,7 +12,7 @@ from pathlib import Path
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import PRECISIONS, RunSpec
-from diffvit.protocol import Protocol, images_in_steps
+from diffvit.protocol import Protocol, images_in_steps, protocol_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,6 @@ def precision_notes(runs: Sequence[PlannedRun]) -> list[str]:
 
 @functools.cache
 def _model_cost(model: str, size: str, dataset: str) -> tuple[int, int]:
-    from diffvit.protocol import protocol_of
     from diffvit.vit import build_model
 
     built = build_model(model, size, protocol_of(dataset), device="meta")

@@ -8,6 +8,7 @@ from diffvit.errors import UserError
 from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import file_sha256
 from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import read_rows
 from diffvit.ledger.results import Result, read_result, was_changed
 from diffvit.ledger.spec import hash_of_identity
 from diffvit.ledger.weights import load_weights
@@ -52,7 +53,6 @@ def verify_run(path: Path) -> list[str]:
 
 
 def _verify_log(files: RunFiles, result: Result) -> list[str]:
-    from diffvit.ledger.log import read_rows
 
     try:
         read_rows(files.log, result.steps)

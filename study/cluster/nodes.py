@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffvit.errors import DiffvitError, UserError
+from diffvit.keeping.storage import open_storage
 
 
 def gpu_precision() -> str:
@@ -96,7 +97,6 @@ def _cannot_see(mark: str, data_root: str | None) -> str:
 
 
 def _cannot_reach(storage: str, data_root: str | None) -> str:
-    from diffvit.keeping.storage import open_storage
 
     try:
         open_storage(storage).check()

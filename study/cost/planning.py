@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from diffvit.errors import UserError
 from diffvit.ledger.spec import overrides_text
+from diffvit.machine.device import device_title, resolve_device
+from study.cluster.nodes import gpu_title
+from study.cost.devices import SHEETS, find_machine, find_sheet, keep_machine, sheet_of
 from study.options import StudyOptions, connect_cluster
 from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
 from study.shard import own_share
@@ -57,7 +60,6 @@ def plan_study(options: StudyOptions, gpu: str | None = None, gpus: int = 1, pro
     Raises:
         UserError: an unknown GPU, or nothing is known of the machine at hand.
     """
-    from study.cost.devices import SHEETS, find_sheet, sheet_of
     from study.cost.forecast import forecast_study, measured_place, sheet_place
 
     sheet = find_sheet(gpu) if gpu else None
@@ -93,7 +95,6 @@ def probe_machine(options: StudyOptions, seconds: float) -> Machine:
     Raises:
         UserError: bad input, or data that cannot be loaded.
     """
-    from study.cost.devices import keep_machine
 
     begun = time.monotonic()
     with contextlib.ExitStack() as stack:
@@ -112,22 +113,18 @@ def probe_machine(options: StudyOptions, seconds: float) -> Machine:
 
 def _known_machine(options: StudyOptions, names: str) -> Machine | None:
     """What was measured earlier of a device whose name fits."""
-    from study.cost.devices import find_machine
 
     return find_machine(names, options.precision, options.placement.cpus_per_run, options.compute)
 
 
 def _local_device(options: StudyOptions) -> str:
     """The name of this machine's device that the study would train on."""
-    from diffvit.machine.device import device_title, resolve_device
 
     return device_title(resolve_device(options.placement.device))
 
 
 def expected_forecast(options: StudyOptions, runs: list[PlannedRun], cluster: Cluster) -> StudyForecast | None:
     """What the study will take on its cluster; None where nothing is known of the cluster's devices, or a group trains a run."""
-    from study.cluster.nodes import gpu_title
-    from study.cost.devices import sheet_of
     from study.cost.forecast import forecast_study, measured_place, sheet_place
 
     if options.placement.workers > 1:
