@@ -218,11 +218,11 @@ def test_a_worker_reports_that_it_prepares(workers: int, tmp_path: Path, monkeyp
     """A group reports together, so its processes leave that out."""
     reports: list[dict] = []
 
-    def train(spec: Any, checkpoints: Path, *, on_preparing: Any, on_steps: Any, **options: Any) -> dict[str, Any]:
+    def train(spec: Any, checkpoints: Path, *, on_preparing: Any, on_steps: Any, **options: Any) -> Any:
         if on_preparing:
             on_preparing()
         on_steps([Step(1, 1, 0.1, 1.5, 2.5, 0.5, 1.0, 7.0)], 12)
-        return {"status": "done", "seconds": 7.0}
+        return SimpleNamespace(content=lambda: {"status": "done", "seconds": 7.0})
 
     for name, value in {
         "train": train, "load": lambda *_: None, "_should_stop": lambda flag: lambda: False, "get_device": lambda: torch.device("cpu"),

@@ -11,6 +11,7 @@ follows, until another has taken the run over and ended it. Schedules pause ther
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -36,7 +37,7 @@ from diffvit.keeping.saving import Saving
 from diffvit.keeping.storage import open_storage
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import LogPosition
-from diffvit.ledger.results import read_result, write_result
+from diffvit.ledger.results import Result, write_result
 from diffvit.ledger.spec import RunSpec
 from diffvit.train import train
 
@@ -129,7 +130,7 @@ class Machine:
                     f"{path.suffix} of {self.name}{self.generation} {uuid.UUID(int=self.world.draw.getrandbits(128))}".encode()
                 )
             digests = {path.name: _sha256(path.read_bytes()) for path in (files.weights, files.log, files.predictions)}
-            result = {**self.world.template, "sha256": digests, "finished": str(self.world.now)}
+            result = dataclasses.replace(self.world.template, sha256=digests, finished=str(self.world.now))
             write_result(files, result)
             self.keeper.finish(result)
             self.leave()
@@ -250,8 +251,8 @@ class FaultyFiles:
 class World:
     """All machines, the storage they share, and the time."""
 
-    def __init__(self, url: str, folder: Path, template: dict[str, Any], number: int):
-        self.url, self.folder, self.template, self.run_id = url, folder, template, template["run_id"]
+    def __init__(self, url: str, folder: Path, template: Result, number: int):
+        self.url, self.folder, self.template, self.run_id = url, folder, template, template.run_id
         self.draw = random.Random(number)
         self.now = 1e9
         self.short = False
@@ -346,7 +347,7 @@ class World:
                 last.finish()
         assert self.result is not None, "the run could not be taken over"
         reader.joining = True
-        assert fetch_run(reader.storage, reader.files) and read_result(reader.files.result) == json.loads(self.result)
+        assert fetch_run(reader.storage, reader.files) and reader.files.result.read_bytes() == self.result
         last.settle()
         left = self.storage._fs.find(self.storage._path(".state"))
         assert not left, f"left under way: {left}"
@@ -383,13 +384,13 @@ def _sha256(content: bytes) -> str:
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Result:
     """A real run's result."""
     return train(SPEC, tmp_path_factory.mktemp("real"), device="cpu")
 
 
 @pytest.fixture
-def play(template: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+def play(template: Result, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
     """Plays the schedule of a number at a URL."""
     worlds: list[World] = []
     clock = SimpleNamespace(
