@@ -90,7 +90,6 @@ def cli() -> None:
     `run.py study` trains a grid of both, `run.py plot` draws it. The same command carries on after an interruption.
     Options may be written with - or with _.
     """
-
     check_env_file()
     if cache := os.environ.get("DIFFVIT_CACHE"):
         os.environ["DIFFVIT_CACHE"] = str(usable_path(cache).absolute())  # workers have folders of their own
@@ -456,7 +455,6 @@ def plan(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, 
 @_checkpoints_option
 def plot(grid: str | None, dataset: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
     """Draw the losses and the scaling of finished runs: seven figures for each data set and condition, as PNG and SVG."""
-
     for path in plot_grid(checkpoints, grid, out, epochs=epochs, dataset=dataset):
         click.echo(path)
 
@@ -469,7 +467,6 @@ def plot(grid: str | None, dataset: str | None, epochs: int | None, out: Path | 
 @_checkpoints_option
 def report(grid: str | None, dataset: str | None, epochs: int | None, out: Path | None, checkpoints: Path) -> None:
     """Write the verdict, with its intervals and all that it rests on, as one HTML page and as Markdown."""
-
     for path in report_grid(checkpoints, grid, out, epochs=epochs, dataset=dataset):
         click.echo(path)
 
@@ -690,7 +687,6 @@ class _StepProgress:
 
 def _hub() -> Any:
     """The user's repository; on a terminal with the client's progress bars."""
-
     return Hub(find_account(), on_retry=_warn, bars=sys.stderr.isatty())
 
 

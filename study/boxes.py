@@ -72,7 +72,6 @@ class SharedBoxes(Boxes):
 
     def __init__(self, saving: Saving, shard: Shard | None, checkpoints: Path):
         super().__init__(checkpoints)
-
         self._saving, self._shard = saving, shard
         self._storage = open_storage(str(saving.storage))
 

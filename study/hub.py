@@ -85,7 +85,6 @@ def publish(storage: Storage, checkpoints: Path, warn: Callable[[str], None]) ->
 
     What fails is said, and fails nothing: the next run that ends writes it.
     """
-
     for pause in (*_PAUSES, None):
         try:
             assert isinstance(storage, HubStorage)

@@ -13,14 +13,13 @@ from diffvit.keeping.saving import DEFAULT_SAVING, Saving
 from diffvit.ledger.spec import RunSpec
 from diffvit.machine.device import default_precision, resolve_device
 from study.cluster.address import find_address
-from study.cluster.connect import connect
+from study.cluster.connect import Cluster, connect
 from study.cluster.nodes import gpu_precision
 from study.grid import Grid, named_after
 from study.placement import Placement
 from study.text import say
 
 if TYPE_CHECKING:
-    from study.cluster.connect import Cluster
     from study.cluster.runner import Settings
     from study.shard import Shard
 
@@ -77,7 +76,6 @@ class StudyOptions:
 
 def may_join(options: StudyOptions) -> bool:
     """Whether the study could run on a cluster whose GPUs this machine cannot see."""
-
     return find_address(options.address) != "local"
 
 

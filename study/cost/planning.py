@@ -113,13 +113,11 @@ def probe_machine(options: StudyOptions, seconds: float) -> Machine:
 
 def _known_machine(options: StudyOptions, names: str) -> Machine | None:
     """What was measured earlier of a device whose name fits."""
-
     return find_machine(names, options.precision, options.placement.cpus_per_run, options.compute)
 
 
 def _local_device(options: StudyOptions) -> str:
     """The name of this machine's device that the study would train on."""
-
     return device_title(resolve_device(options.placement.device))
 
 
