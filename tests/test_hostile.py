@@ -859,7 +859,7 @@ LEASE = {"owner": "another", "host": "host", "seconds": 60.0, "expires": 4e9, "n
 )
 def test_a_lease_with_something_else(tmp_path_factory: pytest.TempPathFactory, content: Any, name: str) -> None:
     with tempfile.TemporaryDirectory(dir=tmp_path_factory.getbasetemp()) as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffvit.keeping.objects.time", SimpleNamespace(**{**vars(__import__("time")), "sleep": lambda seconds: None}))
+        patch.setattr("diffvit.keeping.lease.time", SimpleNamespace(**{**vars(__import__("time")), "sleep": lambda seconds: None}))
         storage = open_storage(folder)
         storage.overwrite(f".state/run/lease/{name}", as_json(content).encode("utf-8", "replace"))
         assert lease_state(storage, "run") in ("live", "expired")
