@@ -24,6 +24,7 @@ from torch import Tensor
 from bench.peers import reference_attention
 from bench.roofline import measure_ceilings
 from bench.timing import Bar, Journal, json_option, medians, ratio, rounds_of, spread, table
+from diffvit.errors import first_line
 from diffvit.kernels.forms import FORMS, Form, default_form, of_matrix, usable
 from diffvit.machine.device import default_precision, resolve_device
 from diffvit.protocol import PROTOCOLS
@@ -67,7 +68,7 @@ def measure(
         try:
             found = _passes(form, qkv_BN3D[:1], do_BND[:1], heads)
         except (RuntimeError, ValueError) as error:
-            click.echo(f"{dataset}: {name} does not work here: {str(error).splitlines()[0][:120]}", err=True)
+            click.echo(f"{dataset}: {name} does not work here: {first_line(error)[:120]}", err=True)
             continue
         expected = exact[_classic if name in (CLASSIC, CLASSIC_TRITON) else FORMS["maps"]]
         errors[name] = max(((a.double().cpu() - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True))

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffvit.errors import UserError
+from diffvit.errors import UserError, first_line
 from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import RunFiles
@@ -56,7 +56,7 @@ def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
 
         draw_figures(table, step_table(options.checkpoints, table), out, options.grid.prefix)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {first_line(error)}"
         say(f"error: the figures could not be drawn: {reason}\nhint: the same command draws them again: {options.command}")
         return False
     say(f"figures  {out}")

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 
-from diffvit.errors import UserError
+from diffvit.errors import UserError, first_line
 from diffvit.ledger.disk import write_atomically
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import LogRows, Step, read_rows
@@ -262,7 +262,7 @@ def _read_predictions(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path, comment="#")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(
             f"{path} cannot be read: {reason}.", "delete the run's _result.json, and `study` or `train` trains it again."
         ) from error

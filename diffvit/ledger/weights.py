@@ -21,7 +21,7 @@ from diffvit.checks import (
     text,
     whole,
 )
-from diffvit.errors import UserError
+from diffvit.errors import UserError, first_line
 from diffvit.protocol import MODELS, Protocol
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
         model.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} does not fit the model its header names: {str(error).splitlines()[0]}.",
+            f"{path} does not fit the model its header names: {first_line(error)}.",
             "delete its _result.json and train the run again.",
         ) from error
     model.facts = facts

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffvit.errors import UserError
+from diffvit.errors import UserError, first_line
 from diffvit.machine.host import cpus
 from diffvit.signals import kept_from_children
 from study.cluster.address import check_token, ensure_token, find_address, gcs_answers, given_address, listens, ray_folder
@@ -90,7 +90,7 @@ def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Clus
             context = _start(chosen, options if own else {})
     except (ConnectionError, ValueError) as error:
         raise UserError(
-            f"the Ray cluster at {chosen} cannot be joined: {str(error).splitlines()[0]}.", "check `ray status`, or use --address local."
+            f"the Ray cluster at {chosen} cannot be joined: {first_line(error)}.", "check `ray status`, or use --address local."
         ) from error
     try:
         resources = ray.cluster_resources()

@@ -38,7 +38,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import load
-from diffvit.errors import DiffvitError, RunIsBusyError, StorageError, UserError, redacted
+from diffvit.errors import DiffvitError, RunIsBusyError, StorageError, UserError, first_line, redacted
 from diffvit.keeping.keeper import RunKeeper
 from diffvit.keeping.saving import DEFAULT_SAVING, Saving
 from diffvit.keeping.state import StateFolder
@@ -231,7 +231,7 @@ def _trial(config: dict[str, Any]) -> None:
                 tune.report({"run_id": run_id, "failed": str(cause)})
                 return
             else:
-                reason, limit = f"{type(cause).__name__}: {cause}".splitlines()[0], _TRIES
+                reason, limit = f"{type(cause).__name__}: {first_line(cause)}", _TRIES
 
 
 def _cause(error: Exception) -> BaseException:

@@ -22,7 +22,7 @@ from typing import Any
 import ray
 import torch
 
-from diffvit.errors import DiffvitError, StorageError, UserError
+from diffvit.errors import DiffvitError, StorageError, UserError, first_line
 from diffvit.evaluation import evaluate_checkpoint
 from diffvit.keeping.runs import fetch_run
 from diffvit.keeping.saving import Every
@@ -114,7 +114,7 @@ def _outcome(task: Any, title: str) -> Rehearsed:
     except ray.exceptions.OutOfMemoryError:
         return Rehearsed(title, (), 0.0, None, "the machine's memory does not suffice: Ray ended its process")
     except ray.exceptions.RayError as error:
-        return Rehearsed(title, (), 0.0, None, f"its process died: {str(error).strip().splitlines()[0]}")
+        return Rehearsed(title, (), 0.0, None, f"its process died: {first_line(error)}")
 
 
 @contextlib.contextmanager
@@ -154,7 +154,7 @@ def _rehearse_cell(spec: RunSpec, settings: Settings) -> dict[str, Any]:
     except DiffvitError as error:
         fault = error.message
     except Exception as error:
-        fault = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        fault = f"{type(error).__name__}: {first_line(error)}"
     return {"parts": tuple(parts), "seconds": time.perf_counter() - start, "memory": _peak_memory(device), "fault": fault}
 
 
