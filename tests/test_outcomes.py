@@ -162,7 +162,7 @@ def test_evaluate_takes_the_run_that_is_named(ledger, arguments: tuple[str, ...]
     result, said = _evaluated(ledger, *arguments)
     assert (result.seed, result.overrides) == (seed, overrides)
     alone = arguments[0:1] == ("--lr",) or len(arguments) == 4
-    line = rf"of \d runs that match, {result.run_id}: seed {seed}, .*fp32, ended {re.escape(result['finished'])}\n"
+    line = rf"of \d runs that match, {result.run_id}: seed {seed}, .*fp32, ended {re.escape(result.finished)}\n"
     assert re.fullmatch("" if alone else line, said)  # no choice, no word
 
 
