@@ -1,4 +1,4 @@
-"""Are the intervals of study/scaling.py what they claim? Simulated studies whose truth is known, and real runs that do not differ.
+"""Are the intervals of study/report/scaling.py what they claim? Simulated studies whose truth is known, and real runs that do not differ.
 
     python -m bench.calibration              simulations: coverage, false positives, power, the effective-parameter ratio
     python -m bench.calibration --control    and ten seeds of one architecture on digits, split five against five (minutes)

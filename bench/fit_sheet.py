@@ -1,4 +1,4 @@
-"""Which shares of a data sheet's peak and bandwidth fit measured cells: the constants of study/forecast.py.
+"""Which shares of a data sheet's peak and bandwidth fit measured cells: the constants of study/cost/forecast.py.
 
     python -m bench.fit_sheet docs/results/gpu/cells.json     what `python -m bench.cells --json` wrote; several files are fitted together
 

@@ -140,7 +140,7 @@ def test_what_cannot_be_fitted_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.name)
 def test_a_forecast_holds_against_what_was_measured(path: Path) -> None:
-    """The constants of study/forecast.py against recorded measurements: nothing is timed here."""
+    """The constants of study/cost/forecast.py against recorded measurements: nothing is timed here."""
     cells = fit_sheet.read_cells(path)
     of_cells, of_grid = fit_sheet.errors(cells, fit_sheet.IN_FORCE)
     assert max(map(abs, of_cells)) <= fit_sheet.OF_A_CELL and abs(of_grid) <= fit_sheet.OF_THE_GRID

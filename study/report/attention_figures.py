@@ -1,4 +1,4 @@
-"""Figures of what diffvit/attention.py finds: maps of single images, and numbers over depth."""
+"""Figures of what diffvit/findings/attention.py finds: maps of single images, and numbers over depth."""
 
 from __future__ import annotations
 
