@@ -142,7 +142,7 @@ def test_a_group_stops_resumes_and_diverges_together(tmp_path: Path) -> None:
     assert outcomes == [["stopped after 11"] * 2, ["ended"] * 2, ["ended"] * 2]
     statuses = {result.status: result for result in read_results(tmp_path)}
     assert set(statuses) == {"done", "diverged"}
-    log = RunFiles(tmp_path, "vit_differential", statuses["done"]["run_id"], "0.1M", "digits").log
+    log = RunFiles(tmp_path, "vit_differential", statuses["done"].run_id, "0.1M", "digits").log
     assert "# resumed after step 11;" in log.read_text() and read_log(log)["step"].tolist() == list(range(1, 41))
 
 
