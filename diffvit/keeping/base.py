@@ -80,4 +80,4 @@ class Storage(ABC):
 
     @abstractmethod
     def entries(self, folder: str) -> dict[str, bytes]:
-        """Name -> content, or its beginning, of the leases in a folder."""
+        """Name -> content, or its beginning, of the leases in a folder; of one that goes while this looks, nothing."""

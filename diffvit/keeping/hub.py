@@ -158,8 +158,7 @@ class HubStorage(Storage):
         self.commit({name: content})
 
     def entries(self, folder: str) -> dict[str, bytes]:
-        contents = {name: self.read(f"{folder}/{name}") for name in self._files_in(folder)}
-        return {name: content for name, content in contents.items() if content is not None}
+        return {name: self.read(f"{folder}/{name}") or b"" for name in self._files_in(folder)}
 
     def ls(self, folder: str) -> list[str]:
         inside = self._folder + folder

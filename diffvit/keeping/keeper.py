@@ -245,7 +245,8 @@ class _Courier(threading.Thread):
                 self.lost = not lease.renew()
             if not self.lost:
                 result = self._storage.read(f"{self._files.model}/{self._files.result.name}")
-                self.lost = result not in (None, self._files.result.read_bytes())
+                # Looked at again: a machine may have been suspended between its look at the lease and the renewal.
+                self.lost = result not in (None, self._files.result.read_bytes()) or (lease is not None and lease.renewal() is None)
             return not self.lost
 
     def last(self, action: Callable[[Lease], None]) -> bool:

@@ -199,6 +199,7 @@ class ObjectStorage(Storage):
         found = {}
         for name in self.ls(folder):
             if not name.endswith(MARKER):
+                found[name] = b""
                 with self._faults(), contextlib.suppress(FileNotFoundError):
                     found[name] = self._beginning(f"{folder}/{name}", _LONGEST_NOTE)
         return found
