@@ -295,11 +295,11 @@ def test_compiled_blocks_compute_the_same_and_repeat_themselves(name: str, tmp_p
     logs, results = [], []
     for folder, options in (("eager", {}), ("compiled", {"compile": True}), ("again", {"compile": True})):
         results.append(train(spec, tmp_path / folder, device="cpu", compute=Compute(**options)))
-        files = RunFiles.of(tmp_path / folder, spec, results[-1]["run_id"])
+        files = RunFiles.of(tmp_path / folder, spec, results[-1].run_id)
         logs.append(read_log(files.log)[["train_loss", "val_loss", "grad_norm"]].to_numpy())
     eager, compiled, again = logs
     assert [result.compiled for result in results] == [False, True, True]
-    assert results[1]["compile_seconds"] > 0
+    assert results[1].compile_seconds > 0
     # Rounding differs, and training makes more of it from step to step.
     assert abs(compiled[:5] / eager[:5] - 1).max() < 1e-3
     assert abs(compiled[-5:, :2] / eager[-5:, :2] - 1).max() < 0.25
