@@ -7,10 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffvit.checks import (
-    fault,
-    read_json,
-)
+from diffvit.checks import fault, read_json
 from diffvit.errors import UserError
 from diffvit.ledger.disk import write_atomically
 from diffvit.ledger.files import RunFiles
@@ -29,8 +26,6 @@ def read_evaluations(files: RunFiles) -> dict[str, Any]:
         content = read_json(files.evaluations, _LONGEST_EVALUATIONS)
         if content["checksum"] != checksum(content):
             raise ValueError("it was changed after it was written")
-        pass
-
         return check_findings(content["findings"])
     except FileNotFoundError:
         return {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffvit.data.batches import Prepare
 from diffvit.dataset import ImageSet
-from diffvit.errors import UserError
+from diffvit.errors import UserError, first_line
 from diffvit.kernels.dropout import at_image, has_kernels, seed_masks
 from diffvit.machine.device import autocast
 
@@ -142,8 +142,7 @@ class Passes:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(f"CUDA graphs do not work here: {first_line}", "give --graphs false.") from error
+            raise UserError(f"CUDA graphs do not work here: {first_line(error)[:200]}", "give --graphs false.") from error
         # Only masks that are functions, not draws, are the same twice.
         if has_kernels(self._device, _DRAWN_TOGETHER) and not torch.allclose(torch.stack(found), torch.stack(right), 0.02, 1e-4, True):
             raise UserError("CUDA graphs do not give what they were captured from.", "give --graphs false, and tell us.")
