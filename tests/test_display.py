@@ -21,6 +21,7 @@ from study.cluster.runner import Settings
 from study.grid import Grid
 from study.placement import Placement
 from study.plan import PlannedRun, plan_runs
+from study.text import clock
 
 
 @pytest.fixture
@@ -129,13 +130,13 @@ def test_a_start_up_is_no_speed(now: SimpleNamespace) -> None:
     study.steps(0, 0.15, 45.0)  # a second for each hundredth
     share = study.runs[1].train_flops / study.runs[0].train_flops
     seconds = 85 + 100 * share
-    assert study.left() == f", about {int(seconds // 60)}:{int(seconds % 60):02} left"
+    assert study.left() == f", about {clock(round(seconds))} left"
     # Another start-up changes nothing, and both train at once: the longer one is the end.
     study.start(1)
     study.report(1, preparing=True)
     now.seconds += 500
     seconds = max(85, 100 * share)
-    assert study.left() == f", about {int(seconds // 60)}:{int(seconds % 60):02} left"
+    assert study.left() == f", about {clock(round(seconds))} left"
 
 
 def test_time_left_at_the_end_and_without_steps() -> None:
@@ -143,7 +144,7 @@ def test_time_left_at_the_end_and_without_steps() -> None:
     study.start(0)
     study.end(0, seconds=100.0, run_seconds=130.0)  # a worker group says nothing before its end
     share = study.runs[1].train_flops / study.runs[0].train_flops
-    assert study.left() == f", about {int(100 * share // 60)}:{int(100 * share % 60):02} left"
+    assert study.left() == f", about {clock(round(100 * share))} left"
     study.start(1)
     study.end(1, seconds=100.0, run_seconds=130.0)
     assert study.left() == ""
@@ -200,6 +201,31 @@ def test_a_run_is_forecast_from_what_is_most_like_it() -> None:
     study.steps(own, 0.0, 0.0)
     study.steps(own, 0.5, 50.0)  # twice as fast as the first seed
     assert study.left() == ", about 3:40 left"
+
+
+def test_what_a_run_takes_beside_its_training_is_counted_for_those_that_wait(now: SimpleNamespace) -> None:
+    study = Study(Grid("some", ("digits",), models=("vit_classic",), sizes=("small",), seeds=(0, 1, 2)).runs())
+    study.start(0)
+    now.seconds += 130
+    study.end(0, seconds=100.0, run_seconds=130.0)
+    assert study.left() == ", about 4:20 left"
+    study.start(1)
+    now.seconds += 10
+    study.steps(1, 0.0, 0.0)
+    study.steps(1, 0.5, 50.0)
+    assert study.left() == ", about 3:00 left"
+
+
+def test_a_run_that_slows_down_is_forecast_from_its_recent_pace() -> None:
+    """Other work came onto the machine: a second a hundredth at first, three later."""
+    study = Study(Grid("some", ("digits",), models=("vit_classic",), sizes=("small",)).runs())
+    study.start(0)
+    for percent in range(0, 41, 2):
+        study.steps(0, percent / 100, float(percent))
+    assert study.left() == ", about 1:00 left"
+    for percent in range(42, 61, 2):
+        study.steps(0, percent / 100, 40.0 + 3 * (percent - 40))
+    assert study.left() == ", about 2:00 left"
 
 
 def test_a_slot_that_is_free_for_a_moment_is_counted() -> None:

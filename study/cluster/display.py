@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.tune import Callback
@@ -32,8 +33,9 @@ _NUMBERS = ("step", "train loss", "val loss", "images/s", "test")
 # Columns that a narrow terminal does without, the first one first.
 _DISPENSABLE = ("images/s", "train loss", "val loss", "test")
 
-# A run's speed is not believed before it has done so much of its work in this study.
+# A run's speed is not believed before it has done so much of its work in this study, and is that of the last so much of its work.
 _LEAST_SHARE = 0.05
+_RECENT_SHARE = 0.2
 
 
 @dataclass
@@ -41,17 +43,21 @@ class _Row:
     """A run as it is drawn.
 
     Attributes:
+        started: when its trial began.
         since: when it began to compile; None once that has been said.
-        opened: step and training seconds at the first report that was heard, from which its speed is counted: neither a start-up nor
+        opened: step and training seconds at the first report in this study, from which its speed is counted: neither a start-up nor
             what an earlier study did is in it.
+        recent: step and training seconds at its reports, back to where it had _RECENT_SHARE of its work less.
         seconds: of training, as the run reports them.
     """
 
     run: PlannedRun
     state: str = "waiting"
+    started: float = 0.0
     since: float | None = None
     step: int = 0
     opened: tuple[int, float] | None = None
+    recent: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     train_loss: float | None = None
     val_loss: float | None = None
@@ -63,11 +69,27 @@ class _Row:
         """FLOPs that are left."""
         return self.run.train_flops * (1 - self.step / self.run.steps)
 
+    def advance(self, step: int, seconds: float, whole: bool) -> None:
+        """Take a report's step and training seconds; of a `whole` run, which was trained in this study, it may be the only one."""
+        if self.opened is None or step < self.opened[0]:
+            self.opened = (0, 0.0) if whole else (step, seconds)
+            self.recent = [self.opened]
+        self.step, self.seconds = step, seconds
+        self.recent.append((step, seconds))
+        while len(self.recent) > 2 and step - self.recent[1][0] >= _RECENT_SHARE * self.run.steps:
+            del self.recent[0]
+
     def seen(self) -> tuple[float, float]:
-        """FLOPs that were seen to be done, and the seconds that they took; (0, 0) where they are too few to tell."""
-        step, seconds = self.opened or (self.step, self.seconds)
+        """FLOPs that were done lately, and the seconds that they took; (0, 0) where they are too few to tell."""
+        step, seconds = self.recent[0] if self.recent else (self.step, self.seconds)
         share = (self.step - step) / self.run.steps
         return (share * self.run.train_flops, self.seconds - seconds) if share >= _LEAST_SHARE else (0.0, 0.0)
+
+    def fixed_seconds(self, now: float) -> float | None:
+        """Of a run that ends now, what was no training: start, evaluation, files. None where it was not trained in this study."""
+        if self.opened is None or self.step == self.opened[0]:
+            return None
+        return max(0.0, now - self.started - (self.seconds - self.opened[1]))
 
 
 class StudyDisplay(Callback):
@@ -83,6 +105,7 @@ class StudyDisplay(Callback):
         # Worth a column only where they tell runs apart.
         self._conditions = len({overrides_text(run.spec.overrides) for run in runs}) > 1
         self._start = self._beat = time.monotonic()
+        self._fixed_seconds: list[float] = []
         self._slots = 1
         self._live: Live | None = None
 
@@ -102,7 +125,8 @@ class StudyDisplay(Callback):
     # Tune's events
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._row(trial).state = "training"
+        row = self._row(trial)
+        row.state, row.started = "training", time.monotonic()
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Again and again, whatever the runs report."""
@@ -123,12 +147,8 @@ class StudyDisplay(Callback):
             row.state, row.since, row.opened = "compiling", time.monotonic(), None
             return
         row.state = "training"
-        row.step = result.get("step", result.get("steps", row.step))
-        row.seconds = result.get("seconds", row.seconds)
-        if row.opened is None or row.step < row.opened[0]:
-            # A run that says nothing before its end is counted from its start, if all of it was done here.
-            whole = "steps" in result and result.get("run_seconds", 0.0) >= row.seconds
-            row.opened = (0, 0.0) if whole else (row.step, row.seconds)
+        step, seconds = result.get("step", result.get("steps", row.step)), result.get("seconds", row.seconds)
+        row.advance(step, seconds, whole="steps" in result and result.get("run_seconds", 0.0) >= seconds)
         row.train_loss, row.val_loss = result.get("train_loss"), result.get("val_loss")
         row.pace = result.get("images_per_second", row.pace)
         row.accuracy = result.get("test_accuracy", row.accuracy)
@@ -147,6 +167,8 @@ class StudyDisplay(Callback):
             row.state = "waiting"
             return
         row.state, row.step = "done", row.run.steps
+        if (fixed := row.fixed_seconds(time.monotonic())) is not None:
+            self._fixed_seconds.append(fixed)
         if not self._live:
             accuracy = f"test accuracy {100 * row.accuracy:.1f} %" if row.accuracy is not None else ""
             self._say(f"done    {row.run.spec.title}: {accuracy}")
@@ -219,7 +241,7 @@ class StudyDisplay(Callback):
         if not any(row.state in ("waiting", *_RUNNING) for row in rows):
             return text
         left = self._seconds_left()
-        return text + (", estimating the time left" if left is None else f", about {clock(int(left))} left")
+        return text + (", estimating the time left" if left is None else f", about {clock(round(left))} left")
 
     def _seconds_left(self) -> float | None:
         """From the training that was seen in this study; None until there is something to go by."""
@@ -236,7 +258,8 @@ class StudyDisplay(Callback):
             return None
         pace = {alike: seconds / work for alike, (work, seconds) in seen.items()}
         left = [row.left * next(pace[alike] for alike in _alike(row) if alike in pace) for row in (*running, *waiting)]
-        return makespan(left, self._slots)
+        fixed = statistics.fmean(self._fixed_seconds or [0.0])
+        return makespan([*left[: len(running)], *(seconds + fixed for seconds in left[len(running) :])], self._slots)
 
 
 def _alike(row: _Row) -> tuple[Any, ...]:
