@@ -64,7 +64,7 @@ def train(
     compute: Compute = DEFAULT_COMPUTE,
     on_steps: Progress | None = None,
     on_warning: Callable[[str], None] | None = None,
-    on_preparing: Callable[[], None] | None = None,
+    on_phase: Callable[[str], None] | None = None,
     saving: Saving = DEFAULT_SAVING,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result | None:
@@ -77,7 +77,7 @@ def train(
         compute: how it is computed, which the result records and does not depend on.
         on_steps: called with every step, about once a second.
         on_warning: called with what a reader of the result must know, and where a state is damaged or the storage does not answer.
-        on_preparing: called before kernels are compiled and tuned.
+        on_phase: called with what the run does next beside steps: "compiling", "resumed at step 600", "evaluating".
         saving: how the state survives.
         should_stop: asked after each step; if true, the state is saved and Stopped raised.
 
@@ -113,7 +113,7 @@ def train(
         try:
             return _train(
                 spec, files, keeper, data, place, resume, compute,
-                on_steps=on_steps, on_warning=on_warning, on_preparing=on_preparing, save_every=saving.every,
+                on_steps=on_steps, on_warning=on_warning, on_phase=on_phase, save_every=saving.every,
                 should_stop=lambda: should_stop() or keeper.lost,
             )  # fmt: skip
         except Stopped:
@@ -179,7 +179,7 @@ def _train(
     *,
     on_steps: Progress | None,
     on_warning: Callable[[str], None] | None,
-    on_preparing: Callable[[], None] | None,
+    on_phase: Callable[[str], None] | None,
     save_every: Every,
     should_stop: Callable[[], bool],
 ) -> Result | None:
@@ -187,8 +187,9 @@ def _train(
     rank, workers = rank_and_workers()
     protocol = spec.protocol
     data, false_rows = with_training_noise(clean, protocol, spec.seed)
-    if on_preparing and rank == 0 and (device.type == "cuda" or compute.compile):
-        on_preparing()
+    enter = on_phase if on_phase and rank == 0 else lambda phase: None
+    if device.type == "cuda" or compute.compile:
+        enter("compiling")
     placed = place(spec.model, spec.size, protocol, spec.seed, device, spec.precision, compute, workers)
     warning = protocol.warmup_warning(protocol.total_steps(len(data.train)))
     if warning and on_warning and rank == 0:
@@ -196,9 +197,12 @@ def _train(
     notes = [*([f"warning: {warning}"] if warning else []), *(f"data: {note}" for note in data.notes)]
     started = resume["started"] if resume else _utc_now()
     run = _Run(spec, files, clean, data, false_rows, device, compute, placed, notes, started, resume)
+    if resume:
+        enter(f"resumed at step {resume['step']}")
     with _open_log(run) if rank == 0 else contextlib.nullcontext() as log:
         try:
             fitted = _fit(run, keeper, log, on_steps=on_steps, save_every=save_every, should_stop=should_stop)
+            enter("evaluating")
             outcome = _evaluate(run, fitted, log) if log else None
         except Diverged as diverged:
             outcome = _give_up(run, diverged, log) if log else None

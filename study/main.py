@@ -39,6 +39,7 @@ def run_study(options: StudyOptions) -> int:
         cluster = connect_cluster(stack, options) if may_join(options) else None
         options = options.on(cluster)
         specs = options.runs()
+        say(f"loading {', '.join(dict.fromkeys(spec.dataset for spec in specs))}")
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
         _check_folders(options.checkpoints, specs)
         every = plan_runs(specs, options.checkpoints, fingerprints)

@@ -65,6 +65,7 @@ class Study:
         return self.display._summary().rpartition("elapsed")[2]
 
     def table(self) -> str:
+        self.console.export_text()  # forget what was said
         self.console.print(self.display._draw())
         return self.console.export_text()
 
@@ -73,12 +74,12 @@ def test_a_run_is_compiling_until_its_first_steps_arrive() -> None:
     study = Study()
     study.start(0)
     assert "compiling" not in study.table()
-    study.report(0, preparing=True)
-    assert re.search(r"0\.1M +digits +0 +compiling +0/600", study.table()) and "1 compiling" in study.display._summary()
+    study.report(0, phase="compiling")
+    assert re.search(r"0\.1M +compiling +0/600", study.table()) and "1 compiling" in study.display._summary()
     study.steps(0, 0.1, 3.0)
     assert "compiling" not in study.table() and study.display._rows[study.runs[0].spec.title].state == "training"
     # A run that is begun again keeps what is known of it.
-    study.report(0, preparing=True)
+    study.report(0, phase="compiling")
     assert re.search(r"compiling +60/600 +1\.5000 +2\.5000", study.table())
     study.end(0, seconds=9.0)
     assert re.search(r"done +600/600", study.table())
@@ -88,7 +89,7 @@ def test_a_run_that_is_stopped_or_fails_while_it_compiles() -> None:
     study = Study()
     for number in (0, 1):
         study.start(number)
-        study.report(number, preparing=True)
+        study.report(number, phase="compiling")
     study.display.on_trial_complete(0, [], study.trials[0])
     study.report(1, failed="it died")
     study.display.on_trial_complete(0, [], study.trials[1])
@@ -99,7 +100,7 @@ def test_compiling_is_a_line_only_where_it_lasts(now: SimpleNamespace) -> None:
     study = Study()
     for number in (0, 1):
         study.start(number)
-        study.report(number, preparing=True)
+        study.report(number, phase="compiling")
     now.seconds += 2
     assert study.tick() == ""
     study.steps(1, 0.1, 1.0)
@@ -113,14 +114,17 @@ def test_the_heartbeat_beats_while_nothing_is_reported(now: SimpleNamespace) -> 
     study = Study()
     study.start(0)
     now.seconds += 31
-    assert study.tick() == "0 of 2 runs done, 0:31 elapsed, estimating the time left\n"
+    starting = f"starting  {study.runs[0].spec.title}\n"
+    assert study.tick() == f"{starting}0 of 2 runs done, 0:31 elapsed, estimating the time left\n"
     assert study.tick() == ""
+    study.report(0, phase="resumed at step 300")
+    assert study.tick() == f"resumed at step 300  {study.runs[0].spec.title}\n"
 
 
 def test_a_start_up_is_no_speed(now: SimpleNamespace) -> None:
     study = Study()
     study.start(0)
-    study.report(0, preparing=True)
+    study.report(0, phase="compiling")
     now.seconds += 500
     assert study.left() == ", estimating the time left"
     study.steps(0, 0.10, 40.0)  # it has begun before, and its first steps are slow
@@ -133,7 +137,7 @@ def test_a_start_up_is_no_speed(now: SimpleNamespace) -> None:
     assert study.left() == f", about {clock(round(seconds))} left"
     # Another start-up changes nothing, and both train at once: the longer one is the end.
     study.start(1)
-    study.report(1, preparing=True)
+    study.report(1, phase="compiling")
     now.seconds += 500
     seconds = max(85, 100 * share)
     assert study.left() == f", about {clock(round(seconds))} left"
@@ -158,27 +162,44 @@ def test_lines_off_a_terminal_are_not_folded(now: SimpleNamespace) -> None:
     study = Study()
     study.console.width = 30
     study.start(0)
-    study.report(0, preparing=True)
+    study.report(0, phase="compiling")
     now.seconds += 31
     first, second = study.tick().splitlines()
     assert first == f"compiling  {study.runs[0].spec.title}" and second.endswith("estimating the time left")
 
 
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 30), (120, 40)])
 @pytest.mark.parametrize("conditions", [({},), ({}, {"label_noise": 0.4, "input_noise": 0.25})])
-@pytest.mark.parametrize("width", [80, 120])
-def test_a_narrow_and_low_terminal_shows_what_matters_uncut(width: int, conditions: tuple[dict[str, float], ...]) -> None:
-    grid = Grid("some", ("digits-noisy",), seeds=tuple(range(20)), conditions=conditions)
-    study = Study(grid.runs())
-    study.console.width, study.console.height = width, 24
-    last = len(study.runs) - 1
-    study.start(last)
-    study.steps(last, 0.5, 5.0)
-    lines = study.table().splitlines()
-    assert len(lines) <= 24 + len(conditions) and max(map(len, lines)) <= width
-    (row,) = [line for line in lines if "300/600" in line]
-    assert row.startswith("vit_differential  0.4M  digits-noisy  19 ") and "━" in row
-    assert "…" not in "".join(lines) and f"0 of {last + 1} runs done" in "".join(lines)
-    assert ("val loss" in lines[0]) == (width == 120)
+@pytest.mark.parametrize("seeds", [2, 6, 33])
+def test_a_terminal_shows_what_matters_uncut(width: int, height: int, seeds: int, conditions: tuple[dict[str, float], ...]) -> None:
+    study = Study(Grid("some", ("digits-noisy",), seeds=tuple(range(seeds)), conditions=conditions).runs())
+    study.console.width, study.console.height = width, height
+    count = len(study.runs)
+    for number in range(count - 3):
+        study.start(number)
+        study.end(number, seconds=9.0) if number % 4 else study.display.on_trial_error(0, [], study.trials[number])
+    study.start(count - 1)
+    study.steps(count - 1, 0.5, 5.0)
+    study.start(count - 2)
+    study.report(count - 2, phase="resumed at step 300")
+    lines = [line.rstrip() for line in study.table().splitlines()]
+    assert len(lines) < height and max(map(len, lines)) <= width and "…" not in "".join(lines)
+    assert re.match(rf"\d+ of {count} runs done, \d+ failed", lines[0]) and "digits-noisy" in lines[1]
+    headers = lines[2]
+    assert headers.startswith("model") and headers.endswith("test") and ("val loss" in headers or width < 120)
+    running = [line for line in lines[3:8] if line.startswith(("differential  0.4M", "classic       0.4M"))]
+    assert sum("300/600" in line and "━" in line for line in running) == 1 and sum(" resumed " in line for line in running) == 1
+    assert lines[-1].startswith("1 waiting")
+    ended = [line for line in lines if " done " in line and "50.0 %" in line]
+    assert len(ended) >= min(count // 2, 4)
+
+
+def test_a_study_that_is_told_to_stop_says_so() -> None:
+    study = Study()
+    study.start(0)
+    study.display.stop()
+    study.display.stop()
+    assert study.console.export_text() == "stopping: runs save their states\n" and study.left() == ", stopping: runs save their states"
 
 
 def test_a_run_is_forecast_from_what_is_most_like_it() -> None:
@@ -240,13 +261,13 @@ def test_a_slot_that_is_free_for_a_moment_is_counted() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_worker_reports_that_it_prepares(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_reports_its_phases(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group reports together, so its processes leave that out."""
     reports: list[dict] = []
 
-    def train(spec: Any, checkpoints: Path, *, on_preparing: Any, on_steps: Any, **options: Any) -> Any:
-        if on_preparing:
-            on_preparing()
+    def train(spec: Any, checkpoints: Path, *, on_phase: Any, on_steps: Any, **options: Any) -> Any:
+        if on_phase:
+            on_phase("compiling")
         on_steps([Step(1, 1, 0.1, 1.5, 2.5, 0.5, 1.0, 7.0)], 12)
         return SimpleNamespace(content=lambda: {"status": "done", "seconds": 7.0})
 
@@ -260,5 +281,5 @@ def test_a_worker_reports_that_it_prepares(workers: int, tmp_path: Path, monkeyp
     settings = Settings(tmp_path, placement=Placement(workers=workers, cpus_per_run=torch.get_num_threads()))
     spec = Grid("one", ("digits",)).runs()[0]
     runner._worker({"run": {"spec": spec, "run_id": "0"}, "settings": settings, "stop_flag": None})
-    kinds = [key for report in reports for key in ("preparing", "step", "status") if key in report]
-    assert kinds == (["preparing", "step", "status"] if workers == 1 else ["status"])
+    kinds = [report.get("phase", key) for report in reports for key in ("phase", "step", "status") if key in report]
+    assert kinds == (["loading digits", "compiling", "step", "status"] if workers == 1 else ["status"])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from ray.tune import Callback
@@ -17,96 +16,38 @@ from rich.table import Table
 from rich.text import Text
 
 from diffvit.ledger.spec import RunSpec, overrides_text
-from study.cost.forecast import makespan
+from study.cluster.progress import RunProgress, seconds_left
 from study.plan import PlannedRun
 from study.text import clock
 
 _HEARTBEAT_SECONDS = 30.0
 
-_RUNNING = ("training", "compiling")
-
-# Compiling that takes no longer is not worth a line.
+# A phase that takes no longer is not worth a line.
 _BRIEF_SECONDS = 5.0
 
 _BAR_WIDTH = 12
+_NAMES = ("model", "size", "data set", "seed", "overrides")
 _NUMBERS = ("step", "train loss", "val loss", "images/s", "test")
 # Columns that a narrow terminal does without, the first one first.
-_DISPENSABLE = ("images/s", "train loss", "val loss", "test")
-
-# A run's speed is not believed before it has done so much of its work in this study, and is that of the last so much of its work.
-_LEAST_SHARE = 0.05
-_RECENT_SHARE = 0.2
-
-
-@dataclass
-class _Row:
-    """A run as it is drawn.
-
-    Attributes:
-        started: when its trial began.
-        since: when it began to compile; None once that has been said.
-        opened: step and training seconds at the first report in this study, from which its speed is counted: neither a start-up nor
-            what an earlier study did is in it.
-        recent: step and training seconds at its reports, back to where it had _RECENT_SHARE of its work less.
-        seconds: of training, as the run reports them.
-    """
-
-    run: PlannedRun
-    state: str = "waiting"
-    started: float = 0.0
-    since: float | None = None
-    step: int = 0
-    opened: tuple[int, float] | None = None
-    recent: list[tuple[int, float]] = field(default_factory=list)
-    seconds: float = 0.0
-    train_loss: float | None = None
-    val_loss: float | None = None
-    pace: float | None = None
-    accuracy: float | None = None
-
-    @property
-    def left(self) -> float:
-        """FLOPs that are left."""
-        return self.run.train_flops * (1 - self.step / self.run.steps)
-
-    def advance(self, step: int, seconds: float, whole: bool) -> None:
-        """Take a report's step and training seconds; of a `whole` run, which was trained in this study, it may be the only one."""
-        if self.opened is None or step < self.opened[0]:
-            self.opened = (0, 0.0) if whole else (step, seconds)
-            self.recent = [self.opened]
-        self.step, self.seconds = step, seconds
-        self.recent.append((step, seconds))
-        while len(self.recent) > 2 and step - self.recent[1][0] >= _RECENT_SHARE * self.run.steps:
-            del self.recent[0]
-
-    def seen(self) -> tuple[float, float]:
-        """FLOPs that were done lately, and the seconds that they took; (0, 0) where they are too few to tell."""
-        step, seconds = self.recent[0] if self.recent else (self.step, self.seconds)
-        share = (self.step - step) / self.run.steps
-        return (share * self.run.train_flops, self.seconds - seconds) if share >= _LEAST_SHARE else (0.0, 0.0)
-
-    def fixed_seconds(self, now: float) -> float | None:
-        """Of a run that ends now, what was no training: start, evaluation, files. None where it was not trained in this study."""
-        if self.opened is None or self.step == self.opened[0]:
-            return None
-        return max(0.0, now - self.started - (self.seconds - self.opened[1]))
+_DISPENSABLE = ("images/s", "train loss", "val loss")
 
 
 class StudyDisplay(Callback):
-    """Hears Tune's events in the study's process and draws them.
+    """Receives Tune's events in the study's process and draws them.
 
     Args:
-        runs: all runs of the study; those that are done already are shown so.
+        runs: all runs of the study; those that have ended already are shown so.
     """
 
     def __init__(self, runs: list[PlannedRun], console: Console | None = None):
         self.console = console or Console(file=sys.stderr)
-        self._rows = {_key(run.spec): _Row(run, f"{run.status} before" if run.status else "waiting") for run in runs}
-        # Worth a column only where they tell runs apart.
-        self._conditions = len({overrides_text(run.spec.overrides) for run in runs}) > 1
+        self._rows = {run.spec.title: RunProgress(run, f"{run.status} before" if run.status else "waiting") for run in runs}
+        self._names = {title: _names(row.run.spec) for title, row in self._rows.items()}
+        self._same = _same_everywhere(list(self._names.values()))
         self._start = self._beat = time.monotonic()
-        self._fixed_seconds: list[float] = []
         self._slots = 1
+        self._ended = 0
+        self._stopping = False
         self._live: Live | None = None
 
     def __enter__(self) -> StudyDisplay:
@@ -122,65 +63,63 @@ class StudyDisplay(Callback):
     def __getstate__(self) -> dict:
         return {}  # Tune pickles its callbacks into a record that nobody reads
 
+    def stop(self) -> None:
+        """Show that the study was told to stop."""
+        if not self._stopping and not self._live:
+            self._say("stopping: runs save their states")
+        self._stopping = True
+
     # Tune's events
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         row = self._row(trial)
-        row.state, row.started = "training", time.monotonic()
+        row.started = time.monotonic()
+        row.enter("starting", row.started)
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
-        """Again and again, whatever the runs report."""
+        """Called by Tune again and again, whatever the runs report."""
         if self._live:
             return
         now = time.monotonic()
         for row in self._rows.values():
-            if row.state == "compiling" and row.since is not None and now - row.since > _BRIEF_SECONDS:
+            if row.phase and row.since is not None and now - row.since > _BRIEF_SECONDS:
                 row.since = None
-                self._say(f"compiling  {row.run.spec.title}")
+                self._say(f"{row.phase}  {row.run.spec.title}")
         if now - self._beat > _HEARTBEAT_SECONDS:
             self._beat = now
             self._say(self._summary())
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         row = self._row(trial)
-        if result.get("preparing"):
-            row.state, row.since, row.opened = "compiling", time.monotonic(), None
-            return
-        row.state = "training"
-        step, seconds = result.get("step", result.get("steps", row.step)), result.get("seconds", row.seconds)
-        row.advance(step, seconds, whole="steps" in result and result.get("run_seconds", 0.0) >= seconds)
-        row.train_loss, row.val_loss = result.get("train_loss"), result.get("val_loss")
-        row.pace = result.get("images_per_second", row.pace)
-        row.accuracy = result.get("test_accuracy", row.accuracy)
+        if phase := result.get("phase"):
+            # Whoever reads the lines wants to know that a run resumed, however soon its steps follow.
+            row.enter(phase, float("-inf") if phase.startswith("resumed") else time.monotonic())
+        else:
+            row.report(result)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        row = self._row(trial)
-        if "failed" in (trial.last_result or {}):
+        row, last = self._row(trial), trial.last_result or {}
+        if "failed" in last:
             self.on_trial_error(iteration, trials, trial)
-            return
-        if (trial.last_result or {}).get("status") == "diverged":
-            row.state = "diverged"
-            if not self._live:
-                self._say(f"diverged  {row.run.spec.title} at step {row.step}")
-            return
-        if row.accuracy is None:  # stopped, or another study trains it
-            row.state = "waiting"
-            return
-        row.state, row.step = "done", row.run.steps
-        if (fixed := row.fixed_seconds(time.monotonic())) is not None:
-            self._fixed_seconds.append(fixed)
-        if not self._live:
-            accuracy = f"test accuracy {100 * row.accuracy:.1f} %" if row.accuracy is not None else ""
-            self._say(f"done    {row.run.spec.title}: {accuracy}")
+        elif last.get("status") == "diverged":
+            self._end(row, "diverged", f"diverged  {row.run.spec.title} at step {row.step}")
+        elif row.accuracy is None:  # stopped, or another study trains it
+            row.state, row.phase = "waiting", ""
+        else:
+            self._end(row, "done", f"done    {row.run.spec.title}: test accuracy {100 * row.accuracy:.1f} %")
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         row = self._row(trial)
-        row.state = "failed"
-        if not self._live:
-            self._say(f"failed  {row.run.spec.title}")
+        self._end(row, "failed", f"failed  {row.run.spec.title}")
 
-    def _row(self, trial: Any) -> _Row:
-        return self._rows[_key(trial.config["run"]["spec"])]
+    def _end(self, row: RunProgress, state: str, line: str) -> None:
+        self._ended += 1
+        row.end(state, self._ended, time.monotonic())
+        if not self._live:
+            self._say(line)
+
+    def _row(self, trial: Any) -> RunProgress:
+        return self._rows[trial.config["run"]["spec"].title]
 
     def _say(self, line: str) -> None:
         """Off a terminal, where a width is nobody's."""
@@ -189,43 +128,64 @@ class StudyDisplay(Callback):
     # The picture
 
     def _draw(self) -> Group:
-        """The table, without the columns that are least needed where the terminal is narrow, and without runs that are not under way
-        where it is low."""
-        rows, room = list(self._rows.values()), self.console.height - 3
-        if len(rows) > room:
-            ranks = {"waiting": 1, "done": 2}
-            shown = sorted(rows, key=lambda row: ranks.get(row.state.split()[0], 0))[: max(1, room)]
-            rows = [row for row in rows if row in shown]
+        """The summary, what all runs share, and as many rows as the terminal is high: running runs, then those that ended last.
+
+        The others are a line: "21 waiting; not shown: 3 done".
+        """
+        rows = list(self._rows.values())
+        shown = [row for row in rows if row.state == "training"]
+        shown += sorted((row for row in rows if row.ended), key=lambda row: row.ended, reverse=True)
+        shown = shown[: max(1, self.console.height - 3)]
+        while True:
+            picture = self._picture(shown, rows)
+            lines = self.console.render_lines(picture, self.console.options.update(height=None), pad=False)
+            if len(shown) < 2 or (too_many := len(lines) + 1 - self.console.height) <= 0:
+                return picture
+            # A row with long overrides takes several lines, so fewer rows than lines go at a time.
+            del shown[max(1, len(shown) - max(1, too_many // 3)) :]
+
+    def _picture(self, shown: list[RunProgress], rows: list[RunProgress]) -> Group:
+        parts: list[Any] = [Text(self._summary(), style="bold")]
+        if title := ", ".join(filter(None, self._same.values())):
+            parts.append(Text(title, style="dim"))
+        if shown:
+            parts.append(self._table(shown))
+        hidden = Counter(row.state for row in rows if row not in shown)
+        waiting, ended = hidden.pop("waiting", 0), ", ".join(f"{count} {state}" for state, count in hidden.items())
+        if texts := [*([f"{waiting} waiting"] if waiting else []), *([f"not shown: {ended}"] if ended else [])]:
+            parts.append(Text("; ".join(texts), style="dim"))
+        return Group(*parts)
+
+    def _table(self, rows: list[RunProgress]) -> Table:
+        """The rows, without the columns that are least needed where the terminal is narrow."""
         unlimited = self.console.options.update(width=10_000)
-        tables = (self._table(rows, without=_DISPENSABLE[:number]) for number in range(len(_DISPENSABLE) + 1))
-        for table in tables:
+        for number in range(len(_DISPENSABLE) + 1):
+            table = self._with_columns(rows, without=_DISPENSABLE[:number])
             if self.console.measure(table, options=unlimited).maximum <= self.console.width:
                 break
-        hidden = len(self._rows) - len(rows)
-        return Group(table, Text(self._summary() + (f"; {hidden} runs not shown" if hidden else "")))
+        return table
 
-    def _table(self, rows: list[_Row], without: Sequence[str] = ()) -> Table:
+    def _with_columns(self, rows: list[RunProgress], without: Sequence[str]) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
         cells = [self._cells(row) for row in rows]
         headers = [header for header in cells[0] if header not in without]
         for header in headers:
             layout: dict[str, Any] = {"justify": "right"} if header in _NUMBERS else {}
+            if header == "progress":
+                layout["min_width"] = _BAR_WIDTH
             table.add_column(header, no_wrap=header != "overrides", overflow="fold", **layout)
         for row, of_row in zip(rows, cells, strict=True):
-            style = "dim" if row.state == "waiting" or row.state.endswith("before") else None
-            table.add_row(*(of_row[header] for header in headers), style=style)
+            table.add_row(*(of_row[header] for header in headers), style="dim" if row.state == "done" else None)
         return table
 
-    def _cells(self, row: _Row) -> dict[str, Any]:
+    def _cells(self, row: RunProgress) -> dict[str, Any]:
         spec, steps = row.run.spec, row.run.steps
-        done = row.state.startswith("done")
-        bar: Any = Text(row.state, style="red" if row.state in ("failed", "diverged") else "")
-        if row.state == "training":
+        bar: Any = Text(row.phase.partition(" ")[0] or row.state, style="red" if row.state in ("failed", "diverged") else "")
+        if row.state == "training" and not row.phase:
             bar = ProgressBar(total=steps, completed=row.step, width=_BAR_WIDTH)
         return {
-            "model": spec.model, "size": spec.size, "data set": spec.dataset, "seed": str(spec.seed),
-            **({"overrides": overrides_text(spec.overrides)} if self._conditions else {}),
-            "progress": bar, "step": f"{steps if done else row.step}/{steps}",
+            **{name: text for name, text in self._names[spec.title].items() if name not in self._same},
+            "progress": bar, "step": f"{row.step}/{steps}",
             "train loss": _number(row.train_loss, ".4f"), "val loss": _number(row.val_loss, ".4f"), "images/s": _number(row.pace, ",.0f"),
             "test": "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
         }  # fmt: skip
@@ -234,42 +194,31 @@ class StudyDisplay(Callback):
         rows = list(self._rows.values())
         finished = sum(row.state.startswith("done") for row in rows)
         text = f"{finished} of {len(rows)} runs done"
-        for state in ("diverged", "failed", "compiling"):
+        for state in ("diverged", "failed"):
             if count := sum(row.state.startswith(state) for row in rows):
                 text += f", {count} {state}"
+        if count := sum(row.phase == "compiling" for row in rows):
+            text += f", {count} compiling"
         text += f", {clock(int(time.monotonic() - self._start))} elapsed"
-        if not any(row.state in ("waiting", *_RUNNING) for row in rows):
+        if self._stopping:
+            return text + ", stopping: runs save their states"
+        if not any(row.state in ("waiting", "training") for row in rows):
             return text
-        left = self._seconds_left()
-        return text + (", estimating the time left" if left is None else f", about {clock(round(left))} left")
-
-    def _seconds_left(self) -> float | None:
-        """From the training that was seen in this study; None until there is something to go by."""
-        running = [row for row in self._rows.values() if row.state in _RUNNING]
-        waiting = sorted((row for row in self._rows.values() if row.state == "waiting"), key=lambda row: row.left, reverse=True)
-        self._slots = max(self._slots, len(running))  # a slot may be free for a moment
-        seen: dict[Any, tuple[float, float]] = {}
-        for row in self._rows.values():
-            work, seconds = row.seen()
-            for alike in _alike(row) if seconds else ():
-                before = seen.get(alike, (0.0, 0.0))
-                seen[alike] = before[0] + work, before[1] + seconds
-        if not seen:
-            return None
-        pace = {alike: seconds / work for alike, (work, seconds) in seen.items()}
-        left = [row.left * next(pace[alike] for alike in _alike(row) if alike in pace) for row in (*running, *waiting)]
-        fixed = statistics.fmean(self._fixed_seconds or [0.0])
-        return makespan([*left[: len(running)], *(seconds + fixed for seconds in left[len(running) :])], self._slots)
+        self._slots = max(self._slots, sum(row.state == "training" for row in rows))  # a slot may be free for a moment
+        left = seconds_left(rows, self._slots)
+        return text + (", estimating the time left" if left is None else f", about {clock(left)} left")
 
 
-def _alike(row: _Row) -> tuple[Any, ...]:
-    """What a run's seconds a FLOP are taken from, the most like it first: itself, its cell, its architecture, anything."""
-    spec = row.run.spec
-    return spec.title, (spec.model, spec.size, spec.dataset), (spec.model,), ()
+def _names(spec: RunSpec) -> dict[str, str]:
+    """What a run is called, a text a column."""
+    values = (spec.model.removeprefix("vit_"), spec.size, spec.dataset, str(spec.seed), overrides_text(spec.overrides))
+    return dict(zip(_NAMES, values, strict=True))
 
 
-def _key(spec: RunSpec) -> str:
-    return spec.title
+def _same_everywhere(names: list[dict[str, str]]) -> dict[str, str]:
+    """Columns that tell no run from another, and what the title says instead. Model and size are columns always."""
+    titles = {"data set": "{}", "seed": "seed {}", "overrides": "{}"}
+    return {name: title.format(names[0][name]) for name, title in titles.items() if names and len({each[name] for each in names}) == 1}
 
 
 def _number(value: float | None, form: str) -> str:

@@ -49,6 +49,7 @@ from diffvit.loop.fit import Stopped
 from diffvit.signals import StopSignals
 from diffvit.train import train
 from study.cluster.connect import Cluster
+from study.cluster.display import StudyDisplay
 from study.cluster.metrics import RunGauges
 from study.cluster.nodes import make_stop_flag
 from study.placement import Placement
@@ -89,12 +90,12 @@ class Settings:
 
 
 def run_all(
-    runs: list[PlannedRun], settings: Settings, cluster: Cluster, callback: Callback, wait_for_others: bool = True
+    runs: list[PlannedRun], settings: Settings, cluster: Cluster, display: StudyDisplay, wait_for_others: bool = True
 ) -> tuple[dict[str, dict[str, Any]], int | None]:
     """Train the runs, longest first. A run that fails does not stop the others.
 
     Args:
-        callback: hears of every report and every end, in this process.
+        display: receives every report and every end, in this process.
         wait_for_others: until runs that another machine trains have ended or been left.
 
     Returns:
@@ -107,7 +108,7 @@ def run_all(
     try:
         with StopSignals() as signals, contextlib.redirect_stdout(io.StringIO()):  # Tune prints a banner; stdout is for results
             stop_flag = make_stop_flag()
-            callbacks = [callback, _PassOnStop(signals, stop_flag)]
+            callbacks = [display, _PassOnStop(signals, stop_flag, display)]
             while pending and not signals.seen():
                 reports |= _reports(_tuner(pending, record, settings, cluster, callbacks, stop_flag).fit())
                 busy = [run for run in pending if reports.get(str(run.run_id), {}).get("busy")]
@@ -122,8 +123,8 @@ def run_all(
 class _PassOnStop(Callback):
     """Tells the runs of a signal that this process got. Again and again: the flag's process may have died."""
 
-    def __init__(self, signals: StopSignals, stop_flag: Any):
-        self._signals, self._stop_flag = signals, stop_flag
+    def __init__(self, signals: StopSignals, stop_flag: Any, display: StudyDisplay):
+        self._signals, self._stop_flag, self._display = signals, stop_flag, display
 
     def __getstate__(self) -> dict:
         return {}  # as StudyDisplay
@@ -131,6 +132,7 @@ class _PassOnStop(Callback):
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         if self._signals.seen():
             self._stop_flag.set.remote()
+            self._display.stop()
 
 
 def _reports(results: ResultGrid) -> dict[str, dict[str, Any]]:
@@ -281,7 +283,10 @@ def _worker(config: dict[str, Any]) -> None:
         if alone:  # a worker group reports together, and only its first process hears of steps
             report(numbers)
 
+    on_phase = (lambda phase: report({"phase": phase})) if alone else None
     try:
+        if on_phase:
+            on_phase(f"loading {spec.dataset}")
         load(spec.dataset, settings.data_root)  # once a process, and no part of a run's time
         start = time.perf_counter()
         result = train(
@@ -291,7 +296,7 @@ def _worker(config: dict[str, Any]) -> None:
             device=(None if placement.gpus_per_run else "cpu") if alone else get_device(),
             compute=dataclasses.replace(settings.compute, memory_share=placement.memory_share),
             on_steps=on_steps,
-            on_preparing=(lambda: report({"preparing": True})) if alone else None,
+            on_phase=on_phase,
             saving=settings.saving,
             should_stop=_should_stop(config["stop_flag"]),
         )
