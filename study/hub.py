@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +19,12 @@ from diffvit.keeping.storage import Storage, open_storage
 from diffvit.ledger.files import RunFiles, result_paths
 from diffvit.ledger.results import read_result, read_results
 from diffvit.ledger.spec import RunSpec
+from diffvit.repeat import PATIENT, retry
 from study.table import all_overrides, cell_key, file_stem, run_table
 
 if TYPE_CHECKING:
     from diffvit.hub.client import Hub, HubFile
 
-# In seconds, between attempts to write the card.
-_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0)
 _FIGURE = "_scaling_overlay.png"
 _LONGEST_CARD = 4 * 1024**2
 
@@ -85,20 +83,22 @@ def publish(storage: Storage, checkpoints: Path, warn: Callable[[str], None]) ->
 
     What fails is said, and fails nothing: the next run that ends writes it.
     """
-    for pause in (*_PAUSES, None):
-        try:
-            assert isinstance(storage, HubStorage)
-            _write_card(storage, storage.hub.head(), checkpoints)
-            storage.tidy()
-            return
-        except Exception as error:
-            # The hub fails for a while, or somebody else wrote meanwhile: look again.
-            passes = status_of(error) in (409, 412) or (isinstance(error, StorageError) and not isinstance(error, HubRefusesError))
-            if pause is None or not passes:
-                reason = error.message if isinstance(error, DiffvitError) else f"{type(error).__name__}."
-                warn(f"the model card was not written: {reason} The next command with this storage writes it.")
-                return
-            time.sleep(pause)
+
+    def write() -> None:
+        assert isinstance(storage, HubStorage)
+        _write_card(storage, storage.hub.head(), checkpoints)
+        storage.tidy()
+
+    try:
+        retry(write, PATIENT[:-1], _may_pass)
+    except Exception as error:
+        reason = error.message if isinstance(error, DiffvitError) else f"{type(error).__name__}."
+        warn(f"the model card was not written: {reason} The next command with this storage writes it.")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether the hub fails for a while, or somebody else wrote meanwhile."""
+    return status_of(error) in (409, 412) or (isinstance(error, StorageError) and not isinstance(error, HubRefusesError))
 
 
 def _is_ours(hub: Hub, readme: HubFile, folder: Path, head: str) -> bool:

@@ -20,6 +20,7 @@ from diffvit.keeping.lease import Lease, lease_state, take_lease
 from diffvit.keeping.state import folder_id
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
+from diffvit.repeat import Repeater
 from study.plan import PlannedRun
 
 
@@ -80,25 +81,21 @@ def sign_of_life(storage: Storage, runs: Sequence[PlannedRun], shard: Shard, che
         warn(f"another box trains shard {shard}: {lease}; each run is still trained by one of both")
         yield undone.set
         return
-    over = threading.Event()
-    thread = threading.Thread(target=_renew, args=(lease, over, seconds / 3), name="sign-of-life", daemon=True)
-    thread.start()
+
+    def renew() -> float:
+        with contextlib.suppress(StorageError):
+            lease.renew()
+        return seconds / 3
+
     try:
-        yield undone.set
+        with Repeater("sign-of-life", renew, seconds / 3):
+            yield undone.set
     except BaseException:
         undone.set()
         raise
     finally:
-        over.set()
-        thread.join()
         with contextlib.suppress(StorageError):  # else it runs out by itself
             lease.abandon() if undone.is_set() else lease.release()
-
-
-def _renew(lease: Lease, over: threading.Event, pause: float) -> None:
-    while not over.wait(pause):
-        with contextlib.suppress(StorageError):
-            lease.renew()
 
 
 def stranded(storage: Storage, runs: Sequence[PlannedRun], shard: Shard, checkpoints: Path) -> list[PlannedRun]:

@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,14 @@ from diffvit import __version__
 from diffvit.errors import DiffvitError, StorageError, first_line, redacted, shown
 from diffvit.hub.account import Account
 from diffvit.hub.http import DamagedTransferError, asked_pause, bound_waits, is_missing, is_transient, quiet_client, status_of
+from diffvit.repeat import PATIENT, retry
 
 _T = TypeVar("_T")
 
 # Hubs, by address, whose last call failed.
 _failing: set[str] = set()
 
-# Pauses in seconds between attempts at a call that fails for a while; a hub that asks for a longer one gets it, up to five minutes.
-PATIENT = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+# Seconds; a hub that asks for a longer pause than ours gets it, up to this.
 _LONGEST_PAUSE = 300.0
 
 MOST_FILES = 100_000
@@ -98,38 +97,41 @@ class Hub:
 
     def call(self, action: Callable[[], _T]) -> _T:
         """What the client returns. Missing files, branches and conflicts (409, 412) raise the client's own errors."""
-        for pause in (*self.pauses, None):
-            try:
-                bound_waits()
-                if self.api.endpoint in _failing:
-                    self._ask_once()
-                found = action()
-                _failing.discard(self.api.endpoint)
-                return found
-            except Exception as error:
-                status = status_of(error)
-                ours = isinstance(error, DiffvitError) or (type(error).__module__ == "builtins" and isinstance(error, OSError))
-                if ours and not is_transient(error):  # of this machine's files and disk
-                    raise
-                if status in (409, 412) or is_missing(error):
-                    raise
-                reason = self.reason(error)
-                if not is_transient(error):
-                    raise self._refusal(status, reason) from None
+        try:
+            return retry(lambda: self._attempt(action), self.pauses, is_transient, self._pause)
+        except Exception as error:
+            reason, status = self.reason(error), status_of(error)
+            if is_transient(error):
+                raise StorageError(
+                    f"the hub does not answer for {self.repository}: {reason}.", "try again later; what is there already is not sent again."
+                ) from None
+            of_this_machine = isinstance(error, DiffvitError) or (type(error).__module__ == "builtins" and isinstance(error, OSError))
+            if of_this_machine or status in (409, 412) or is_missing(error):
+                raise
+            raise self._refusal(status, reason) from None
+
+    def _attempt(self, action: Callable[[], _T]) -> _T:
+        bound_waits()
+        try:
+            if self.api.endpoint in _failing:
+                self._ask_once()
+            found = action()
+        except Exception as error:
+            if is_transient(error):
                 _failing.add(self.api.endpoint)
-                if pause is None:
-                    raise StorageError(
-                        f"the hub does not answer for {self.repository}: {reason}.",
-                        "try again later; what is there already is not sent again.",
-                    ) from None
-                pause = min(max(pause, asked_pause(error)), self._longest_pause)
-                if self._on_retry:
-                    self._on_retry(f"the hub failed: {reason}; trying again in {pause:.0f} s")
-                time.sleep(pause)
-        raise AssertionError
+            raise
+        _failing.discard(self.api.endpoint)
+        return found
+
+    def _pause(self, error: Exception, pause: float) -> float:
+        """The pause that the hub asks for, where that is longer."""
+        pause = min(max(pause, asked_pause(error)), self._longest_pause)
+        if self._on_retry:
+            self._on_retry(f"the hub failed: {self.reason(error)}; trying again in {pause:.0f} s")
+        return pause
 
     def _ask_once(self) -> None:
-        """Finds out in one request whether the hub works again; most of the client's calls try it by themselves for half a minute."""
+        """Find out in one request whether the hub works again; most of the client's calls try it by themselves for half a minute."""
         from huggingface_hub.errors import HfHubHTTPError
 
         try:

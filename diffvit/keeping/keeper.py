@@ -32,12 +32,10 @@ from diffvit.ledger.disk import check_writable, sweep_asides
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import LogPosition, TrainingLog
 from diffvit.ledger.results import Result, read_result
+from diffvit.repeat import PATIENT, Repeater, retry
 
 # Seconds after which a renewal that failed is tried again.
 _RENEW_AGAIN = 60.0
-
-# A finished run that the storage does not take is offered again after these pauses, and then left to the next command.
-_PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 
 
 class RunKeeper:
@@ -58,7 +56,7 @@ class RunKeeper:
         self._warn = on_warning or (lambda text: None)
         self._states = StateFolder(files.checkpoints, files.run_id, on_warning)
         self._storage: Storage | None = None
-        self._courier: _Courier | None = None
+        self._uploader: StateUploader | None = None
         self._lease_given_back = False
         self._stack = contextlib.ExitStack()
 
@@ -82,18 +80,18 @@ class RunKeeper:
         sweep_asides(files.folder, files.stem)
         if storage:
             self._storage = storage
-            self._courier = courier = _Courier(storage, files, self._saving, self._warn)
+            self._uploader = uploader = StateUploader(storage, files, self._saving, self._warn)
             stack.callback(self._give_back)
             with self._unless_needed():
-                if refusal := courier.join_others():
+                if refusal := uploader.join_others():
                     raise RunIsBusyError(
                         f"another machine trains the run {files.run_id}: {refusal}.",
                         "wait for it; the same command takes over or finds it done.",
                     )
                 fetch_run(storage, files)
-                courier.looked = True
-            courier.start()
-            stack.callback(courier.stop)
+                uploader.looked = True
+            uploader.start()
+            stack.callback(uploader.stop)
         self.result = read_result(files.result)  # it may have ended while we came here
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -110,7 +108,7 @@ class RunKeeper:
             self._warn(f"{error.message} The run {self._files.run_id} is trained without it until it answers.")
 
     def _give_back(self) -> None:
-        lease = self._courier.lease if self._courier else None
+        lease = self._uploader.lease if self._uploader else None
         if lease and not self._lease_given_back:
             with contextlib.suppress(StorageError):  # else it runs out by itself
                 lease.release()
@@ -118,13 +116,13 @@ class RunKeeper:
     @property
     def lost(self) -> bool:
         """Whether another machine has taken the run over, or has ended it, because our lease ran out."""
-        return self._courier is not None and self._courier.lost
+        return self._uploader is not None and self._uploader.lost
 
     def load_state(self, fits: Callable[[dict[str, Any]], bool]) -> dict[str, Any] | None:
         """The newest state that is whole and fits the run and its log, here or in the storage; None where there is none."""
         usable = lambda state: fits(state) and LogPosition(*state["log"]).fits(self._files.log)  # noqa: E731
         state = self._states.load(usable)
-        if self._courier and self._courier.lease:
+        if self._uploader and self._uploader.lease:
             with self._unless_needed():
                 if self._fetch_states(newer_than=state["step"] if state else 0):
                     state = self._states.load(usable)
@@ -152,8 +150,8 @@ class RunKeeper:
         """Keep a state that goes with the log as it is now."""
         position = log.position()
         path = self._states.save(state["step"], {**state, "log": tuple(position)})
-        if self._courier:
-            self._courier.offer(_Parcel(state["step"], path, self._files.log, position.bytes))
+        if self._uploader:
+            self._uploader.offer(_Parcel(state["step"], path, self._files.log, position.bytes))
 
     def finish(self, result: Result) -> None:
         """Copy the ended run, whose result is written here, to the storage and remove the states.
@@ -161,32 +159,32 @@ class RunKeeper:
         A storage that does not answer never fails a finished run: the next command sends it. Where another machine has taken the run
         over meanwhile, nothing is sent.
         """
-        if self._storage and self._courier:
-            self._courier.rest()
+        if self._storage and self._uploader:
+            self._uploader.rest()
             self._push(result)
-            self._courier.stop(send=False)
+            self._uploader.stop(send=False)
         self._states.remove()
 
     def _push(self, result: Result) -> None:
-        storage, courier, files = self._storage, self._courier, self._files
-        assert storage and courier
+        storage, uploader, files = self._storage, self._uploader, self._files
+        assert storage and uploader
         is_there = False
-        for pause in (*_PAUSES, None):
-            try:
-                if not is_there:
-                    if not courier.may_end():
-                        self._warn(f"the run {files.run_id} is finished here, and not in the storage: another machine has taken it over.")
-                        return
-                    push_run(storage, files, result)  # the lease is renewed meanwhile
-                    is_there = True
-                self._lease_given_back = courier.last(lambda lease: storage.commit({}, [*leftovers(storage, files.run_id), *lease.names()]))
-                return
-            except StorageError as error:
-                if pause is None:
-                    what = "and its states stay in the storage" if is_there else "and not in the storage"
-                    self._warn(f"the run {files.run_id} is finished here, {what}: {error.message}")
-                else:
-                    time.sleep(pause)
+
+        def push() -> None:
+            nonlocal is_there
+            if not is_there:
+                if not uploader.may_end():
+                    self._warn(f"the run {files.run_id} is finished here, and not in the storage: another machine has taken it over.")
+                    return
+                push_run(storage, files, result)  # the lease is renewed meanwhile
+                is_there = True
+            self._lease_given_back = uploader.last(lambda lease: storage.commit({}, [*leftovers(storage, files.run_id), *lease.names()]))
+
+        try:
+            retry(push, PATIENT, lambda error: isinstance(error, StorageError))
+        except StorageError as error:  # left to the next command
+            what = "and its states stay in the storage" if is_there else "and not in the storage"
+            self._warn(f"the run {files.run_id} is finished here, {what}: {error.message}")
 
 
 @dataclass(frozen=True)
@@ -199,7 +197,7 @@ class _Parcel:
     log_bytes: int
 
 
-class _Courier(threading.Thread):
+class StateUploader(Repeater):
     """A thread that renews the lease, and copies the newest state to the storage every `sync_every` seconds.
 
     Attributes:
@@ -209,14 +207,16 @@ class _Courier(threading.Thread):
     """
 
     def __init__(self, storage: Storage, files: RunFiles, saving: Saving, warn: Callable[[str], None]):
-        super().__init__(name=f"courier-{files.run_id}", daemon=True)
+        super().__init__(f"upload-{files.run_id}", self._tick, pause=0.0)
         self.lease: Lease | None = None
         self.looked = self.lost = False
         self._storage, self._files, self._saving, self._warn = storage, files, saving, warn
         self._remote = state_folder(files.run_id)
         self._parcel: _Parcel | None = None
         self._sent = 0
-        self._ending = threading.Event()
+        self._renewal = saving.lease_seconds / 3
+        self._renew_at = time.monotonic() + min(self._renewal, _RENEW_AGAIN)
+        self._send_at = time.monotonic() + saving.sync_every
         self._lock = threading.Lock()
         self._silent = self._resting = self._renewed = False
 
@@ -225,7 +225,7 @@ class _Courier(threading.Thread):
         found = take_lease(self._storage, self._files.run_id, folder_id(self._files.checkpoints), self._saving.lease_seconds)
         if not isinstance(found, Lease):
             return found
-        self.lease = found
+        self.lease, self._renew_at = found, time.monotonic() + self._renewal
         return None
 
     def offer(self, parcel: _Parcel) -> None:
@@ -255,33 +255,28 @@ class _Courier(threading.Thread):
             lease = self._held()
             if lease:
                 action(lease)
-            self._ending.set()
+            self.ending.set()
             return lease is not None
 
     def stop(self, send: bool = True) -> None:
         """End the thread, and send a state that was not sent yet, so that another machine can go on from it."""
-        if self._ending.is_set():
+        if self.ending.is_set():
             return
-        self._ending.set()
-        self.join()
+        super().stop()
         if send and not self._resting and not self.lost:
             self._try(self._send)
 
-    def run(self) -> None:
-        renewal = self._saving.lease_seconds / 3
-        renew_at = time.monotonic() + (renewal if self.lease else min(renewal, _RENEW_AGAIN))
-        send_at = time.monotonic() + self._saving.sync_every
-        while not self._ending.wait(max(0.0, min(renew_at, send_at) - time.monotonic())):
-            if time.monotonic() >= send_at:
-                sent = self._try(self._send)
-                send_at = time.monotonic() + self._saving.sync_every
-                if sent and self._renewed:  # it has renewed the lease too
-                    renew_at = time.monotonic() + renewal
-            else:
-                held = self._try(self._renew)
-                renew_at = time.monotonic() + (renewal if held else min(renewal, _RENEW_AGAIN))
-            if self.lost:
-                return
+    def _tick(self) -> float | None:
+        """Do what is due. Returns the seconds until something is due again; None once the run is lost."""
+        if time.monotonic() >= self._send_at:
+            sent = self._try(self._send)
+            self._send_at = time.monotonic() + self._saving.sync_every
+            if sent and self._renewed:  # it has renewed the lease too
+                self._renew_at = time.monotonic() + self._renewal
+        elif time.monotonic() >= self._renew_at:
+            held = self._try(self._renew)
+            self._renew_at = time.monotonic() + (self._renewal if held else min(self._renewal, _RENEW_AGAIN))
+        return None if self.lost else max(0.0, min(self._renew_at, self._send_at) - time.monotonic())
 
     def _held(self) -> Lease | None:
         """The lease, taken now if the storage did not answer before; None where the run is lost."""
@@ -322,7 +317,7 @@ class _Courier(threading.Thread):
         """Run an action against the storage. On failure warn once and return False; the caller tries again at its next time."""
         try:
             with self._lock:
-                if not self._ending.is_set() or threading.current_thread() is not self:
+                if not self.ending.is_set() or threading.current_thread() is not self:
                     action()
             self._silent = False
             return True

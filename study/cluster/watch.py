@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from diffvit.repeat import Repeater
 from study.cluster.address import listens
 from study.cluster.connect import Cluster
 
@@ -26,32 +26,25 @@ def watch(cluster: Cluster, say: Callable[[str], None], command: str) -> Iterato
     With a Ray of our own, kill what is left of it and restart this process: finished runs are skipped, others resumed. With a cluster
     that was joined, exit with code 1 and say the command that carries on.
     """
+    import psutil
     import ray
 
     here = next(node for node in ray.nodes() if node["NodeID"] == ray.get_runtime_context().get_node_id())
     head, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     places = [(head, int(port)), (here["NodeManagerAddress"], here["NodeManagerPort"])]
-    over = threading.Event()
+    me, family, misses = psutil.Process(), {}, 0
 
-    def look() -> None:
-        import psutil
+    def look() -> float:
+        nonlocal family, misses
+        misses = 0 if all(listens(place) for place in places) else misses + 1
+        if not misses:  # once Ray is dead, its processes are no longer our children
+            family = {child.pid: child for child in me.children(recursive=True)}
+        if misses >= _MISSES:
+            _start_over(cluster, list(family.values()), say, command)
+        return _WATCH_SECONDS
 
-        misses, family = 0, {}
-        me = psutil.Process()
-        while not over.wait(_WATCH_SECONDS):
-            misses = 0 if all(listens(place) for place in places) else misses + 1
-            if not misses:  # once Ray is dead, its processes are no longer our children
-                family = {child.pid: child for child in me.children(recursive=True)}
-            if misses >= _MISSES:
-                _start_over(cluster, list(family.values()), say, command)
-
-    thread = threading.Thread(target=look, name="watch-ray", daemon=True)
-    thread.start()
-    try:
+    with Repeater("watch-ray", look, _WATCH_SECONDS):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _start_over(cluster: Cluster, family: list[Any], say: Callable[[str], None], command: str) -> None:

@@ -114,12 +114,12 @@ class Machine:
             self.keeper.save({"step": self.step}, log)  # type: ignore[arg-type]
 
     def renew(self) -> None:
-        assert self.keeper and self.keeper._courier
-        self.keeper._courier._try(self.keeper._courier._renew)
+        assert self.keeper and self.keeper._uploader
+        self.keeper._uploader._try(self.keeper._uploader._renew)
 
     def send(self) -> None:
-        assert self.keeper and self.keeper._courier
-        self.keeper._courier._try(self.keeper._courier._send)
+        assert self.keeper and self.keeper._uploader
+        self.keeper._uploader._try(self.keeper._uploader._send)
 
     def finish(self) -> None:
         assert self.keeper
@@ -399,12 +399,12 @@ def play(template: Result, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, in
         time=lambda: worlds[-1].clock(), monotonic=lambda: worlds[-1].now, sleep=lambda seconds: worlds[-1].sleep(seconds),
         strftime=time.strftime, gmtime=time.gmtime,
     )  # fmt: skip
-    for module in ("keeper", "lease", "objects"):
-        monkeypatch.setattr(f"diffvit.keeping.{module}.time", clock)
+    for module in ("keeping.keeper", "keeping.lease", "keeping.objects", "repeat"):
+        monkeypatch.setattr(f"diffvit.{module}.time", clock)
     monkeypatch.setattr(keeper_module, "StateFolder", LocalStates)
     monkeypatch.setattr(keeper_module, "open_storage", lambda url: worlds[-1].current.storage)
-    monkeypatch.setattr(keeper_module._Courier, "start", lambda self: None)
-    monkeypatch.setattr(keeper_module._Courier, "join", lambda self: None)
+    monkeypatch.setattr(keeper_module.StateUploader, "start", lambda self: None)
+    monkeypatch.setattr(keeper_module.StateUploader, "join", lambda self: None)
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
     def run(url: str, number: int) -> None:

@@ -25,7 +25,7 @@ TRAIN = ("train", "--model", "vit_differential", *SIZE, "--epochs", "1", "--devi
 def account(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     monkeypatch.setenv("HF_REPOSITORY", NAME)
     monkeypatch.setattr("diffvit.keeping.hub._PAUSES", (0.01,))
-    monkeypatch.setattr("diffvit.keeping.keeper._PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("diffvit.keeping.keeper.PATIENT", (0.01, 0.01))
     return hub
 
 
@@ -77,7 +77,7 @@ def test_a_fault_at_the_end_of_a_run_is_tried_again(account: HubServer, cli, fau
 def test_a_card_that_the_hub_does_not_take_is_tried_again(
     account: HubServer, cli, monkeypatch: pytest.MonkeyPatch, times: int | None
 ) -> None:
-    monkeypatch.setattr("study.hub._PAUSES", (0.01, 0.01))
+    monkeypatch.setattr("study.hub.PATIENT", (0.01, 0.01, 0.01))
     account.faults.add("POST", "commit/main", after=1, times=times, status=500)  # after the run itself
     outcome = cli(*TRAIN, "--upload", "true")
     assert outcome.code == 0 and on_hub(account) == ledger()
