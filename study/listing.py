@@ -11,6 +11,7 @@ from diffvit.ledger.verify import verify_run
 from study.grid import find_grid
 from study.plan import load_fingerprints, run_ids_of
 from study.results import check_dataset, kept_files
+from study.table import effective_overrides, files_of, run_table
 from study.text import columns
 
 
@@ -30,7 +31,6 @@ def ledger_rows(
     Raises:
         UserError: an unknown grid, or a damaged result file.
     """
-    from study.table import effective_overrides, files_of, run_table
 
     def cell(model: str, size: str, dataset: str, seed: int, overrides: str) -> tuple:
         return model, size, dataset, seed, *effective_overrides(dataset, overrides)

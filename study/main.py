@@ -16,10 +16,12 @@ from study.boxes import boxes_of
 from study.cluster.nodes import check_shared_folder, check_storage_and_data
 from study.cluster.watch import watch
 from study.cost.planning import expected_forecast
+from study.cost.truth import compare, comparison_lines, seconds_taken
 from study.options import StudyOptions, connect_cluster, may_join
 from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
 from study.results import report_results
 from study.shard import own_share
+from study.table import missing_runs
 from study.text import duration, say, warn
 
 if TYPE_CHECKING:
@@ -101,8 +103,6 @@ def collect_study(options: StudyOptions) -> int:
         UserError: bad input.
         StorageError: the storage does not answer.
     """
-    from study.table import missing_runs
-
     specs = options.on(None).runs()
     _check_folders(options.checkpoints, specs)
     boxes = boxes_of(options.saving, None, options.checkpoints)
@@ -156,7 +156,6 @@ def _train(
     """
     from study.cluster.display import StudyDisplay
     from study.cluster.runner import run_all
-    from study.cost.truth import compare, comparison_lines, seconds_taken
 
     settings, placement = options.settings(), options.placement
     at_once = placement.check_room(cluster)

@@ -6,20 +6,19 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from diffvit.errors import UserError, first_line
 from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from study.grid import GRIDS, Grid, find_grid, named_after
+from study.table import files_of, run_table, step_table, write_csv, write_step_csv
+from study.text import columns, say
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from study.options import StudyOptions
-
-
-from study.text import columns, say
 
 
 def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> bool:
@@ -27,8 +26,6 @@ def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> b
 
     Of all seeds and precisions that there are, so that nothing is taken off them.
     """
-    from study.table import run_table, write_csv, write_step_csv
-
     table = run_table(options.checkpoints, specs)
     if table.empty:
         return True
@@ -48,8 +45,6 @@ def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> b
 
 def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
     """The figures. Returns False where they failed, which has been said: training that is done shall not be lost for a picture."""
-    from study.table import step_table
-
     out = options.checkpoints / "figures"
     try:
         from study.report.figures import draw_figures
@@ -117,7 +112,6 @@ def plot_grid(
         UserError: there is nothing to draw, or the folder cannot be written.
     """
     from study.report.figures import draw_figures
-    from study.table import step_table
 
     table, grids = _finished(checkpoints, grid, epochs, dataset)
     out = out or checkpoints / "figures"
@@ -146,8 +140,6 @@ def report_grid(
 
 def _commands(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> list[str]:
     """The commands that give these runs again. Without a grid: of the built-in ones that have runs which those before do not have."""
-    from study.table import run_table
-
     commands: list[str] = []
     seen: set[str] = set()
     for name in [grid] if grid else list(GRIDS):
@@ -168,8 +160,6 @@ def _commands(checkpoints: Path, grid: str | None, epochs: int | None, dataset: 
 
 def files_of_table(checkpoints: Path, table: pd.DataFrame) -> list[RunFiles]:
     """The files of each row of a run table."""
-    from study.table import files_of
-
     return [files_of(checkpoints, run) for run in table.itertuples()]
 
 
@@ -184,8 +174,6 @@ def finished_checkpoints(checkpoints: Path, grid: str, epochs: int | None = None
 
 def _finished(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> tuple[pd.DataFrame, list[Grid]]:
     """The run table of a grid, or of all built-in ones, and those grids; UserError where none of its runs is finished."""
-    from study.table import run_table
-
     check_dataset(grid, dataset)
     grids = [find_grid(grid, dataset)] if grid else list(GRIDS.values())
     specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]

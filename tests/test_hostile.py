@@ -29,7 +29,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-import run as command_line
 from diffvit.errors import DiffvitError, StorageError
 from diffvit.findings.kept import read_evaluations
 from diffvit.hub.account import find_account, find_token, parse_repository
@@ -49,6 +48,7 @@ from diffvit.ledger.weights import load_weights, read_header
 from diffvit.loop.fit import Stopped
 from diffvit.loop.resume import fits_run
 from diffvit.train import train
+from study.commands.parsing import parse_resource, parse_saving, parse_seconds
 from study.grid import read_grid
 from study.hub import collect
 from study.listing import ledger_rows, ledger_text, verify_ledger
@@ -1007,12 +1007,12 @@ options = st.text(max_size=10) | st.sampled_from(
 @bounded(300)
 @given(text=options)
 def test_options_are_understood_or_refused(text: str) -> None:
-    for parse in (Every.parse, Shard.parse, command_line._resource, command_line._seconds):
+    for parse in (Every.parse, Shard.parse, parse_resource, parse_seconds):
         found = clear(lambda parse=parse: parse(text))
         if isinstance(found, Every):
             assert found.seconds is None or 0 < found.seconds < 1e10
             assert found.steps is None or 0 < found.steps < 1e10
-    clear(lambda: command_line._saving("60s", text, "600s", None, False))
+    clear(lambda: parse_saving("60s", text, "600s", None, False))
 
 
 @bounded(150)

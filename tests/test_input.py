@@ -255,7 +255,12 @@ def options_of(command: click.Command) -> set[str]:
 def texts() -> list[str]:
     """All that the sources say which names an option; parts of a sentence are joined."""
     found = []
-    for path in [ROOT / "run.py", *(ROOT / "diffvit").glob("*.py"), *(ROOT / "study").glob("*.py")]:
+    for path in [
+        ROOT / "run.py",
+        *(ROOT / "diffvit").glob("*.py"),
+        *(ROOT / "study").glob("*.py"),
+        *(ROOT / "study/commands").glob("*.py"),
+    ]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 found.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values))

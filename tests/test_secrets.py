@@ -12,6 +12,7 @@ import pytest
 import run as command_line
 from diffvit.errors import StorageError, UserError, redacted, shown, unknown_name
 from diffvit.keeping.storage import open_storage
+from study.commands import terminal
 
 SECRET = "s3cr/et+Value"
 HOLDING = [
@@ -88,15 +89,15 @@ def test_a_key_in_a_storages_address_is_refused_without_showing_it(url: str) -> 
 
 def test_a_recommended_command_says_that_a_secret_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["run.py", "study", "--storage", f"s3://key:{SECRET}@bucket/x"])
-    assert command_line._own_command().endswith("run.py study --storage 's3://***@bucket/x' (with the secret in place of ***)")
+    assert terminal.own_command().endswith("run.py study --storage 's3://***@bucket/x' (with the secret in place of ***)")
     monkeypatch.setattr(sys, "argv", ["run.py", "study", "--storage", "s3://bucket/x"])
-    assert command_line._own_command().endswith("run.py study --storage s3://bucket/x")
+    assert terminal.own_command().endswith("run.py study --storage s3://bucket/x")
 
 
 def test_warnings_and_what_a_study_says_show_no_secret(capsys: pytest.CaptureFixture) -> None:
     from study.text import say
 
-    command_line._warn(f"s3://k:{SECRET}@b")
+    terminal.warn(f"s3://k:{SECRET}@b")
     say(f"s3://k:{SECRET}@b")
     said = capsys.readouterr().err
     assert "s3cr" not in said and said.count("s3://***@b") == 2

@@ -1,0 +1,1 @@
+"""What the command line needs besides the work: options read, findings and messages shown."""

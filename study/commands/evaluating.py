@@ -1,0 +1,50 @@
+"""What `run.py evaluate` prints of a model, and of what was found in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from diffvit.evaluation import evaluate_checkpoint
+from diffvit.findings.attention import summary_lines as attention_lines
+from diffvit.findings.kept import find_out
+from diffvit.findings.robustness import summary_lines as corruption_lines
+from diffvit.ledger.files import files_of_weights
+from study.commands.terminal import warn
+
+
+def print_evaluation(path: Path, as_json: bool, **settings: Any) -> None:
+    """Accuracy and loss of a checkpoint, in all and per class. Arguments as evaluate_checkpoint takes them."""
+    report = evaluate_checkpoint(path, **settings)
+    for warning in report["warnings"]:
+        warn(warning)
+    click.echo(json.dumps(report, indent=1) if as_json else "\n".join([str(path), *_evaluation_lines(report)]))
+
+
+def print_findings(paths: list[Path], kinds: list[str], as_json: bool, **settings: Any) -> None:
+    """What is found in checkpoints, each as lines or all as JSON. Arguments as find_out takes them."""
+    all_findings = {}
+    for number, path in enumerate(paths, start=1):
+        click.echo(f"{number} of {len(paths)}: {path}", err=True)
+        findings = all_findings[str(path)] = find_out(files_of_weights(path), kinds, **settings)
+        for found in findings.values():
+            for warning in found["warnings"]:
+                warn(warning)
+        if not as_json:
+            lines = {"corruptions": corruption_lines, "attention": attention_lines}
+            click.echo("\n".join([str(path), *(line for kind in lines if kind in findings for line in lines[kind](findings[kind]))]))
+    if as_json:
+        click.echo(json.dumps(all_findings, indent=1))
+
+
+def _evaluation_lines(report: dict[str, Any]) -> list[str]:
+    width = max(len(row["class"]) for row in report["classes"])
+    return [
+        f"test accuracy  {100 * report['accuracy']:.2f} % of {report['images']} images",
+        f"test loss      {report['loss']:.4f}",
+        *(f"  {row['class']:<{width}}  {100 * row['accuracy']:6.2f} % of {row['images']:4d}  loss {row['loss']:.4f}"
+          for row in report["classes"] if row["images"]),
+    ]  # fmt: skip

@@ -1,0 +1,62 @@
+"""What a command says to a person: warnings, errors, progress, and the command itself."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from diffvit.errors import HIDDEN, redacted
+from diffvit.hub.account import find_account
+from diffvit.hub.client import Hub
+
+
+def warn(text: str) -> None:
+    """Print a warning to stderr, in yellow on a terminal, without secrets."""
+    click.secho(redacted(f"warning: {text}"), err=True, fg="yellow")
+
+
+def fail(message: str, hint: str, code: int = 2) -> NoReturn:
+    """Print an error and what helps to stderr, without secrets, and exit."""
+    message, hint = redacted(message[:1].lower() + message[1:]), redacted(hint)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}\n{click.style('hint:', bold=True)} {hint}", err=True)
+    sys.exit(code)
+
+
+def own_command() -> str:
+    """The command line as it was given but for secrets, for `the command that carries on`."""
+    runner = "uv run" if "UV" in os.environ or "UV_RUN_RECURSION_DEPTH" in os.environ else "python"
+    given = [redacted(argument) for argument in sys.argv[1:]]
+    command = shlex.join([*runner.split(), "run.py", *given])
+    return command if given == sys.argv[1:] else f"{command} (with the secret in place of {HIDDEN})"
+
+
+def terminal_width() -> int | None:
+    """Columns of stdout, at most 100; None where it is a pipe or a file, in which nothing is folded."""
+    return min(100, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+
+
+def transfer(move: Callable, source: Any, target: Any, force: bool, sentence: str) -> None:
+    """Upload or download between a folder and HF_REPOSITORY, and say what was moved.
+
+    Args:
+        move: diffvit.utils.upload or download.
+        sentence: with places for {moved}, {hub} and {skipped}.
+    """
+    hub = Hub(find_account(), on_retry=warn, bars=sys.stderr.isatty())
+    done = move(source, target, hub, force=force, on_progress=_say_file)
+    if done.left:
+        click.echo(f"not sent: {', '.join(done.left)}", err=True)
+    moved = f"{len(done.moved)} files, {done.bytes:,} bytes,"
+    click.echo(sentence.format(moved=moved, hub=hub.repository, skipped=len(done.skipped)))
+
+
+def _say_file(done: int, total: int, name: str) -> None:
+    """A line a file, away from a terminal: there the client's bars show it."""
+    if name and not sys.stderr.isatty():
+        click.echo(f"{name}  {done:,} of {total:,} bytes", err=True)

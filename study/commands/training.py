@@ -1,0 +1,81 @@
+"""What `run.py train` does: one run in this process, with its progress and its result for a person."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+
+from diffvit.compute import Compute
+from diffvit.keeping.saving import Saving
+from diffvit.ledger.spec import RunSpec
+from diffvit.loop.fit import Stopped
+from diffvit.signals import StopSignals
+from diffvit.train import train
+from study.commands.terminal import fail, own_command, warn
+from study.hub import send_run
+
+
+def train_and_print(
+    spec: RunSpec, checkpoints: Path, *, data_root: str | None, device: torch.device, compute: Compute, saving: Saving
+) -> None:
+    """Train a run, or find it done, print its result, and see that its storage has it. Exits where the run is stopped or diverges."""
+    with _StepProgress(spec.title) as progress, StopSignals() as signals:
+        try:
+            result = train(
+                spec, checkpoints, data_root=data_root, device=device, compute=compute, on_steps=progress, on_warning=warn, saving=saving,
+                should_stop=signals.seen,
+            )  # fmt: skip
+        except Stopped as stopped:
+            click.echo(f"{stopped}; its state is saved\nhint: carry on with {own_command()}", err=True)
+            sys.exit(signals.exit_code)
+    assert result is not None  # only a group has processes without one
+    if not progress.steps:
+        click.echo(f"this run is done already: {result.finished}", err=True)
+    if result.diverged:
+        fail(f"the run {result.diverged['message']}.", "try a lower --lr, a longer --warmup_steps or --clip_norm 1; its log is kept.", 1)
+    click.echo("\n".join(result.lines()))
+    files = result.files(checkpoints)
+    if files.weights.is_file():
+        click.echo(f"weights        {files.weights}")
+    else:
+        warn(f"{files.weights} is gone; delete the run's _result.json, and the same command trains it again")
+    if saving.storage:
+        send_run(saving.storage, files, warn, own_command())
+
+
+class _StepProgress:
+    """A progress bar of steps on stderr; away from a terminal, a line every ten seconds."""
+
+    def __init__(self, title: str):
+        self.steps = 0
+        self._last_line = 0.0
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}", table_column=Column()),  # what a narrow terminal wraps
+            *([BarColumn()] if self._console.width >= 120 else []), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"), console=self._console, transient=True, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task(title, total=None, losses="")
+
+    def __enter__(self) -> _StepProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, steps: list, total: int) -> None:
+        last = steps[-1]
+        self.steps = last.step
+        losses = f"train {last.train_loss:.4f}  val {last.val_loss:.4f}"
+        self._bar.update(self._task, completed=last.step, total=total, losses=losses)
+        due = last.seconds - self._last_line >= 10 or last.step == total
+        if not self._console.is_terminal and due:
+            self._last_line = last.seconds
+            click.echo(f"step {last.step}/{total}  {losses}  {last.seconds:.0f} s", err=True)
