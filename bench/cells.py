@@ -28,7 +28,7 @@ from diffvit.data.batches import Prepare
 from diffvit.dataset import Dataset, ImageSet
 from diffvit.evaluation import evaluate
 from diffvit.ledger.spec import RunSpec
-from diffvit.loop.placement import place
+from diffvit.loop.placement import place_model
 from diffvit.machine.device import default_precision, device_memory, device_title, resolve_device
 from diffvit.memory import training_memory
 from diffvit.protocol import PROTOCOLS, Protocol
@@ -78,12 +78,12 @@ def cells_in_order(precision: str, size: str | None, dataset: str | None, model:
 def measure(spec: RunSpec, protocol: Protocol, data: Dataset, device: torch.device, steps: int, compute: Compute) -> dict[str, Any]:
     """Seconds of a step and of an evaluated image, and memory, of one cell."""
     start = time.perf_counter()
-    placed = place(spec.model, spec.size, protocol, 0, device, spec.precision, compute)
+    placed = place_model(spec.model, spec.size, protocol, 0, device, spec.precision, compute)
     model, chosen = placed.model, placed.chosen
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     prepared = time.perf_counter() - start
-    fitted, warm_up, seconds = fit_and_time(model, data, protocol, _WARM_UP, steps, precision=spec.precision, **placed.how)
+    fitted, warm_up, seconds = fit_and_time(model, data, protocol, _WARM_UP, steps, precision=spec.precision, **placed.fit_arguments)
     seconds /= steps
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     prepare = Prepare(protocol.image_size, data.mean, data.std, device)

@@ -170,7 +170,7 @@ def find_checkpoint(
     return best[0].path
 
 
-_COSTS = ("image_size", "patch_size", "channels", "classes", "d_model", "heads")
+_COST_FIELDS = ("image_size", "patch_size", "channels", "classes", "d_model", "heads")
 
 
 def open_checkpoint(
@@ -180,7 +180,7 @@ def open_checkpoint(
     model, facts = load_weights(path)
     data = load(facts["dataset"], data_root)
     # What decides the cost of an image. A header's numbers may fit its tensors and still ask for anything.
-    ours, theirs = ({name: getattr(each, name) for name in _COSTS} for each in (protocol_of(facts["dataset"]), facts["protocol"]))
+    ours, theirs = ({name: getattr(each, name) for name in _COST_FIELDS} for each in (protocol_of(facts["dataset"]), facts["protocol"]))
     if ours != theirs:
         raise UserError(f"{path} was made for other images than those of {facts['dataset']}.", "evaluate it with the version that made it.")
     return model.to(device), facts, data, Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)

@@ -29,8 +29,8 @@ from diffvit.ledger.results import DivergedAt, Result, write_result
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.weights import save_weights, weight_facts
 from diffvit.loop.fit import Fit, Stopped, fit, rank_and_workers
-from diffvit.loop.placement import Placed, place
-from diffvit.loop.recorder import Diverged, Progress
+from diffvit.loop.placement import Placed, place_model
+from diffvit.loop.recorder import Diverged, OnSteps
 from diffvit.loop.resume import fits_run
 from diffvit.machine.device import machine_facts, resolve_device
 from diffvit.machine.host import cpus
@@ -62,7 +62,7 @@ def train(
     data_root: str | Path | None = None,
     device: str | torch.device | None = None,
     compute: Compute = DEFAULT_COMPUTE,
-    on_steps: Progress | None = None,
+    on_steps: OnSteps | None = None,
     on_warning: Callable[[str], None] | None = None,
     on_phase: Callable[[str], None] | None = None,
     saving: Saving = DEFAULT_SAVING,
@@ -177,7 +177,7 @@ def _train(
     resume: dict[str, Any] | None,
     compute: Compute,
     *,
-    on_steps: Progress | None,
+    on_steps: OnSteps | None,
     on_warning: Callable[[str], None] | None,
     on_phase: Callable[[str], None] | None,
     save_every: Every,
@@ -190,7 +190,7 @@ def _train(
     enter = on_phase if on_phase and rank == 0 else lambda phase: None
     if device.type == "cuda" or compute.compile:
         enter("compiling")
-    placed = place(spec.model, spec.size, protocol, spec.seed, device, spec.precision, compute, workers)
+    placed = place_model(spec.model, spec.size, protocol, spec.seed, device, spec.precision, compute, workers)
     warning = protocol.warmup_warning(protocol.total_steps(len(data.train)))
     if warning and on_warning and rank == 0:
         on_warning(warning)
@@ -232,7 +232,7 @@ def _open_log(run: _Run) -> Iterator[TrainingLog]:
 
 
 def _fit(
-    run: _Run, keeper: RunKeeper, log: TrainingLog | None, *, on_steps: Progress | None, save_every: Every, should_stop: Callable[[], bool]
+    run: _Run, keeper: RunKeeper, log: TrainingLog | None, *, on_steps: OnSteps | None, save_every: Every, should_stop: Callable[[], bool]
 ) -> Fit:
     """Train the model; steps go to the log, states to the keeper."""
 
@@ -247,8 +247,8 @@ def _fit(
             keeper.save({**state, "started": run.started}, log)
 
     return fit(
-        run.placed.model, run.data, run.spec.protocol, seed=run.spec.seed, precision=run.spec.precision, **run.placed.how, on_steps=record,
-        resume=run.resume, on_save=save, save_every=save_every, should_stop=should_stop,
+        run.placed.model, run.data, run.spec.protocol, seed=run.spec.seed, precision=run.spec.precision, **run.placed.fit_arguments,
+        on_steps=record, resume=run.resume, on_save=save, save_every=save_every, should_stop=should_stop,
     )  # fmt: skip
 
 

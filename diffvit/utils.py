@@ -54,10 +54,10 @@ class Transfer:
 
 
 # (bytes done, bytes in all, what is under way)
-Progress = Callable[[int, int, str], None]
+OnProgress = Callable[[int, int, str], None]
 
 
-def upload(local: Path, hub_folder: str, hub: Hub, force: bool = False, on_progress: Progress | None = None) -> Transfer:
+def upload(local: Path, hub_folder: str, hub: Hub, force: bool = False, on_progress: OnProgress | None = None) -> Transfer:
     """Send a file into a folder of the repository, or a folder's content, without what is hidden; the repository is made if missing.
 
     Links are followed: what they lead to is sent under the link's name.
@@ -95,7 +95,7 @@ def upload(local: Path, hub_folder: str, hub: Hub, force: bool = False, on_progr
     return Transfer(tuple(sizes), tuple(sorted(same)), total, tuple(left))
 
 
-def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progress: Progress | None = None) -> Transfer:
+def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progress: OnProgress | None = None) -> Transfer:
     """Bring a file, or a folder's content, to a local folder.
 
     Args:

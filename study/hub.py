@@ -56,7 +56,7 @@ def collect(storage: Storage, specs: Iterable[RunSpec], checkpoints: Path) -> li
     brought = []
     for model in sorted({spec.model for spec in specs}):
         for name in storage.names(model, "_result.json"):
-            files = _files_of_result(checkpoints, name)
+            files = _files_by_result_name(checkpoints, name)
             if files is None or read_result(files.result) is not None:
                 continue
             found = remote_result(storage, files)
@@ -67,7 +67,7 @@ def collect(storage: Storage, specs: Iterable[RunSpec], checkpoints: Path) -> li
     return brought
 
 
-def _files_of_result(checkpoints: Path, name: str) -> RunFiles | None:
+def _files_by_result_name(checkpoints: Path, name: str) -> RunFiles | None:
     """The files of a run whose result has this name in a storage."""
     model, _, file = name.partition("/")
     parts = file.removesuffix("_result.json").split("_", 3)
@@ -114,7 +114,7 @@ def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         results = []
         for name in sorted(storage.hub.files("", head)):
-            files = _files_of_result(Path(folder), name) if name.endswith("_result.json") else None
+            files = _files_by_result_name(Path(folder), name) if name.endswith("_result.json") else None
             if files and storage.get(name, files.result):
                 results.append(files.result)
         if not results:

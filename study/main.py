@@ -158,12 +158,12 @@ def _train(
     from study.cluster.runner import run_all
 
     settings, placement = options.settings(), options.placement
-    at_once = placement.check_room(cluster)
+    slots = placement.check_room(cluster)
     if settings.saving.storage and not cluster.own:  # its workers have an environment of their own
         check_storage_and_data(settings.saving.storage, settings.data_root)
     elif cluster.nodes > 1:
         check_shared_folder(options.checkpoints, settings.data_root)
-    say(f"{len(pending)} of {len(runs)} runs to train, {at_once} at a time")
+    say(f"{len(pending)} of {len(runs)} runs to train, {slots} at a time")
     forecast = expected_forecast(options, runs, cluster)
     if forecast:
         sources = " and ".join(sorted({each.rate.source for each in forecast.pending}))

@@ -95,7 +95,7 @@ def sign_of_life(storage: Storage, runs: Sequence[PlannedRun], shard: Shard, che
         raise
     finally:
         with contextlib.suppress(StorageError):  # else it runs out by itself
-            lease.abandon() if undone.is_set() else lease.release()
+            lease.expire() if undone.is_set() else lease.release()
 
 
 def stranded(storage: Storage, runs: Sequence[PlannedRun], shard: Shard, checkpoints: Path) -> list[PlannedRun]:

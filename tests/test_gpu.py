@@ -30,7 +30,7 @@ from diffvit.ledger.log import Step
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.weights import load_weights
 from diffvit.loop.fit import Stopped, fit
-from diffvit.loop.placement import place
+from diffvit.loop.placement import place_model
 from diffvit.machine.device import autocast, autocast_dtype, default_precision, set_matmul_precision
 from diffvit.memory import training_memory
 from diffvit.protocol import ARMS, PROTOCOLS, Protocol
@@ -342,11 +342,11 @@ def test_both_arms_are_split_alike_and_fill_the_memory_that_they_may_use(
     splits, taken = [], []
     for name in ARMS:
         torch.cuda.empty_cache()
-        placed = place(name, size, protocol, 0, GPU, precision, Compute(memory_share=share))
+        placed = place_model(name, size, protocol, 0, GPU, precision, Compute(memory_share=share))
         splits.append((placed.micro_batch, placed.evaluation_batch))
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(GPU)
-        fitted = fit(placed.model, data, protocol, seed=0, precision=precision, **placed.how)
+        fitted = fit(placed.model, data, protocol, seed=0, precision=precision, **placed.fit_arguments)
         taken.append(torch.cuda.max_memory_reserved(GPU))
         assert fitted.micro_batch == placed.micro_batch, "memory ran out"
         counted = training_memory(placed.model, placed.micro_batch, precision, "cuda")

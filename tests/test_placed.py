@@ -12,7 +12,7 @@ import torch
 
 from diffvit.compute import Chosen, Compute
 from diffvit.loop import placement as placed
-from diffvit.loop.placement import Placed, place
+from diffvit.loop.placement import Placed, place_model
 from diffvit.machine.device import set_matmul_precision
 from diffvit.memory import FILLED, Peak, evaluation_bytes, even_split, micro_batch_within, parameter_bytes
 from diffvit.protocol import ARMS, PROTOCOLS, Protocol
@@ -40,9 +40,9 @@ def test_on_a_cpu_it_is_counted(monkeypatch: pytest.MonkeyPatch, memory: int) ->
         model = build_model(name, "0.1M", DIGITS)
         model.initialise(3)
         for share in (1.0, 0.5):
-            found = place(name, "0.1M", DIGITS, 3, CPU, "fp32", Compute(memory_share=share))
+            found = place_model(name, "0.1M", DIGITS, 3, CPU, "fp32", Compute(memory_share=share))
             images = micro_batch_within(model, 32, share * memory, "fp32", "cpu")
-            assert found.how == {"micro_batch": images, "evaluation_batch": images, "graphs": False}
+            assert found.fit_arguments == {"micro_batch": images, "evaluation_batch": images, "graphs": False}
             assert not found.model.recompute and found.chosen == Chosen("maps" if name == "vit_differential" else "sdpa")
             for a, b in zip(found.model.parameters(), model.parameters(), strict=True):
                 assert torch.equal(a, b)
@@ -50,10 +50,10 @@ def test_on_a_cpu_it_is_counted(monkeypatch: pytest.MonkeyPatch, memory: int) ->
 
 
 def test_on_a_cpu_what_is_asked_for_is_done_and_shared_by_workers() -> None:
-    assert place("vit_classic", "0.1M", DIGITS, 0, CPU, "fp32", Compute(micro_batch=5)).micro_batch == 5
-    assert place("vit_classic", "0.1M", DIGITS, 0, CPU, "fp32", Compute(micro_batch=99)).micro_batch == 32
-    assert place("vit_classic", "0.1M", DIGITS, 0, CPU, "fp32", Compute(), workers=3).micro_batch == 11
-    assert place("vit_classic", "0.1M", DIGITS, 0, CPU, "fp32", Compute(recompute=True)).model.recompute
+    assert place_model("vit_classic", "0.1M", DIGITS, 0, CPU, "fp32", Compute(micro_batch=5)).micro_batch == 5
+    assert place_model("vit_classic", "0.1M", DIGITS, 0, CPU, "fp32", Compute(micro_batch=99)).micro_batch == 32
+    assert place_model("vit_classic", "0.1M", DIGITS, 0, CPU, "fp32", Compute(), workers=3).micro_batch == 11
+    assert place_model("vit_classic", "0.1M", DIGITS, 0, CPU, "fp32", Compute(recompute=True)).model.recompute
 
 
 # ----------------------------------------------------------------------------------------------------------------- on a GPU
@@ -83,7 +83,7 @@ class FakeGPU:
         self.model: VisionTransformer | None = None
 
     def place(self, name: str = "vit_differential", protocol: Protocol = DIGITS, workers: int = 1, **asked) -> Placed:
-        return place(name, "0.1M", protocol, 0, GPU, "bf16", Compute(**asked), workers)
+        return place_model(name, "0.1M", protocol, 0, GPU, "bf16", Compute(**asked), workers)
 
     def _move(self, model: VisionTransformer, device: torch.device) -> VisionTransformer:
         assert device == GPU
@@ -117,7 +117,7 @@ def test_both_arms_are_split_alike_by_the_larger_need(gpu: FakeGPU) -> None:
     found = [gpu.place(name) for name in ARMS]
     assert [each.micro_batch for each in found] == [even_split(32, 20)] * 2 == [16, 16]  # 30 of the classic model would fit
     assert [each.model.attention_class.__name__ for each in found] == ["Attention", "DifferentialAttention"]
-    assert all(each.how == {"micro_batch": 16, "evaluation_batch": each.evaluation_batch, "graphs": True} for each in found)
+    assert all(each.fit_arguments == {"micro_batch": 16, "evaluation_batch": each.evaluation_batch, "graphs": True} for each in found)
     gpu.peaks["vit_classic"] = (Peak(0.0, 90 * MB), Peak(0.0, 9 * MB))
     gpu.name = "Another GPU"
     assert [gpu.place(name).micro_batch for name in ARMS] == [even_split(32, 11)] * 2 == [11, 11]

@@ -28,7 +28,7 @@ from diffvit.vit import VisionTransformer, build_model
 from study.cluster.connect import connect
 from study.cluster.runner import Settings
 from study.cost.devices import SHEETS, CellRate, Machine, find_machine, how, keep_machine, measurements_file, sheet_of
-from study.cost.forecast import Rate, cell_of, forecast_study, forecast_text, makespan, measured_place, run_seconds, sheet_place
+from study.cost.forecast import Rate, cell_of, forecast_study, forecast_text, makespan, measured_fleet, run_seconds, sheet_fleet
 from study.cost.probe import measure_cell
 from study.cost.rehearsal import Rehearsed, cells, rehearse
 from study.cost.truth import compare, comparison_lines, seconds_taken
@@ -145,7 +145,7 @@ def test_done_runs_cost_nothing_and_begun_ones_the_rest(tmp_path: Path) -> None:
         train(specs[1], tmp_path, device="cpu", should_stop=lambda: next(stops) >= 5)
     runs = plan_runs(specs, tmp_path, load_fingerprints(specs, None, required=True))
     machine = _machine(runs)
-    forecast = forecast_study(runs, measured_place(machine, runs, 1, DEFAULT_COMPUTE, None), tmp_path)
+    forecast = forecast_study(runs, measured_fleet(machine, runs, 1, DEFAULT_COMPUTE, None), tmp_path)
     done, begun = forecast.runs
     assert (done.state, done.seconds, begun.state, begun.steps_done) == ("done", 0.0, "25 % done", 5)
     rate = begun.rate
@@ -153,14 +153,14 @@ def test_done_runs_cost_nothing_and_begun_ones_the_rest(tmp_path: Path) -> None:
     assert forecast.makespan == pytest.approx(4.0 + 2 * 1.0 + begun.seconds)
     said = forecast_text(forecast)
     assert "1 to train, 1 of them begun; 1 ended" in said and "measured  on Some CPU, 2020-01-02" in said and "ESTIMATED" not in said
-    everything = forecast_study(runs, measured_place(machine, runs, 1, DEFAULT_COMPUTE, None), tmp_path / "elsewhere")
+    everything = forecast_study(runs, measured_fleet(machine, runs, 1, DEFAULT_COMPUTE, None), tmp_path / "elsewhere")
     assert everything.runs[1].seconds > begun.seconds and not everything.runs[0].seconds
 
 
 def test_a_cell_that_was_not_measured_is_scaled_from_its_neighbour() -> None:
     runs = plan_runs(GRIDS["digits"].runs(), Path("nowhere"), {})
     machine = _machine([run for run in runs if run.spec.size != "0.4M"])
-    place = measured_place(machine, runs, 1, DEFAULT_COMPUTE, 3.0)
+    place = measured_fleet(machine, runs, 1, DEFAULT_COMPUTE, 3.0)
     forecast = forecast_study(runs, place, Path("nowhere"))
     assert [each.rate.source for each in forecast.runs] == (["measured"] * 4 + ["scaled"] * 2) * 2
     assert forecast.runs[4].rate.train == pytest.approx(1e-3 * runs[4].forward_flops / runs[2].forward_flops, rel=0.05)
@@ -232,12 +232,12 @@ def test_data_sheets_give_sane_times() -> None:
     hours = {}
     for sheet in SHEETS.values():
         runs = plan_runs(GRIDS["full"].runs(sheet.precision), Path("nowhere"), {})
-        forecast = forecast_study(runs, sheet_place(sheet, 1, DEFAULT_COMPUTE, None), Path("nowhere"))
+        forecast = forecast_study(runs, sheet_fleet(sheet, 1, DEFAULT_COMPUTE, None), Path("nowhere"))
         hours[sheet.name] = forecast.makespan / 3600
         assert all(each.fits and each.rate.source == "sheet" for each in forecast.runs)
         peak = (sheet.bf16 or sheet.fp32) * 1e12
         assert forecast.seconds > sum(run.train_flops for run in runs) / peak  # nothing is faster than its peak
-        slower = forecast_study(runs, sheet_place(sheet, 1, Compute(recompute=True), None), Path("nowhere"))
+        slower = forecast_study(runs, sheet_fleet(sheet, 1, Compute(recompute=True), None), Path("nowhere"))
         assert slower.seconds > forecast.seconds and slower.runs[4].micro_batch > forecast.runs[4].micro_batch
     assert hours["h200"] < hours["h100"] < hours["a100"] < hours["a10"] < hours["t4"]
 
@@ -300,7 +300,7 @@ def test_bad_input(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argumen
 def test_the_error_of_a_forecast_is_said(tmp_path: Path) -> None:
     specs = Grid("two", ("digits",), sizes=("small", "medium"), overrides={"max_steps": 20}).runs()
     runs = plan_runs(specs, tmp_path, load_fingerprints(specs, None, required=True))
-    forecast = forecast_study(runs, measured_place(_machine(runs), runs, 1, DEFAULT_COMPUTE, None), tmp_path)
+    forecast = forecast_study(runs, measured_fleet(_machine(runs), runs, 1, DEFAULT_COMPUTE, None), tmp_path)
     said = forecast.runs[0].seconds
     logs = [RunFiles.of(tmp_path, run.spec, str(run.run_id)).log for run in runs]
     for log, note in zip(

@@ -19,12 +19,12 @@ from study.cost.forecast import (
     SHEET_FIRST_RUN,
     SHEET_RUN_START,
     SHEET_STUDY_START,
-    Place,
+    Fleet,
     forecast_study,
     forecast_text,
     least_seconds,
     run_seconds,
-    sheet_place,
+    sheet_fleet,
     sheet_rate,
 )
 from study.grid import GRIDS
@@ -37,19 +37,19 @@ def _runs(precision: str = "bf16") -> list[PlannedRun]:
     return plan_runs(GRIDS["full"].runs(precision), Path("nowhere"), {})
 
 
-def _text(place: Place, precision: str = "bf16") -> str:
+def _text(place: Fleet, precision: str = "bf16") -> str:
     return " ".join(forecast_text(forecast_study(_runs(precision), place, Path("nowhere"))).split())
 
 
 def test_the_first_run_of_each_slot_compiles() -> None:
     sheet, runs = SHEETS["h100"], _runs()
-    one, two = (forecast_study(runs, sheet_place(sheet, devices, DEFAULT_COMPUTE, None), Path("nowhere")) for devices in (1, 2))
+    one, two = (forecast_study(runs, sheet_fleet(sheet, devices, DEFAULT_COMPUTE, None), Path("nowhere")) for devices in (1, 2))
     assert one.makespan == pytest.approx(SHEET_STUDY_START + SHEET_FIRST_RUN + one.seconds)
     assert two.place.start == one.place.start and two.makespan < 0.6 * one.makespan
     assert all(each.rate.start == SHEET_RUN_START < 10 for each in one.runs)
     plain, asked = Compute(deterministic=True), Compute(deterministic=True, compile=True)
     for compute, start in ((plain, 0.0), (Compute(compile=False, fused=False), 0.0), (asked, SHEET_FIRST_RUN)):
-        assert sheet_place(sheet, 1, compute, None).start == SHEET_STUDY_START + start
+        assert sheet_fleet(sheet, 1, compute, None).start == SHEET_STUDY_START + start
 
 
 def test_a_pass_takes_its_products_and_its_bytes() -> None:
@@ -73,12 +73,12 @@ def test_a_pass_takes_its_products_and_its_bytes() -> None:
 
 def test_a_forecast_says_on_what_it_was_measured() -> None:
     assert SHEETS["h200"].measured and not SHEETS["t4"].measured
-    here, elsewhere = (_text(sheet_place(SHEETS[name], 1, DEFAULT_COMPUTE, None)) for name in ("h200", "a100"))
+    here, elsewhere = (_text(sheet_fleet(SHEETS[name], 1, DEFAULT_COMPUTE, None)) for name in ("h200", "a100"))
     for said in (here, elsewhere):
         assert f"fitted to measurements on NVIDIA H200 SXM, {SHEETS['h200'].measured}" in said
     assert "not measured on this GPU" in elsewhere and "not measured" not in here
     for name in ("t4", "h200"):
-        said = _text(sheet_place(SHEETS[name], 1, DEFAULT_COMPUTE, None), "fp32")
+        said = _text(sheet_fleet(SHEETS[name], 1, DEFAULT_COMPUTE, None), "fp32")
         assert "50 % of peak, which is assumed; not measured at fp32" in said
 
 

@@ -53,7 +53,7 @@ def check_findings(findings: Any) -> dict[str, Any]:
     return findings
 
 
-def find_out(
+def findings_of(
     files: RunFiles, kinds: Sequence[str], *, again: bool = False, limit: int | None = None, **how: Any
 ) -> dict[str, dict[str, Any]]:
     """Findings of some kinds about a finished run. They are kept in the ledger, and are not found out twice.

@@ -47,7 +47,7 @@ class Lease:
             self.storage.overwrite(name, content)
         return renewal is not None
 
-    def abandon(self) -> None:
+    def expire(self) -> None:
         """Let it expire now: whoever sees it knows that the work is undone and that nobody does it."""
         self.storage.overwrite(self._name(self.number), _lease_content(self.owner, 0.0))
 

@@ -17,7 +17,7 @@ from torch import nn
 from diffvit.dataset import Dataset
 from diffvit.keeping.saving import DEFAULT_SAVING, Every
 from diffvit.ledger.log import Step
-from diffvit.loop.recorder import Progress, Recorder
+from diffvit.loop.recorder import OnSteps, Recorder
 from diffvit.loop.stepper import Stepper
 from diffvit.protocol import Protocol, images_in_steps
 
@@ -51,7 +51,7 @@ def fit(
     micro_batch: int | None = None,
     evaluation_batch: int | None = None,
     graphs: bool = False,
-    on_steps: Progress | None = None,
+    on_steps: OnSteps | None = None,
     resume: Mapping[str, Any] | None = None,
     on_save: Callable[[dict[str, Any]], None] | None = None,
     save_every: Every = DEFAULT_SAVING.every,

@@ -39,12 +39,12 @@ class Placed:
     evaluation_batch: int
 
     @property
-    def how(self) -> dict[str, Any]:
+    def fit_arguments(self) -> dict[str, Any]:
         """Arguments for `fit`."""
         return {"micro_batch": self.micro_batch, "evaluation_batch": self.evaluation_batch, "graphs": self.chosen.graphs}
 
 
-def place(
+def place_model(
     name: str, size: str, protocol: Protocol, seed: int, device: torch.device, precision: str, compute: Compute, workers: int = 1
 ) -> Placed:
     """Build an architecture, put it on a device, choose how it is computed there and how its batches are split.

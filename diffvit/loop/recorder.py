@@ -14,7 +14,7 @@ from diffvit.ledger.log import Step
 from diffvit.protocol import Protocol
 
 # Called with the steps since the last call and the number of all steps; at most about once a second.
-Progress = Callable[[list[Step], int], None]
+OnSteps = Callable[[list[Step], int], None]
 _FLUSH_SECONDS = 1.0
 
 
@@ -44,7 +44,7 @@ class Recorder:
         last: the record of the step that a resumed training goes on after.
     """
 
-    def __init__(self, protocol: Protocol, total: int, per_epoch: int, on_steps: Progress | None, last: Step | None, workers: int):
+    def __init__(self, protocol: Protocol, total: int, per_epoch: int, on_steps: OnSteps | None, last: Step | None, workers: int):
         self._protocol, self._total, self._per_epoch, self._on_steps = protocol, total, per_epoch, on_steps
         self._workers = workers
         self._waiting: list[tuple[int, float, Tensor]] = []

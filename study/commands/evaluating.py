@@ -10,7 +10,7 @@ import click
 
 from diffvit.evaluation import evaluate_checkpoint
 from diffvit.findings.attention import summary_lines as attention_lines
-from diffvit.findings.kept import find_out
+from diffvit.findings.kept import findings_of
 from diffvit.findings.robustness import summary_lines as corruption_lines
 from diffvit.ledger.files import files_of_weights
 from study.commands.terminal import warn
@@ -25,11 +25,11 @@ def print_evaluation(path: Path, as_json: bool, **settings: Any) -> None:
 
 
 def print_findings(paths: list[Path], kinds: list[str], as_json: bool, **settings: Any) -> None:
-    """What is found in checkpoints, each as lines or all as JSON. Arguments as find_out takes them."""
+    """What is found in checkpoints, each as lines or all as JSON. Arguments as findings_of takes them."""
     all_findings = {}
     for number, path in enumerate(paths, start=1):
         click.echo(f"{number} of {len(paths)}: {path}", err=True)
-        findings = all_findings[str(path)] = find_out(files_of_weights(path), kinds, **settings)
+        findings = all_findings[str(path)] = findings_of(files_of_weights(path), kinds, **settings)
         for found in findings.values():
             for warning in found["warnings"]:
                 warn(warning)

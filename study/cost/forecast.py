@@ -94,15 +94,15 @@ class RunForecast:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a study will run.
+class Fleet:
+    """The devices that a study will run on.
 
     Attributes:
         title: the device, for a person.
         kind: "cpu" or "cuda".
         memory: bytes of a device, or of the machine.
         devices: GPUs, or machines where the device is a CPU.
-        at_once: runs that share a device.
+        runs_per_device: runs that share a device.
         slots: runs that train at a time on all of them.
         start: seconds until the first run begins, loading data included.
         rate: of a run's cell.
@@ -115,7 +115,7 @@ class Place:
     memory: int
     precision: str
     devices: int
-    at_once: int
+    runs_per_device: int
     slots: int
     start: float
     rate: Callable[[PlannedRun], Rate]
@@ -134,7 +134,7 @@ class StudyForecast:
     """
 
     runs: list[RunForecast]
-    place: Place
+    fleet: Fleet
     makespan: float
 
     @property
@@ -149,21 +149,21 @@ class StudyForecast:
 
     def price(self, seconds: float) -> float | None:
         """Of so many seconds on a run's share of a device."""
-        return None if self.place.price is None else seconds / 3600 * self.place.price / self.place.at_once
+        return None if self.fleet.price is None else seconds / 3600 * self.fleet.price / self.fleet.runs_per_device
 
     @property
     def bill(self) -> float | None:
         """Of all devices, paid for until the last run ends."""
-        return None if self.place.price is None else self.makespan / 3600 * self.place.price * self.place.devices
+        return None if self.fleet.price is None else self.makespan / 3600 * self.fleet.price * self.fleet.devices
 
 
-def forecast_study(runs: Sequence[PlannedRun], place: Place, checkpoints: Path) -> StudyForecast:
-    """What the runs will take at a place. Ended runs take nothing, those that have begun the rest after their last saved state."""
-    forecasts = [_forecast_run(run, place, checkpoints) for run in runs]
+def forecast_study(runs: Sequence[PlannedRun], fleet: Fleet, checkpoints: Path) -> StudyForecast:
+    """What the runs will take on a fleet. Ended runs take nothing, those that have begun the rest after their last saved state."""
+    forecasts = [_forecast_run(run, fleet, checkpoints) for run in runs]
     # As the study does: by the work of the whole run, also where a part of it is done.
     order = sorted((each for each in forecasts if not each.run.ended), key=lambda each: each.run.train_flops, reverse=True)
-    end = makespan([each.seconds for each in order], place.slots)
-    return StudyForecast(forecasts, place, place.start + end if order else 0.0)
+    end = makespan([each.seconds for each in order], fleet.slots)
+    return StudyForecast(forecasts, fleet, fleet.start + end if order else 0.0)
 
 
 def makespan(seconds: Iterable[float], slots: int) -> float:
@@ -174,17 +174,17 @@ def makespan(seconds: Iterable[float], slots: int) -> float:
     return max(free)
 
 
-def _forecast_run(run: PlannedRun, place: Place, checkpoints: Path) -> RunForecast:
-    protocol, rate = run.spec.protocol, place.rate(run)
-    model, recompute = model_of(run.spec), bool(place.compute.recompute)
-    kind, precision = place.kind, run.spec.precision
-    memory = place.memory / place.at_once
+def _forecast_run(run: PlannedRun, fleet: Fleet, checkpoints: Path) -> RunForecast:
+    protocol, rate = run.spec.protocol, fleet.rate(run)
+    model, recompute = model_of(run.spec), bool(fleet.compute.recompute)
+    kind, precision = fleet.kind, run.spec.precision
+    memory = fleet.memory / fleet.runs_per_device
     batch = protocol.batch_size
-    at_once = min(place.compute.micro_batch or micro_batch_within(model, batch, memory, precision, kind, recompute), batch)
-    needed = training_memory(model, at_once, precision, kind, recompute)
+    micro_batch = min(fleet.compute.micro_batch or micro_batch_within(model, batch, memory, precision, kind, recompute), batch)
+    needed = training_memory(model, micro_batch, precision, kind, recompute)
     done = run.steps if run.ended else _steps_saved(run, checkpoints)
     seconds = 0.0 if run.ended else run_seconds(run, rate, done)
-    return RunForecast(run, at_once, needed, needed <= memory, done, seconds, rate)
+    return RunForecast(run, micro_batch, needed, needed <= memory, done, seconds, rate)
 
 
 def run_seconds(run: PlannedRun, rate: Rate, done: int = 0) -> float:
@@ -262,26 +262,27 @@ def measured_rate(machine: Machine) -> Callable[[PlannedRun], Rate]:
     return rate
 
 
-def sheet_place(sheet: Sheet, devices: int, compute: Compute, price: float | None) -> Place:
+def sheet_fleet(sheet: Sheet, devices: int, compute: Compute, price: float | None) -> Fleet:
     """GPUs of which only the data sheet is known."""
     compiles = compute.compile or compute.fused or not (compute.deterministic or compute.compile is compute.fused is False)
     start = SHEET_STUDY_START + (SHEET_FIRST_RUN if compiles else 0.0)  # the first runs compile side by side
-    return Place(
+    return Fleet(
         title=sheet.title, kind="cuda", memory=int(sheet.memory * 2**30), precision=sheet.precision,
-        devices=devices, at_once=1, slots=devices,
+        devices=devices, runs_per_device=1, slots=devices,
         start=start, rate=sheet_rate(sheet, bool(compute.recompute)), compute=compute, sheet=sheet, price=price,
     )  # fmt: skip
 
 
-def measured_place(machine: Machine, runs: Iterable[PlannedRun], devices: int, compute: Compute, price: float | None) -> Place:
+def measured_fleet(machine: Machine, runs: Iterable[PlannedRun], devices: int, compute: Compute, price: float | None) -> Fleet:
     """Machines like one that was measured."""
     datasets = {run.spec.dataset for run in runs if not run.ended}
     known = max(machine.load.values(), default=0.0)
     # The study loads each data set itself, and so does each process that trains.
     start = machine.start + 2 * sum(machine.load.get(dataset, known) for dataset in datasets)
-    return Place(
+    return Fleet(
         title=machine.device_name, kind=machine.device, memory=machine.memory, precision=machine.precision, devices=devices,
-        at_once=machine.at_once, slots=devices * machine.at_once, start=start, rate=measured_rate(machine), compute=compute, price=price,
+        runs_per_device=machine.at_once, slots=devices * machine.at_once, start=start, rate=measured_rate(machine), compute=compute,
+        price=price,
     )  # fmt: skip
 
 
@@ -290,7 +291,7 @@ def forecast_text(forecast: StudyForecast, width: int | None = None) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    runs, priced = forecast.runs, forecast.place.price is not None
+    runs, priced = forecast.runs, forecast.fleet.price is not None
     seeds = len({each.run.spec.seed for each in runs}) > 1
     conditions = len({overrides_text(each.run.spec.overrides) for each in runs}) > 1
     most = max(each.run.train_flops for each in runs)
@@ -321,15 +322,15 @@ def forecast_text(forecast: StudyForecast, width: int | None = None) -> str:
 
 
 def _sentences(forecast: StudyForecast) -> list[str]:
-    place, pending = forecast.place, forecast.pending
-    unit = "GPU" if place.kind == "cuda" else "machine"
-    where = f"{place.devices} x {place.title}" + (f", {place.at_once} runs at a time on each" if place.at_once > 1 else "")
+    fleet, pending = forecast.fleet, forecast.pending
+    unit = "GPU" if fleet.kind == "cuda" else "machine"
+    where = f"{fleet.devices} x {fleet.title}" + (f", {fleet.runs_per_device} runs at a time on each" if fleet.runs_per_device > 1 else "")
     ended, begun = len(forecast.runs) - len(pending), sum(bool(each.steps_done) for each in pending)
     lines = [
-        f"place     {where}, {place.precision}, {place.memory / 2**30:,.0f} GB",
+        f"place     {where}, {fleet.precision}, {fleet.memory / 2**30:,.0f} GB",
         f"runs      {len(pending)} to train" + (f", {begun} of them begun" if begun else "") + f"; {ended} ended, which cost nothing",
-        f"work      {duration(forecast.seconds / place.at_once)} of {unit} time"
-        + (f", ${forecast.price(forecast.seconds):,.2f}" if place.price is not None else "; --price P says what that costs"),
+        f"work      {duration(forecast.seconds / fleet.runs_per_device)} of {unit} time"
+        + (f", ${forecast.price(forecast.seconds):,.2f}" if fleet.price is not None else "; --price P says what that costs"),
         f"end       {duration(forecast.makespan)} after the start, longest runs first"
         + (f"; ${forecast.bill:,.2f} where all is paid until then" if forecast.bill is not None else ""),
     ]
@@ -353,11 +354,11 @@ def _sources(forecast: StudyForecast) -> list[str]:
         ]
         few = "; some with fewer images a step than the batch, for which --probe_seconds is too short"
         days = " and ".join(sorted({date for date, _, _ in rates}))
-        lines.append(f"measured  on {forecast.place.title}, {days}" + (few if any(images < batch for _, images, batch in rates) else ""))
+        lines.append(f"measured  on {forecast.fleet.title}, {days}" + (few if any(images < batch for _, images, batch in rates) else ""))
     if SCALED in sources:
         lines.append("scaled    by FLOPs from the nearest cell that was measured; --probe measures these too")
     if SHEET in sources:
-        lines.append(f"sheet     ESTIMATED from the data sheet: {_assumptions(forecast.place.sheet, chosen[0].run)}")
+        lines.append(f"sheet     ESTIMATED from the data sheet: {_assumptions(forecast.fleet.sheet, chosen[0].run)}")
     return lines
 
 
@@ -375,10 +376,11 @@ def _assumptions(sheet: Sheet | None, run: PlannedRun) -> str:
 
 def forecast_json(forecast: StudyForecast) -> dict[str, Any]:
     """The forecast for machines: seconds, bytes, dollars."""
-    place = forecast.place
+    fleet = forecast.fleet
     return {
-        "device": place.title, "kind": place.kind, "precision": place.precision, "devices": place.devices, "runs_per_device": place.at_once,
-        "memory": place.memory, "price": place.price, "start_seconds": place.start, "seconds": forecast.seconds,
+        "device": fleet.title, "kind": fleet.kind, "precision": fleet.precision, "devices": fleet.devices,
+        "runs_per_device": fleet.runs_per_device,
+        "memory": fleet.memory, "price": fleet.price, "start_seconds": fleet.start, "seconds": forecast.seconds,
         "makespan_seconds": forecast.makespan, "dollars": forecast.price(forecast.seconds), "bill": forecast.bill,
         "runs": [
             {

@@ -60,7 +60,7 @@ def plan_study(options: StudyOptions, gpu: str | None = None, gpus: int = 1, pro
     Raises:
         UserError: an unknown GPU, or nothing is known of the machine at hand.
     """
-    from study.cost.forecast import forecast_study, measured_place, sheet_place
+    from study.cost.forecast import forecast_study, measured_fleet, sheet_fleet
 
     sheet = find_sheet(gpu) if gpu else None
     if sheet and probe_seconds is not None:
@@ -82,11 +82,11 @@ def plan_study(options: StudyOptions, gpu: str | None = None, gpus: int = 1, pro
     specs, compute, price = options.runs(), options.compute, options.placement.price
     runs = plan_runs(specs, options.checkpoints, load_fingerprints(specs, options.data_root, required=False))
     if machine is not None:
-        place = measured_place(machine, runs, gpus, compute, price)
+        fleet = measured_fleet(machine, runs, gpus, compute, price)
     else:
         assert sheet
-        place = sheet_place(sheet, gpus, compute, price)
-    return forecast_study(runs, place, options.checkpoints)
+        fleet = sheet_fleet(sheet, gpus, compute, price)
+    return forecast_study(runs, fleet, options.checkpoints)
 
 
 def probe_machine(options: StudyOptions, seconds: float) -> Machine:
@@ -123,16 +123,16 @@ def _local_device(options: StudyOptions) -> str:
 
 def expected_forecast(options: StudyOptions, runs: list[PlannedRun], cluster: Cluster) -> StudyForecast | None:
     """What the study will take on its cluster; None where nothing is known of the cluster's devices, or a group trains a run."""
-    from study.cost.forecast import forecast_study, measured_place, sheet_place
+    from study.cost.forecast import forecast_study, measured_fleet, sheet_fleet
 
     if options.placement.workers > 1:
         return None
     title = gpu_title() if options.placement.gpus_per_run else _local_device(options)
     machine, sheet = _known_machine(options, f"^{re.escape(title)}$"), sheet_of(title)
     if machine:
-        place = measured_place(machine, runs, 1, options.compute, None)
+        fleet = measured_fleet(machine, runs, 1, options.compute, None)
     elif sheet:
-        place = sheet_place(sheet, 1, options.compute, None)
+        fleet = sheet_fleet(sheet, 1, options.compute, None)
     else:
         return None
-    return forecast_study(runs, dataclasses.replace(place, slots=options.placement.slots(cluster)), options.checkpoints)
+    return forecast_study(runs, dataclasses.replace(fleet, slots=options.placement.slots(cluster)), options.checkpoints)

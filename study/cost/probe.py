@@ -28,7 +28,7 @@ from diffvit.keeping.saving import Every
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.weights import save_weights
 from diffvit.loop.fit import Stopped, fit
-from diffvit.loop.placement import place
+from diffvit.loop.placement import place_model
 from diffvit.machine.device import device_memory, device_title, resolve_device
 from diffvit.protocol import Protocol, images_in_steps
 from diffvit.vit import VisionTransformer, build_model
@@ -61,7 +61,7 @@ def probe(
     datasets = dict.fromkeys(run.spec.dataset for run in runs)
     probers = [
         ray.remote(num_cpus=0)(_Prober).options(resources=needs, num_cpus=cpus, num_gpus=gpus).remote(settings)
-        for cpus, gpus, needs in [_resources(settings.placement)] * at_once(cluster, settings.placement)
+        for cpus, gpus, needs in [_resources(settings.placement)] * concurrent_runs(cluster, settings.placement)
     ]
     facts = ray.get([prober.facts.remote() for prober in probers])[0]
     start = time.monotonic() - begun
@@ -82,7 +82,7 @@ def probe(
     )  # fmt: skip
 
 
-def at_once(cluster: Cluster, placement: Placement) -> int:
+def concurrent_runs(cluster: Cluster, placement: Placement) -> int:
     """How many runs a study trains at a time on one GPU, or on one machine where it trains on CPUs."""
     if placement.gpus_per_run:
         return max(1, int(1 / placement.gpus_per_run + 1e-9))
@@ -136,9 +136,9 @@ def measure_cell(spec: RunSpec, data: Dataset, device: torch.device, compute: Co
     start = time.perf_counter()
     # Endless, so that it is the clock that ends it.
     protocol = dataclasses.replace(spec.protocol, max_steps=None, epochs=10**6)
-    placed = place(spec.model, spec.size, protocol, spec.seed, device, spec.precision, compute)
+    placed = place_model(spec.model, spec.size, protocol, spec.seed, device, spec.precision, compute)
     begin = time.perf_counter() - start
-    trained = partial(_marks, placed.model, data, precision=spec.precision, **placed.how)
+    trained = partial(_marks, placed.model, data, precision=spec.precision, **placed.fit_arguments)
 
     images = 1
     while images < protocol.batch_size and _step_seconds(trained, protocol, images) < _SHARE_OF_STEP * seconds:

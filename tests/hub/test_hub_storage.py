@@ -87,7 +87,7 @@ def test_leases(storage: Storage) -> None:
     assert isinstance(lease, Lease) and lease_state(storage, "run") == "live"
     assert "may be taken over" in str(take_lease(storage, "run", "you", 60))
     assert lease.renew()
-    lease.abandon()
+    lease.expire()
     assert lease_state(storage, "run") == "expired"
     taken = take_lease(storage, "run", "you", 60)
     assert isinstance(taken, Lease) and not lease.renew() and taken.renew()
