@@ -10,6 +10,7 @@ from glob import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,17 +30,29 @@ from diffvit.vit import VisionTransformer
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Per image: true label, predicted label, cross-entropy (nats), probability given to the true label. All [images]."""
+    """A model's answers, one an image; all fields are [images].
+
+    Attributes:
+        losses: cross-entropy in nats. probabilities: of the true label. confidences: of the predicted label.
+        briers: squared distance of all probabilities to the true label's 1 and the others' 0, from 0 to 2 (Brier 1950).
+    """
 
     labels: Tensor
     predicted: Tensor
     losses: Tensor
     probabilities: Tensor
+    confidences: Tensor
+    briers: Tensor
 
     @property
     def accuracy(self) -> float:
         """Share of right answers, 0 to 1."""
         return (self.labels == self.predicted).double().mean().item()
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean over the classes that have images of the share of right answers."""
+        return balanced_accuracy(self.labels.numpy(), self.predicted.numpy())
 
     @property
     def loss(self) -> float:
@@ -66,15 +79,20 @@ class Evaluation:
 
     def to_csv(self) -> str:
         """One row an image, in the split's order."""
-        columns = zip(
-            self.labels.tolist(),
-            self.predicted.tolist(),
-            self.losses.tolist(),
-            self.probabilities.tolist(),
-            strict=True,
-        )
-        rows = (f"{i},{label},{guess},{loss:.9g},{p:.9g}\n" for i, (label, guess, loss, p) in enumerate(columns))
-        return "image,label,predicted,loss,probability\n" + "".join(rows)
+        numbers = torch.stack([self.losses, self.probabilities, self.confidences, self.briers], dim=1).tolist()
+        answers = zip(self.labels.tolist(), self.predicted.tolist(), numbers, strict=True)
+        rows = (f"{i},{label},{guess},{','.join(f'{n:.9g}' for n in row)}\n" for i, (label, guess, row) in enumerate(answers))
+        return "image,label,predicted,loss,probability,confidence,brier\n" + "".join(rows)
+
+
+def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
+    """Mean over the classes that occur of the share of right answers: what a constant answer gets is 1 / classes."""
+    return float(np.mean([(predicted[labels == label] == label).mean() for label in np.unique(labels)]))
+
+
+def majority_share(labels: np.ndarray) -> float:
+    """The accuracy of answering every image with the commonest class."""
+    return float(np.unique(labels, return_counts=True)[1].max() / len(labels))
 
 
 @torch.no_grad()  # with inference_mode, compiled blocks would be compiled once more
@@ -96,10 +114,13 @@ def evaluate(
         with autocast(device, precision):
             logits = model(prepare(pixels)).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
-        parts.append(torch.stack([labels.double(), logits.argmax(1).double(), losses.double(), (-losses).exp().double()]).cpu())
+        shares = logits.softmax(1)
+        briers = (shares - F.one_hot(labels, shares.shape[1])).square().sum(1)
+        columns = (labels, logits.argmax(1), losses, (-losses).exp(), shares.amax(1), briers)
+        parts.append(torch.stack([column.double() for column in columns]).cpu())
     model.train(was_training)
-    labels, predicted, losses, probabilities = torch.cat(parts, dim=1)
-    return Evaluation(labels.long(), predicted.long(), losses, probabilities)
+    labels, predicted, *numbers = torch.cat(parts, dim=1)
+    return Evaluation(labels.long(), predicted.long(), *numbers)
 
 
 class _Candidate(NamedTuple):
@@ -206,6 +227,8 @@ def evaluate_checkpoint(
         **{key: facts[key] for key in ("run_id", "model", "size", "dataset", "seed")},
         "images": len(outcome.labels),
         "accuracy": outcome.accuracy,
+        "balanced_accuracy": outcome.balanced_accuracy,
+        "majority_answer": majority_share(outcome.labels.numpy()),
         "loss": outcome.loss,
         "classes": outcome.per_class(facts["classes"]),
         "warnings": data_warnings(facts, data),

@@ -14,6 +14,7 @@ from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from study.grid import GRIDS, Grid, find_grid, named_after
+from study.predictions import with_predictions
 from study.table import files_of, run_table, step_table, write_csv, write_step_csv
 from study.text import columns, say
 
@@ -31,7 +32,7 @@ def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> b
         return True
     print(table_text(table))
     runs, steps = (options.checkpoints / f"{options.name}_{what}.csv" for what in ("runs", "steps"))
-    write_csv(table, runs)
+    write_csv(with_predictions(table, options.checkpoints), runs)
     write_step_csv(options.checkpoints, table, steps)
     say(f"\ntable    {runs}")
     drawn = not draw or _draw(options, table)

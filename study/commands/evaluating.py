@@ -44,6 +44,7 @@ def _evaluation_lines(report: dict[str, Any]) -> list[str]:
     width = max(len(row["class"]) for row in report["classes"])
     return [
         f"test accuracy  {100 * report['accuracy']:.2f} % of {report['images']} images",
+        f"balanced       {100 * report['balanced_accuracy']:.2f} % (majority answer: {100 * report['majority_answer']:.2f} %)",
         f"test loss      {report['loss']:.4f}",
         *(f"  {row['class']:<{width}}  {100 * row['accuracy']:6.2f} % of {row['images']:4d}  loss {row['loss']:.4f}"
           for row in report["classes"] if row["images"]),

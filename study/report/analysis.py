@@ -16,6 +16,7 @@ from diffvit.errors import UserError
 from diffvit.findings.kept import read_evaluations
 from diffvit.findings.robustness import right_answers, summarise
 from diffvit.protocol import ARMS
+from study.predictions import with_predictions
 from study.report import verdict
 from study.report.figures import model_title
 from study.report.scaling import Estimate
@@ -86,6 +87,7 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
         checkpoints: the ledger, for predictions and for what `evaluate` found; None: the table only.
     """
     table, left_out = comparable(table)
+    table = with_predictions(table, checkpoints)
     findings, more_left_out = _findings(table, checkpoints)
     left_out += more_left_out
     corrupted = pd.DataFrame([_errors_found(findings.get(run_id, {})) for run_id in table["run_id"]], table.index, _FOUND)

@@ -16,6 +16,7 @@ from study.report import scaling, verdict
 from study.report.analysis import Analysis, Subject
 from study.report.document import Block, Code, Figures, Heading, Items, Paragraph, Table
 from study.report.figures import model_title, wilson
+from study.report.predictions import predictions_section
 from study.report.scaling import Cells, Estimate, Ratio
 from study.report.verdict import Comparison, percent
 
@@ -37,6 +38,7 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
         blocks.append(Paragraph(f"With noise means here {analysis.noise_source}; without, the same on clean images."))
     blocks.append(Paragraph(_RULE))
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
+    blocks += predictions_section(analysis)
     blocks += _figures(analysis, figures)
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
     blocks += _tuning_section(analysis)

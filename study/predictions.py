@@ -1,0 +1,42 @@
+"""What the predictions of a run say beside its accuracy, as columns of the run table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diffvit.errors import UserError
+from diffvit.evaluation import balanced_accuracy, majority_share
+from diffvit.findings.calibration import calibrate
+from study.table import prediction_table
+
+# Shares, but for brier. Those from ece on need predictions with confidences.
+COLUMNS = ("balanced_accuracy", "majority_answer", "ece", "ece_low", "ece_high", "ece_by_chance", "brier")
+
+
+def with_predictions(table: pd.DataFrame, checkpoints: Path | None) -> pd.DataFrame:
+    """The run table with COLUMNS, computed from each run's predictions; empty where these are missing or damaged.
+
+    Args:
+        checkpoints: the ledger; None leaves all empty.
+    """
+    rows = [_measure(checkpoints, table.iloc[[row]]) if checkpoints else {} for row in range(len(table))]
+    return pd.concat([table, pd.DataFrame(rows, table.index, list(COLUMNS), float)], axis=1)
+
+
+def _measure(checkpoints: Path, run: pd.DataFrame) -> dict[str, Any]:
+    """The columns' values for a table of one run."""
+    try:
+        predictions = prediction_table(checkpoints, run)
+        labels, predicted = (predictions[name].to_numpy(int) for name in ("label", "predicted"))
+        found = {"balanced_accuracy": balanced_accuracy(labels, predicted), "majority_answer": majority_share(labels)}
+        if "confidence" in predictions:
+            confidences, briers = (predictions[name].to_numpy(float) for name in ("confidence", "brier"))
+            if ((confidences >= 0) & (confidences <= 1)).all():
+                calibration = calibrate((labels == predicted).astype(float), confidences)
+                found |= dict(zip(COLUMNS[2:6], calibration, strict=True)) | {"brier": float(briers.mean())}
+        return found
+    except (UserError, KeyError, ValueError, TypeError, OverflowError):  # `list --verify` names what is damaged
+        return {}
