@@ -107,6 +107,7 @@ _OVERRIDES: dict[str, tuple[type, str, str]] = {
     "--lr": (float, "X", "Override the protocol's peak learning rate."),
     "--warmup_steps": (int, "N", "Override the protocol's warm-up."),
     "--clip_norm": (float, "X", "Clip the gradient's norm. [default: no clipping]"),
+    "--residual_scale": (bool, "BOOL", "Start branches at 1 / sqrt(2 depth) of Xavier's values. [default: true]"),
     "--max_steps": (int, "N", "Stop after N steps: a trial. Its test uses as many images as its training, at least 64."),
     "--label_noise": (float, "X", "Share of training labels that are false. [default: 0]"),
     "--input_noise": (float, "X", "Gaussian noise on training images, pixels in 0-1. [default: 0]"),

@@ -60,6 +60,8 @@ class Protocol:
     depths: Mapping[str, int]
     mlp_ratio: int = 4
     dropout: float = 0.0
+    # Start attn.proj and mlp.fc2 at 1 / sqrt(2 depth) of their Xavier values, so that the residual stream grows alike at every depth
+    residual_scale: bool = True
     # The optimiser: AdamW; weight decay on matrices only
     lr: float
     warmup_steps: int
@@ -163,7 +165,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "digits-noisy": _DIGITS,
 }  # fmt: skip
 
-# What may be overridden: name -> (type, smallest value, largest value or None, smallest is allowed itself)
+# What may be overridden: name -> (type, smallest value, largest value or None, smallest is allowed itself); bool has no bounds
 OVERRIDES: dict[str, tuple[type, float, float | None, bool]] = {
     "epochs": (int, 1, None, True),
     "batch_size": (int, 1, None, True),
@@ -173,6 +175,7 @@ OVERRIDES: dict[str, tuple[type, float, float | None, bool]] = {
     "weight_decay": (float, 0, None, True),
     "clip_norm": (float, 0, None, False),
     "dropout": (float, 0, 0.99, True),
+    "residual_scale": (bool, 0, 1, True),
     "label_noise": (float, 0, 0.99, True),
     "input_noise": (float, 0, 1, True),
 }
@@ -183,6 +186,10 @@ def check_override(name: str, value: Any) -> Any:
     if name not in OVERRIDES:
         raise unknown_name("override", name, OVERRIDES)
     kind, low, high, closed = OVERRIDES[name]
+    if kind is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise UserError(f"{name} is {shown(value)}.", "give true or false.")
+        return str(value).lower() == "true"
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9
     in_range = is_number and (value >= low if closed else value > low) and (high is None or value <= high)
     if not in_range or (kind is int and value != int(value)):

@@ -97,6 +97,7 @@ class VisionTransformer(nn.Module):
         attention: the class that makes each layer's attention, called with (d_model, heads, layer, dropout); layer counts from 0.
         image_size, patch_size: in pixels; patches do not overlap.
         heads: heads of a *classic* layer; differential attention pairs them.
+        residual_scale: initialise() scales the projections into the residual stream.
 
     Raises:
         ValueError: a patch size that does not divide the image, or heads that do not divide d_model.
@@ -115,6 +116,7 @@ class VisionTransformer(nn.Module):
         depth: int,
         mlp_ratio: int = 4,
         dropout: float = 0.0,
+        residual_scale: bool = True,
     ):
         super().__init__()
         if image_size % patch_size:
@@ -122,6 +124,7 @@ class VisionTransformer(nn.Module):
         if d_model % heads:
             raise ValueError(f"{heads} heads do not divide d_model {d_model}")
         self.attention_class = attention
+        self.residual_factor = (2 * depth) ** -0.5 if residual_scale else 1.0  # two branches a block add to the stream
         self.facts: dict[str, Any] = {}  # what a checkpoint's header says of it
         self.recompute = False  # activation checkpointing: keep only the blocks' inputs for the backward pass
         self.fused = False  # compute the blocks in fused.py's kernels
@@ -171,7 +174,9 @@ class VisionTransformer(nn.Module):
         """Draw all parameters from `seed`, each from a generator of its own name, on the CPU.
 
         Two architectures so start with equal values wherever they have the same parameter. A module with parameters of a
-        kind of its own (lambda vectors) says how they start in `initialise_parameter(name, parameter, generator)`.
+        kind of its own (lambda vectors) says how they start in `initialise_parameter(name, parameter, generator)`. Matrices start as
+        Xavier's; those whose products are added to the residual stream are scaled by 1 / sqrt(2 depth), as in GPT-2 (arXiv 2206.03126
+        and 2505.01618 give reasons).
         """
         for path, module in self.named_modules():
             rule = getattr(module, "initialise_parameter", _initialise_parameter)
@@ -179,6 +184,8 @@ class VisionTransformer(nn.Module):
                 generator = torch.Generator().manual_seed(stable_seed("parameter", seed, name))
                 value = torch.empty(parameter.shape, dtype=torch.float32)
                 rule(name, value, generator)
+                if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                    value *= self.residual_factor
                 parameter.copy_(value)
 
     def parameter_groups(self) -> dict[str, int]:
@@ -298,4 +305,5 @@ def build_model(model: str, size: str, protocol: Protocol, device: str | torch.d
             depth=protocol.depths[size],
             mlp_ratio=protocol.mlp_ratio,
             dropout=protocol.dropout,
+            residual_scale=protocol.residual_scale,
         )

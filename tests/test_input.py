@@ -93,6 +93,15 @@ def test_a_condition_that_makes_no_runs_of_its_own_is_said(cli) -> None:
         assert outcome.code == 0 and outcome.err.count("warning: digits: lr=0.003 is the same as the protocol") == 1
 
 
+def test_what_is_on_or_off_is_true_or_false() -> None:
+    Path("grid.yaml").write_text(HEAD + "conditions: [{}, {residual_scale: false}]")
+    Path("grid.toml").write_text('datasets = ["digits"]\nsizes = ["small"]\nconditions = [{}, {residual_scale = false}]')
+    for name in ("grid.yaml", "grid.toml"):
+        assert [run.protocol.residual_scale for run in read_grid(Path(name)).runs()] == [True, True, False, False]
+    for written in ("no", "0", "off"):
+        assert "give true or false" in refusal(f"{HEAD}overrides: {{residual_scale: {written}}}")
+
+
 # What YAML 1.1 reads otherwise than a person does: as another number, as a truth, a date or a text.
 ODD = [
     "010",

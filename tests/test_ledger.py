@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from diffvit.dataset import load
 from diffvit.errors import UserError
 from diffvit.ledger import spec as specs
 from diffvit.ledger.disk import disk_faults, sweep_asides, write_atomically
@@ -21,7 +22,8 @@ from diffvit.ledger.files import RunFiles
 from diffvit.ledger.results import read_result, read_results, write_result
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.verify import verify_run
-from diffvit.ledger.weights import load_weights, read_header
+from diffvit.ledger.weights import load_weights, read_header, save_weights, weight_facts
+from diffvit.vit import build_model
 
 BASE = RunSpec.of("vit_classic", "10B", "CIFAR-100")
 
@@ -38,7 +40,7 @@ def test_everything_that_decides_the_result_is_in_the_run_id(monkeypatch: pytest
             RunSpec.of("vit_classic", "10B", "CIFAR-100", overrides={name: value})
             for name, value in {
                 "epochs": 49, "batch_size": 256, "lr": 2e-4, "warmup_steps": 100, "max_steps": 10, "dropout": 0.1,
-                "weight_decay": 0.1, "clip_norm": 1.0, "label_noise": 0.2, "input_noise": 0.1,
+                "weight_decay": 0.1, "clip_norm": 1.0, "label_noise": 0.2, "input_noise": 0.1, "residual_scale": False,
             }.items()
         ),
     ]  # fmt: skip
@@ -49,10 +51,26 @@ def test_everything_that_decides_the_result_is_in_the_run_id(monkeypatch: pytest
 
 
 def test_run_ids_stay_what_they_were() -> None:
-    # Written down for semantics version 3: a change here would leave every finished run behind.
-    assert BASE.run_id("f") == "8203ee7d30"
-    assert RunSpec.of("vit_differential", "0.1M", "digits", seed=3).run_id("f") == "609efa1630"
-    assert RunSpec.of("vit_classic", "50B", "BACH", overrides={"epochs": 3, "label_noise": 0, "input_noise": 0}).run_id("f") == "f4fa19d0d6"
+    # Written down for semantics version 4: a change here would leave every finished run behind.
+    assert BASE.run_id("f") == "46b797672e"
+    assert RunSpec.of("vit_differential", "0.1M", "digits", seed=3).run_id("f") == "b224469d7c"
+    assert RunSpec.of("vit_classic", "50B", "BACH", overrides={"epochs": 3, "label_noise": 0, "input_noise": 0}).run_id("f") == "6dc78c6349"
+
+
+def test_overrides_as_text_are_read_as_they_were() -> None:
+    overrides = {"epochs": 3, "lr": 1e-4, "residual_scale": False}
+    assert specs.parse_overrides(specs.overrides_text(overrides)) == overrides
+
+
+def test_a_checkpoint_of_before_the_scaled_start_is_read_with_the_old_one(tmp_path: Path) -> None:
+    spec, path = RunSpec.of("vit_differential", "0.1M", "digits"), tmp_path / "model_id_0.1M_digits.safetensors"
+    facts = weight_facts(spec, "id", load("digits"))
+    del facts["protocol"]["residual_scale"]
+    model = build_model(spec.model, spec.size, spec.protocol)
+    save_weights(path, model, facts)
+    read, facts = load_weights(path)
+    assert facts["protocol"] == spec.protocol.with_overrides({"residual_scale": False})
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in read.state_dict().items())
 
 
 def test_the_same_work_has_the_same_run_id() -> None:
@@ -106,10 +124,6 @@ def test_damaged_checkpoints_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_their_header(tmp_path: Path) -> None:
-    from diffvit.dataset import load
-    from diffvit.ledger.weights import save_weights, weight_facts
-    from diffvit.vit import build_model
-
     small, large = (RunSpec.of("vit_classic", size, "digits") for size in ("0.1M", "0.2M"))
     path = tmp_path / "x.safetensors"
     save_weights(path, build_model("vit_classic", "0.1M", small.protocol), weight_facts(large, "id", load("digits")))

@@ -139,6 +139,17 @@ def test_initial_values() -> None:
     assert state["blocks.5.mlp.fc1.weight"].abs().max() == pytest.approx((6 / (256 + 1024)) ** 0.5, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_added_to_the_stream_starts_at_one_over_the_root_of_all_branches(name: str) -> None:
+    scaled, old = (build_model(name, "0.4M", PROTOCOLS["digits"].with_overrides({"residual_scale": value})) for value in (True, False))
+    for model in (scaled, old):
+        model.initialise(seed=3)
+    for (parameter, value), other in zip(scaled.named_parameters(), old.parameters(), strict=True):
+        factor = 1 / 4 if parameter.endswith(("attn.proj.weight", "mlp.fc2.weight")) else 1  # 16 branches
+        assert torch.equal(value, factor * other), parameter
+    assert old.blocks[7].mlp.fc2.weight.abs().max() > 0.9 * (6 / sum(old.blocks[7].mlp.fc2.weight.shape)) ** 0.5
+
+
 def test_another_seed_gives_other_weights() -> None:
     first, second = (build_model("vit_classic", "0.1M", PROTOCOLS["digits"]) for _ in range(2))
     first.initialise(0)

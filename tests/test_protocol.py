@@ -70,7 +70,7 @@ def test_dataset_names_ignore_case() -> None:
     "overrides",
     [
         {"epochs": 0}, {"epochs": 1.5}, {"epochs": True}, {"batch_size": -1}, {"lr": 0}, {"lr": float("nan")},
-        {"dropout": 1.0}, {"label_noise": 1.0}, {"label_noise": -0.1}, {"input_noise": 1.5}, {"input_noise": "much"}, {"warmup_steps": -1}, {"epoch": 3}, {"batch_size": 1_259}, {"lr": "fast"},
+        {"dropout": 1.0}, {"label_noise": 1.0}, {"label_noise": -0.1}, {"input_noise": 1.5}, {"input_noise": "much"}, {"warmup_steps": -1}, {"epoch": 3}, {"batch_size": 1_259}, {"lr": "fast"}, {"residual_scale": 0}, {"residual_scale": "no"},
     ],
 )  # fmt: skip
 def test_overrides_are_checked(overrides: dict) -> None:
@@ -87,6 +87,13 @@ def test_noise_enters_an_identity_only_where_there_is_some() -> None:
     noisy = protocol.with_overrides({"label_noise": 0.2, "input_noise": 0.35})
     assert {**plain.identity("0.1M"), "label_noise": 0.2, "input_noise": 0.35} == noisy.identity("0.1M")
     assert (plain.false_labels(), noisy.false_labels(), noisy.false_labels(10)) == (0, 252, 2)
+
+
+def test_the_start_enters_an_identity_only_where_it_is_the_old_one() -> None:
+    protocol = PROTOCOLS["digits"]
+    assert all(protocol.with_overrides({"residual_scale": value}) == protocol for value in (True, "true"))
+    old = protocol.with_overrides({"residual_scale": "false"})
+    assert old.identity("0.1M") == {**protocol.identity("0.1M"), "residual_scale": False}
 
 
 def test_stable_seed_is_the_same_for_ever() -> None:

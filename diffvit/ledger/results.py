@@ -70,7 +70,7 @@ class Result:
     dataset: Name
     seed: Annotated[int, whole(0, 2**63 - 1)]
     precision: Annotated[str, one_of(*PRECISIONS)] | None = None
-    overrides: Annotated[dict[str, Any], dict_of(text(NAME), real(0, 1e9), 100)]
+    overrides: Annotated[dict[str, Any], dict_of(text(NAME), any_of(one_of(True, False), real(0, 1e9)), 100)]
     identity: Annotated[dict[str, Any], record(_IDENTITY)] = field(metadata={"columns": ("fingerprint",)})
     depth: Annotated[int, whole(1, 1000)] | None = None
     parameters: Many

@@ -12,7 +12,7 @@ from diffvit.errors import UserError, shown, unknown_name
 from diffvit.protocol import Protocol, protocol_of, resolve_dataset, resolve_model, resolve_size
 
 # Raise it when a change in the code changes what a run computes: old results then count as other work.
-SEMANTICS_VERSION = 3
+SEMANTICS_VERSION = 4
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -83,6 +83,12 @@ class RunSpec:
 def overrides_text(overrides: Mapping[str, Any]) -> str:
     """Overrides as tables and titles write them: "epochs=5 lr=0.001"."""
     return " ".join(f"{name}={value}" for name, value in overrides.items())
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """The overrides that a text of overrides_text says."""
+    pairs = (part.split("=", 1) for part in text.split())
+    return {name: value == "True" if value in ("True", "False") else float(value) for name, value in pairs}
 
 
 def hash_of_identity(identity: Mapping[str, Any]) -> str:

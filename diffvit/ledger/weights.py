@@ -49,7 +49,7 @@ _PROTOCOL = record(
     },
     {
         "mlp_ratio": whole(1, 64), "dropout": real(0, 0.99), "weight_decay": real(0, 1e9), "clip_norm": maybe(real(0, 1e9)),
-        "max_steps": maybe(whole(1)), "label_noise": real(0, 0.99), "input_noise": real(0, 1),
+        "max_steps": maybe(whole(1)), "label_noise": real(0, 0.99), "input_noise": real(0, 1), "residual_scale": one_of(True, False),
     },
 )  # fmt: skip
 _FACTS = record(
@@ -76,7 +76,8 @@ def read_header(path: Path) -> dict[str, Any]:
         facts = parse_json(metadata["diffvit"])
         if wrong := fault(_FACTS, facts):
             raise ValueError(wrong)
-        facts["protocol"] = protocol = Protocol(**{**facts["protocol"], "images": tuple(facts["protocol"]["images"])})
+        written = {"residual_scale": False, **facts["protocol"]}  # headers that do not say are older than the scaling
+        facts["protocol"] = protocol = Protocol(**{**written, "images": tuple(written["images"])})
         lengths = [len(facts[name]) for name in ("classes", "mean", "std")]
         if lengths != [protocol.classes, protocol.channels, protocol.channels]:
             raise ValueError("its classes or channels do not fit its protocol")

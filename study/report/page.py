@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from diffvit.findings.robustness import summarise
+from diffvit.ledger.spec import parse_overrides
 from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
 from study.report import scaling, verdict
 from study.report.analysis import Analysis, Subject
@@ -367,8 +368,7 @@ def _tuning(analysis: Analysis) -> str:
 
 
 def _protocol(part: Subject) -> Protocol:
-    values = dict(pair.split("=", 1) for pair in part.table["overrides"].iloc[0].split())
-    return protocol_of(part.dataset).with_overrides({key: float(value) for key, value in values.items()})
+    return protocol_of(part.dataset).with_overrides(parse_overrides(part.table["overrides"].iloc[0]))
 
 
 def _provenance(table: pd.DataFrame) -> list[Block]:
