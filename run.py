@@ -23,6 +23,7 @@ from diffvit.keeping.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS
 from diffvit.ledger.disk import disk_faults, write_atomically
 from diffvit.ledger.spec import RunSpec
 from diffvit.machine.host import outlive_readers
+from diffvit.tracking import TRACKERS, check_tracker
 from study.commands.parsing import FOLDER, ShellPath, StrictGroup, auto_option, full_names, options, parse_resource, parse_saving, taken
 from study.commands.terminal import fail, own_command, terminal_width, transfer, warn
 from study.cost.devices import find_sheet
@@ -78,6 +79,7 @@ _compute_options = options(
                       "[default: on a GPU whose memory is very short]"),
     click.option("--deterministic", is_flag=True, help="On a GPU too, give the same bits every time."),
 )  # fmt: skip
+_track = click.option("--track", "tracker", type=click.Choice(list(TRACKERS)), help="Send the curves of runs to an experiment tracker.")
 _saving_options = options(
     click.option("--save_every", default=str(DEFAULT_SAVING.every), show_default=True, metavar="INTERVAL",
                  help="How often the state of training is saved, such as 60s or 500steps: what a kill costs at most."),
@@ -160,9 +162,10 @@ def _study_options(given: dict[str, Any]) -> Any:
 @_checkpoints
 @_compute_options
 @_saving_options
+@_track
 @_device
 def train(model: str, size: str, dataset: str, seed: int, data_root: str | None, checkpoints: Path, precision: str, device: str | None,
-          **given: Any) -> None:  # fmt: skip
+          tracker: str | None, **given: Any) -> None:  # fmt: skip
     """Train one model and measure its test accuracy.
 
     A run that is done already is not done again; one that was interrupted goes on where its state was last saved.
@@ -175,7 +178,8 @@ def train(model: str, size: str, dataset: str, seed: int, data_root: str | None,
 
     place = resolve_device(device)
     spec = RunSpec.of(model, size, dataset, seed, default_precision(place) if precision == "auto" else precision, overrides)
-    train_and_print(spec, checkpoints, data_root=data_root, device=place, compute=_compute(given), saving=saving)
+    check_tracker(tracker)
+    train_and_print(spec, checkpoints, data_root=data_root, device=place, compute=_compute(given), saving=saving, tracker=tracker)
 
 
 @cli.command()
@@ -282,6 +286,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_checkpoints
 @_compute_options
 @_saving_options
+@_track
 def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: str | None, collect: bool, resource: tuple[str, ...],
           **given: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
@@ -299,6 +304,7 @@ def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: 
     chosen = find_grid(grid, dataset)
     chosen.runs(seeds=given["seeds"], overrides={"epochs": given["epochs"]}, on_same=warn)  # names and values first
     saving = _saving(given)
+    check_tracker(given["tracker"])
     resources = dict(map(parse_resource, resource))
     if collect and not saving.storage:
         raise UserError("--collect has no place to collect from.", "give --upload true, or the --storage that the boxes had.")

@@ -35,6 +35,7 @@ from diffvit.loop.resume import fits_run
 from diffvit.machine.device import machine_facts, resolve_device
 from diffvit.machine.host import cpus
 from diffvit.protocol import images_in_steps
+from diffvit.tracking import NO_TRACKING, Curves, TrackedRun, Tracking, tracked
 
 T = TypeVar("T")
 
@@ -66,6 +67,7 @@ def train(
     on_warning: Callable[[str], None] | None = None,
     on_phase: Callable[[str], None] | None = None,
     saving: Saving = DEFAULT_SAVING,
+    tracking: Tracking = NO_TRACKING,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result | None:
     """One run, from its specification to its result file.
@@ -79,6 +81,7 @@ def train(
         on_warning: called with what a reader of the result must know, and where a state is damaged or the storage does not answer.
         on_phase: called with what the run does next beside steps: "compiling", "resumed at step 600", "evaluating".
         saving: how the state survives.
+        tracking: the experiment tracker that curves are sent to.
         should_stop: asked after each step; if true, the state is saved and Stopped raised.
 
     Returns:
@@ -113,7 +116,7 @@ def train(
         try:
             return _train(
                 spec, files, keeper, data, place, resume, compute,
-                on_steps=on_steps, on_warning=on_warning, on_phase=on_phase, save_every=saving.every,
+                on_steps=on_steps, on_warning=on_warning, on_phase=on_phase, save_every=saving.every, tracking=tracking,
                 should_stop=lambda: should_stop() or keeper.lost,
             )  # fmt: skip
         except Stopped:
@@ -181,6 +184,7 @@ def _train(
     on_warning: Callable[[str], None] | None,
     on_phase: Callable[[str], None] | None,
     save_every: Every,
+    tracking: Tracking,
     should_stop: Callable[[], bool],
 ) -> Result | None:
     """`train` once the run is ours: resume or begin, fit, evaluate, write the files."""
@@ -199,15 +203,27 @@ def _train(
     run = _Run(spec, files, clean, data, false_rows, device, compute, placed, notes, started, resume)
     if resume:
         enter(f"resumed at step {resume['step']}")
-    with _open_log(run) if rank == 0 else contextlib.nullcontext() as log:
+
+    def tracker_failed(sentence: str) -> None:
+        notes.append(sentence)
+        if on_warning:
+            on_warning(sentence)
+
+    shown = TrackedRun.of(spec, files.run_id, files.checkpoints, resume["step"] if resume else 0, tracking)
+    with (
+        _open_log(run) if rank == 0 else contextlib.nullcontext() as log,
+        tracked(tracking.tracker if rank == 0 else None, shown, tracker_failed) as curves,
+    ):
         try:
-            fitted = _fit(run, keeper, log, on_steps=on_steps, save_every=save_every, should_stop=should_stop)
+            fitted = _fit(run, keeper, log, curves, on_steps=on_steps, save_every=save_every, should_stop=should_stop)
             enter("evaluating")
             outcome = _evaluate(run, fitted, log) if log else None
         except Diverged as diverged:
             outcome = _give_up(run, diverged, log) if log else None
         if log is None or outcome is None:
             return None
+        if curves and outcome.test:
+            curves.end({"test_accuracy": outcome.test.accuracy, "test_loss": outcome.test.loss})
         log.position()  # on disk before the result says so
     result = _result(run, outcome, workers)
     write_result(files, result)
@@ -232,13 +248,22 @@ def _open_log(run: _Run) -> Iterator[TrainingLog]:
 
 
 def _fit(
-    run: _Run, keeper: RunKeeper, log: TrainingLog | None, *, on_steps: OnSteps | None, save_every: Every, should_stop: Callable[[], bool]
+    run: _Run,
+    keeper: RunKeeper,
+    log: TrainingLog | None,
+    curves: Curves | None,
+    *,
+    on_steps: OnSteps | None,
+    save_every: Every,
+    should_stop: Callable[[], bool],
 ) -> Fit:
-    """Train the model; steps go to the log, states to the keeper."""
+    """Train the model; steps go to the log and the tracker, states to the keeper."""
 
     def record(steps: list[Step], total: int) -> None:
         if log:
             log.write(steps)
+        if curves:
+            curves.steps(steps)
         if on_steps:
             on_steps(steps, total)
 

@@ -45,6 +45,7 @@ class StudyOptions:
     compute: Compute = DEFAULT_COMPUTE
     placement: Placement = field(default_factory=Placement)
     saving: Saving = DEFAULT_SAVING
+    tracker: str | None = None
     shard: Shard | None = None
     command: str = "run.py study"
 
@@ -71,7 +72,7 @@ class StudyOptions:
         from study.cluster.runner import Settings
 
         data_root = str(Path(self.data_root).resolve()) if self.data_root else None
-        return Settings(self.checkpoints.resolve(), data_root, self.placement, self.compute, self.saving)
+        return Settings(self.checkpoints.resolve(), data_root, self.placement, self.compute, self.saving, self.tracker)
 
 
 def may_join(options: StudyOptions) -> bool:

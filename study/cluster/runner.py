@@ -47,6 +47,7 @@ from diffvit.ledger.log import Step
 from diffvit.ledger.spec import RunSpec
 from diffvit.loop.fit import Stopped
 from diffvit.signals import StopSignals
+from diffvit.tracking import Tracking
 from diffvit.train import train
 from study.cluster.connect import Cluster
 from study.cluster.display import StudyDisplay
@@ -86,6 +87,7 @@ class Settings:
     placement: Placement = field(default_factory=Placement)
     compute: Compute = DEFAULT_COMPUTE
     saving: Saving = DEFAULT_SAVING
+    tracker: str | None = None
     study: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
 
@@ -298,6 +300,7 @@ def _worker(config: dict[str, Any]) -> None:
             on_steps=on_steps,
             on_phase=on_phase,
             saving=settings.saving,
+            tracking=Tracking(settings.tracker, placement.dollars_per_second),
             should_stop=_should_stop(config["stop_flag"]),
         )
     except Stopped:

@@ -16,20 +16,21 @@ from diffvit.keeping.saving import Saving
 from diffvit.ledger.spec import RunSpec
 from diffvit.loop.fit import Stopped
 from diffvit.signals import StopSignals
+from diffvit.tracking import Tracking
 from diffvit.train import train
 from study.commands.terminal import fail, own_command, warn
 from study.hub import send_run
 
 
 def train_and_print(
-    spec: RunSpec, checkpoints: Path, *, data_root: str | None, device: torch.device, compute: Compute, saving: Saving
+    spec: RunSpec, checkpoints: Path, *, data_root: str | None, device: torch.device, compute: Compute, saving: Saving, tracker: str | None
 ) -> None:
     """Train a run, or find it done, print its result, and see that its storage has it. Exits where the run is stopped or diverges."""
     with _StepProgress(spec.title) as progress, StopSignals() as signals:
         try:
             result = train(
                 spec, checkpoints, data_root=data_root, device=device, compute=compute, on_steps=progress, on_warning=warn, saving=saving,
-                should_stop=signals.seen,
+                tracking=Tracking(tracker), should_stop=signals.seen, on_phase=progress.enter,
             )  # fmt: skip
         except Stopped as stopped:
             click.echo(f"{stopped}; its state is saved\nhint: carry on with {own_command()}", err=True)
@@ -54,7 +55,7 @@ class _StepProgress:
 
     def __init__(self, title: str):
         self.steps = 0
-        self._last_line = 0.0
+        self._title, self._last_line = title, 0.0
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}", table_column=Column()),  # what a narrow terminal wraps
@@ -70,11 +71,17 @@ class _StepProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def enter(self, phase: str) -> None:
+        """Show what the run does beside steps."""
+        self._bar.update(self._task, description=f"{self._title}: {phase}")
+        if not self._console.is_terminal:
+            click.echo(phase, err=True)
+
     def __call__(self, steps: list, total: int) -> None:
         last = steps[-1]
         self.steps = last.step
         losses = f"train {last.train_loss:.4f}  val {last.val_loss:.4f}"
-        self._bar.update(self._task, completed=last.step, total=total, losses=losses)
+        self._bar.update(self._task, description=self._title, completed=last.step, total=total, losses=losses)
         due = last.seconds - self._last_line >= 10 or last.step == total
         if not self._console.is_terminal and due:
             self._last_line = last.seconds
