@@ -129,8 +129,8 @@ def test_real_writers_continue_a_resumed_run(name: str, tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 def test_a_study_is_tracked(tmp_path: Path) -> None:
-    (tmp_path / "grid.json").write_text(json.dumps({"datasets": ["digits"], "sizes": ["small"], "overrides": {"max_steps": 4}}))
-    command = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "study", "--grid", "grid.json", "--track", "tensorboard"]
+    (tmp_path / "grid.yaml").write_text(json.dumps({"datasets": ["digits"], "sizes": ["small"], "overrides": {"max_steps": 4}}))
+    command = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "study", "--grid", "grid.yaml", "--track", "tensorboard"]
     subprocess.run([*command, "--address", "local", "--dashboard", "false"], cwd=tmp_path, check=True, env=os.environ, timeout=400)
     runs = sorted((tmp_path / "checkpoints" / "tracking" / "tensorboard").iterdir())
     assert [run.name.rpartition("_")[0] for run in runs] == ["vit_classic_0.1M_digits_seed0", "vit_differential_0.1M_digits_seed0"]
