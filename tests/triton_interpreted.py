@@ -98,7 +98,7 @@ def _set_blocks(monkeypatch: pytest.MonkeyPatch, queries: int, keys: int) -> Non
 @pytest.mark.parametrize("width", [16, 32, 64, 128])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_kernels_are_the_equation(dtype: torch.dtype, width: int, maps: int) -> None:
-    Case(maps, dtype, images=1, width=width).assert_equation()
+    Case(maps, dtype, images=1, groups=1, width=width).assert_equation()
 
 
 @both
@@ -118,14 +118,14 @@ def test_the_studys_token_counts(monkeypatch: pytest.MonkeyPatch, tokens: int, w
 @pytest.mark.parametrize("heads", [(8, 32), (6, 64)], ids=str)
 def test_the_studys_heads(heads: tuple[int, int], maps: int) -> None:
     count, width = heads
-    Case(maps, images=3, tokens=5, groups=count // maps, width=width).assert_equation()
+    Case(maps, tokens=5, groups=count // maps, width=width).assert_equation()
 
 
 @both
 @pytest.mark.parametrize(("queries", "keys"), [(16, 64), (64, 16), (128, 32), (32, 128)])
 def test_blocks_of_any_size(monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, maps: int) -> None:
     _set_blocks(monkeypatch, queries, keys)
-    Case(maps, tokens=77, images=1).assert_equation()
+    Case(maps, tokens=77, images=1, groups=1).assert_equation()
 
 
 @both
@@ -161,18 +161,18 @@ def test_any_strides(which: str, maps: int) -> None:
 
 @both
 def test_a_gradient_that_is_one_number(maps: int) -> None:
-    case = Case(maps)
+    case = Case(maps, images=1, groups=1)
     case.grad = torch.ones(()).expand(case.grad.shape)
     case.assert_equation()
 
 
 @pytest.mark.parametrize("lam", [1.0, 1.7, -0.2])
 def test_any_lambda(lam: float) -> None:
-    Case(2, lam=lam).assert_equation()
+    Case(2, images=1, groups=1, lam=lam).assert_equation()
 
 
 def test_with_a_lambda_of_zero_second_maps_do_not_count_but_for_its_gradient() -> None:
-    case = Case(2, lam=0.0)
+    case = Case(2, images=1, lam=0.0)
     out, dq, dk, dv, dlambda = case.run()
     for found, right in zip((out, dv, dlambda), (case.expected()[i] for i in (0, 3, 4)), strict=True):
         torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-4)
@@ -194,7 +194,7 @@ def test_lambda_may_have_any_shape_of_one_number(shape: tuple[int, ...]) -> None
 
 def test_lambda_is_not_rounded_with_the_inputs() -> None:
     """bf16 knows 0.5 and 0.50390625 and nothing between."""
-    case, found, exact = Case(2, torch.bfloat16), [], []
+    case, found, exact = Case(2, torch.bfloat16, images=1), [], []
     for lam in (0.5, 0.5019):
         case.lam = torch.tensor(lam)
         found.append(case.run()[0].double())
@@ -213,7 +213,7 @@ def test_lambda_alone_or_the_matrix_alone_may_need_a_gradient() -> None:
 
 
 def test_equal_maps_cancel() -> None:
-    case = Case(2, lam=1.0)
+    case = Case(2, images=1, lam=1.0)
     halves = case.qkv.unflatten(-1, (2, 2, 16))
     halves[:, :, :2, :, 1] = halves[:, :, :2, :, 0]
     out, dq, dk, dv, _ = case.run()
@@ -228,7 +228,7 @@ def test_equal_maps_cancel() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("factor", [-300.0, 300.0])
 def test_scores_of_any_size(dtype: torch.dtype, factor: float, maps: int) -> None:
-    case = Case(maps, dtype, images=1, tokens=33)
+    case = Case(maps, dtype, images=1, tokens=33, groups=1)
     # All scores of a head far from zero on one side: what stands in for keys that are not there must not count.
     one_sided = case.qkv.clone()
     one_sided[:, :, 0], one_sided[:, :, 1] = factor, one_sided[:, :, 1].abs() + 1
@@ -260,7 +260,7 @@ def test_heads_and_images_do_not_look_at_each_other(maps: int) -> None:
 
 @both
 def test_twice_the_same_bits(maps: int) -> None:
-    case = Case(maps, torch.bfloat16, tokens=65, images=1)
+    case = Case(maps, torch.bfloat16, tokens=65, images=1, groups=1)
     assert all(torch.equal(first, second) for first, second in zip(case.run(), case.run(), strict=True))
 
 
