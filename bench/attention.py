@@ -48,7 +48,7 @@ def measure(
     """Errors, and seconds of forward and backward passes in each round, of one layer's attention.
 
     Args:
-        so_far: hears of each form's seconds after each round.
+        so_far: called with each form's seconds after each round.
     """
     protocol = PROTOCOLS[dataset]
     B, N = _IMAGES[device.type][dataset], (protocol.image_size // protocol.patch_size) ** 2 + 1

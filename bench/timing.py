@@ -56,7 +56,7 @@ def rounds_of(
     Args:
         actions: name -> what is timed. One that returns a float has timed itself, and these are its seconds.
         warm_up: rounds before those that count, at least one.
-        after_round: hears of the seconds so far after each round that counts.
+        after_round: called with the seconds so far after each round that counts.
 
     Returns:
         name -> seconds [rounds]

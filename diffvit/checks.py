@@ -1,6 +1,6 @@
-"""What is read from files that others may have written: parsed within bounds, and held against a schema before anything uses it.
+"""Parsing and validation of untrusted files: bounded reads, and schemas that are checked before anything uses a value.
 
-A check is a function that returns None for a value as it should be, and otherwise where and how it is not: "steps is -1".
+A check is a function that returns None for a valid value, and otherwise what is wrong and where: "steps is -1".
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TEXT = r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*"
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What JSON says. Raises ValueError, also for what is nested too deeply to be handled."""
+    """The value of a JSON text. Raises ValueError, also for one that is nested too deeply."""
     try:
         found = json.loads(text)
     except RecursionError:
@@ -38,7 +38,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, most: int) -> Any:
-    """What a JSON file of at most so many bytes says. Raises ValueError or OSError."""
+    """The value of a JSON file of at most `most` bytes. Raises ValueError or OSError."""
     return parse_json(read_bytes(path, most))
 
 
@@ -51,7 +51,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     return content
 
 
-# What the first bytes of a file say of its encoding; UTF-32 before UTF-16, whose mark begins its own.
+# Byte order marks of other encodings; UTF-32 before UTF-16, whose mark begins UTF-32's.
 _OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
 }  # fmt: skip
@@ -73,10 +73,10 @@ def read_text(path: Path, most: int) -> str:
 
 
 def usable_path(given: str | Path) -> Path:
-    """A path that a user gave, where ~ is the home folder as in a shell; what it names may be missing.
+    """A user's path with ~ expanded; the file or folder may be missing.
 
     Raises:
-        UserError: nothing can be there, such as behind a link to nothing, or its name cannot be printed.
+        UserError: the path is a broken link, cannot be accessed, or has a name that cannot be printed.
     """
     try:
         if not str(given).isprintable():
@@ -93,7 +93,7 @@ def usable_path(given: str | Path) -> Path:
 
 
 def check_depth(value: Any, deepest: int) -> None:
-    """Raises ValueError for lists and dicts in each other more than `deepest` times: what prints or compares them would fail."""
+    """Raises ValueError for lists and dicts nested deeper than `deepest`: printing or comparing them would fail."""
     level = [value]
     for _ in range(deepest + 1):
         inside = [each for each in level if isinstance(each, (list, dict))]
@@ -122,7 +122,7 @@ def whole(low: int = 0, high: int = 2**53) -> Check:
 
 
 def real(low: float = -_LARGEST, high: float = _LARGEST, infinite: bool = False) -> Check:
-    """A number; with `infinite`, also none at all and infinity."""
+    """A number; with `infinite`, also NaN and infinity."""
     fits = _leaf(lambda value: type(value) in (int, float) and low <= value <= high)
     return any_of(fits, _leaf(lambda value: type(value) is float and not math.isfinite(value))) if infinite else fits
 
@@ -138,17 +138,17 @@ def one_of(*values: Any) -> Check:
 
 
 def maybe(check: Check) -> Check:
-    """As the check wants it, or None."""
+    """None, or a value that passes the check."""
     return lambda value: None if value is None else check(value)
 
 
 def any_of(*checks: Check) -> Check:
-    """As one of the checks wants it."""
+    """A value that passes one of the checks."""
     return _leaf(lambda value: any(check(value) is None for check in checks))
 
 
 def list_of(check: Check, fewest: int = 0, most: int = 10_000) -> Check:
-    """A list of so many, each as the check wants it."""
+    """A list of `fewest` to `most` entries that pass the check."""
 
     def wrong(value: Any) -> str | None:
         if not isinstance(value, list) or not fewest <= len(value) <= most:
@@ -159,7 +159,7 @@ def list_of(check: Check, fewest: int = 0, most: int = 10_000) -> Check:
 
 
 def dict_of(key: Check, check: Check, most: int = 1000) -> Check:
-    """A dict whose keys and values are as the checks want them."""
+    """A dict whose keys and values pass the checks."""
 
     def wrong(value: Any) -> str | None:
         if not isinstance(value, dict) or len(value) > most:
@@ -175,7 +175,7 @@ def dict_of(key: Check, check: Check, most: int = 1000) -> Check:
 
 
 def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    """A dict that has these keys, or may have them; others are not looked at."""
+    """A dict with required and optional keys; others are ignored."""
 
     def wrong(value: Any) -> str | None:
         if not isinstance(value, dict):

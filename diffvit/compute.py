@@ -1,7 +1,7 @@
-"""How a run is computed: nothing here changes what it computes, beyond rounding and the draws of dropout.
+"""How a run is computed. Nothing here changes its result beyond rounding and the draws of dropout.
 
 On a GPU the form of attention, and whether the blocks are fused or compiled, are chosen by measurement before the run's clock starts;
-the forms' times are kept in the cache folder. On a CPU a table says it: docs/performance.md has the evidence.
+the forms' times are kept in the cache folder. On a CPU a table decides: docs/performance.md has the measurements.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from diffvit.errors import UserError
+from diffvit.errors import UserError, first_line
 from diffvit.kernels.dropout import has_kernels
 from diffvit.machine.caches import cache_folder, recall, remember
 from diffvit.machine.device import autocast, autocast_dtype
@@ -76,7 +76,7 @@ class Chosen:
     notes: tuple[str, ...] = ()
 
 
-# Images that forms, fused and compiled blocks are tried out with, at most: enough to fill a GPU.
+# The largest batch for trials of forms, fused and compiled blocks: enough to fill a GPU.
 _TRIED_IMAGES = 64
 
 
@@ -84,7 +84,7 @@ def choose(model: VisionTransformer, images: int, precision: str, compute: Compu
     """Choose the form of attention, and fuse or compile the blocks where that is asked for or pays. `model` is on its device.
 
     Args:
-        images: what the blocks will be computed with at once, about.
+        images: the batch size that the blocks will see, about.
     """
     device, start, training = model.pos_embed.device, time.perf_counter(), model.training
     measured = device.type == "cuda" and not compute.deterministic
@@ -111,13 +111,12 @@ def choose(model: VisionTransformer, images: int, precision: str, compute: Compu
 
 
 def _tried(what: str, gain_of: Callable[[], float]) -> tuple[float, str]:
-    """How many times as fast a block then is, 0 where it does not work, and a sentence for the log."""
+    """The speed-up of a block, 0 where it does not work, and a sentence for the log."""
     start = time.perf_counter()
     try:
         gain = gain_of()
     except Exception as error:  # compilers fail in many ways; each leaves the blocks as they were
-        first_line = (str(error).strip().splitlines() or [""])[0][:200]
-        return 0.0, f"{what} does not work here and is left out: {type(error).__name__}: {first_line}"
+        return 0.0, f"{what} does not work here and is left out: {type(error).__name__}: {first_line(error)[:200]}"
     return gain, f"{what}, tried for {time.perf_counter() - start:.1f} s: a block is {gain:.2f} times as fast"
 
 
@@ -169,7 +168,7 @@ def measure_forms(model: VisionTransformer, forms: Iterable[str], images: int, p
 
 
 def _random_like(model: VisionTransformer, images: int) -> Tensor:
-    """What a block might get. [B, N, D]"""
+    """Random input for a block. [B, N, D]"""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(images, *model.pos_embed.shape[1:], generator=generator).to(model.pos_embed.device)
 
@@ -184,7 +183,7 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 def _median_seconds(action: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Of one call, after two that are not counted. On a GPU of what it computes: Python, which a graph leaves out, can take longer."""
+    """Median seconds of a call after two warm-up calls; on a GPU as a CUDA graph, without Python's time."""
     for _ in range(2):
         action()
     call = _captured(action) if device.type == "cuda" else action
@@ -213,7 +212,7 @@ def _captured(action: Callable[[], object]) -> Callable[[], object]:
 
 
 def _gain_of_fusing(model: VisionTransformer, images: int, precision: str) -> float:
-    """How many times as fast a block is in kernels of our own. Raises ArithmeticError where they give something else."""
+    """The speed-up of a block in fused kernels. Raises ArithmeticError where their result differs by more than rounding."""
     from diffvit.kernels.fused import block_and_norm
 
     device, block = model.pos_embed.device, cast(Block, model.blocks[0])
@@ -249,7 +248,7 @@ def _gain_of_fusing(model: VisionTransformer, images: int, precision: str) -> fl
 
 
 def _gain_of_compiling(model: VisionTransformer, images: int, precision: str) -> float:
-    """Compiles the blocks, one by one, so that equal ones share their code. Returns how many times as fast a block then is."""
+    """Compile the blocks one by one, so that equal ones share code. Returns the speed-up of a block."""
     device, last = model.pos_embed.device, len(model.blocks) - 1
     x_BND, validated_BND = _random_like(model, images), _random_like(model, images)
     # Last batches are smaller: one code for batches of all sizes.

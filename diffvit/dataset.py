@@ -61,7 +61,7 @@ class Dataset:
         classes: class names, in label order.
         mean, std: per channel, pixels in 0-1, of the training split.
         fingerprint: hash over all pixels and labels of the three splits, in order.
-        notes: sentences on the data that a result repeats.
+        notes: sentences about the data, repeated in a run's result.
     """
 
     name: str
@@ -97,7 +97,7 @@ def at_hand(name: str, data_root: str | Path | None = None) -> bool:
 
 
 def hub_name(name: str) -> str | None:
-    """Where the Hugging Face hub has a data set, user/name; None where it comes from elsewhere or is unknown."""
+    """A data set's name on the Hugging Face hub, user/name; None for one from elsewhere, or an unknown one."""
     return HUB_NAMES.get(name)
 
 

@@ -1,4 +1,4 @@
-"""What a user can put right: a sentence, and what to do next."""
+"""Errors with a sentence for the user and a hint what to do next; secrets are redacted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HIDDEN = "***"
 
 
 def redacted(text: str, *secrets: str | None) -> str:
-    """The text with *** in place of what looks like a secret, and of these. What is printed goes through it."""
+    """The text with *** in place of these secrets and of whatever looks like one. All output goes through it."""
     for secret in filter(None, secrets):
         text = text.replace(secret, HIDDEN)
     for pattern in _SECRETS:
@@ -35,7 +35,7 @@ def redacted(text: str, *secrets: str | None) -> str:
 
 
 class DiffvitError(Exception):
-    """The base of all that diffvit says clearly: the command line prints `error: …` and `hint: …`. It shows no secrets.
+    """The base of diffvit's errors: the command line prints `error: …` and `hint: …`. It shows no secrets.
 
     Args:
         message: one sentence that says what is wrong.
@@ -64,7 +64,7 @@ class UserError(DiffvitError):
 
 
 class StorageError(DiffvitError):
-    """A place for files failed in the middle of the work: a full disk, a storage that does not answer. Trying again may help."""
+    """A disk or storage failed during the work: it is full, or does not answer. A retry may help."""
 
     exit_code = 1
 
@@ -74,7 +74,7 @@ class RunIsBusyError(DiffvitError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that is not empty; the name of its kind where it says nothing."""
+    """The first non-empty line of an error's text; its class name where there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -99,7 +99,7 @@ _short = _Short()
 
 
 def shown(value: object) -> str:
-    """A value that somebody gave, for a message: on one line, without secrets and never long, however long or deeply nested it is."""
+    """A value for a message: on one line, without secrets, at most 200 characters, however long or deeply nested it is."""
     try:
         text = redacted(_short.repr(value))
     except ValueError:  # Python writes no number of more than 4300 digits

@@ -154,7 +154,7 @@ def find_checkpoint(
 
     Args:
         overrides: protocol values that it was trained with. Of these and all others, None is any.
-        on_choice: is told which of several was taken.
+        on_choice: called with a sentence where several match, which says which was taken.
 
     Raises:
         UserError: there is none, or there are several that this does not tell apart.

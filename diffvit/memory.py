@@ -1,8 +1,8 @@
 """The memory of a training step, from a model's shapes, and the micro-batch that a device has room for.
 
-Counted are weights, gradients and AdamW's moments, and what the blocks keep for their backward pass. The count of kept values is
-checked against those that autograd saves (tests/test_plan.py). On a GPU the peak of a real pass is measured instead (placed.py); the
-count is for GPUs that are not here.
+Counted are weights, gradients, AdamW's moments and activations. The count of activations is checked against what autograd saves
+(tests/test_plan.py). On a GPU the peak of a real pass is measured instead (loop/placement.py); the count is for GPUs that are not at
+hand.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FILLED = 0.92
 
 
 def activation_bytes(model: VisionTransformer, precision: str, device: str, recompute: bool = False) -> int:
-    """Bytes that one image's forward pass keeps for the backward pass, an estimate from above. The model may be on "meta".
+    """An upper bound on the bytes of activations that one image's forward pass keeps for the backward pass. The model may be on "meta".
 
     Args:
         precision: "fp32" or "bf16".
@@ -81,19 +81,19 @@ def _block_bytes(model: VisionTransformer, precision: str, device: str) -> int:
 
 
 def training_memory(model: VisionTransformer, images: int, precision: str, device: str, recompute: bool = False) -> int:
-    """Bytes of a training step with so many images at once: parameters with all that belongs to them, and activations."""
+    """Bytes of a training step with so many images at once: parameters, gradients, moments and activations."""
     return parameter_bytes(model, precision) + images * activation_bytes(model, precision, device, recompute)
 
 
 def parameter_bytes(model: VisionTransformer, precision: str) -> int:
-    """Bytes of the parameters with all that belongs to them: gradients, AdamW's moments, and with bf16 the copy that products use."""
+    """Bytes of parameters, gradients and AdamW's moments, and with bf16 of the copy for matrix products."""
     return (_PARAMETER_BYTES + (2 if precision == "bf16" else 0)) * sum(p.numel() for p in model.parameters())
 
 
 def micro_batch_within(
     model: VisionTransformer, batch_size: int, memory: float, precision: str, device: str, recompute: bool = False
 ) -> int:
-    """Images at once whose activations, counted from shapes, fit into a part of what parameters leave of `memory` bytes.
+    """The micro-batch whose activations, counted from shapes, fit into a part of the `memory` bytes that parameters leave.
 
     On a CPU a power of two within half of it: the other half is for gradients of activations, kernels' workspaces, the data and the
     allocator's gaps. On a GPU as it will be split where needs are measured: within three quarters of it.
@@ -104,13 +104,13 @@ def micro_batch_within(
 
 
 def even_split(batch_size: int, most: int) -> int:
-    """Images at once where a batch is split into as few parts as can be of at most so many images, as equal as can be."""
+    """The micro-batch that splits a batch into the fewest parts of at most `most` images, as equal as possible."""
     return math.ceil(batch_size / math.ceil(batch_size / max(1, most)))
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes that a training pass takes of a GPU beside parameters and all that belongs to them, at its peak: measured.
+    """The measured peak of a training pass on a GPU beside parameters, gradients and moments, in bytes.
 
     Attributes:
         fixed: whatever the number of images.
@@ -126,7 +126,7 @@ class Peak:
 
 
 def measure_peak(model: VisionTransformer, protocol: Protocol, precision: str) -> Peak:
-    """The peak of a pass of a model on a GPU, from passes over few images. Its gradients are forgotten."""
+    """Measure the peak memory of a model's training pass on a GPU, from passes over few images. Clears its gradients."""
     device, peaks = model.pos_embed.device, []
     prepare = Prepare(protocol.image_size, (0.5,) * protocol.channels, (0.25,) * protocol.channels, device)
     few, more = 2, 6
@@ -145,7 +145,7 @@ def measure_peak(model: VisionTransformer, protocol: Protocol, precision: str) -
 
 
 def evaluation_bytes(model: VisionTransformer, precision: str) -> int:
-    """Bytes that an image takes at most while it is evaluated, an estimate from above."""
+    """An upper bound on the bytes that an image takes during evaluation."""
     tokens, d_model = model.pos_embed.shape[1:]
     hidden = cast(Block, model.blocks[0]).mlp.fc1.out_features
     return tokens * (3 * 4 * d_model + (2 if precision == "bf16" else 4) * (8 * d_model + 2 * hidden))

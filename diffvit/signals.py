@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a request: training saves its state and ends; a second signal ends the process at once.
+"""Ctrl-C, SIGTERM and SIGHUP as a request to save the state and end; a second signal ends the process at once.
 
 SIGHUP comes when a terminal or an SSH session is closed, often twice, so that only other signals count as second ones. Where it is
 ignored, as under nohup, it stays so.
@@ -17,7 +17,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def kept_from_children(number: signal.Signals = signal.SIGHUP) -> Iterator[None]:
-    """Processes that are started in the block never get a signal, which a terminal sends to all of them. Ours waits for the block's end."""
+    """Processes started in the block never get the signal, which a terminal sends to its whole group. Ours arrives after the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield

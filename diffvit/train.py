@@ -1,4 +1,4 @@
-"""A whole run: data, model, fit, test, files. It does not know of Ray."""
+"""A whole run: data, model, fit, test, files; without Ray."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 def _on_first_worker(make: Callable[[], T]) -> T:
-    """What `make` gives or raises on the group's first process, on all of them."""
+    """Call `make` on the group's first process; return or raise its outcome on all of them."""
     rank, workers = rank_and_workers()
     outcome: list[Any] = [None, None]
     if rank == 0:
@@ -76,11 +76,11 @@ def train(
 
     Args:
         device: default: the first GPU, or the CPU.
-        compute: how it is computed, which the result records and does not depend on.
+        compute: how it is computed; recorded in the result, which does not depend on it.
         on_steps: called with every step, about once a second.
-        on_warning: called with what a reader of the result must know, and where a state is damaged or the storage does not answer.
+        on_warning: called with warnings: about the run's settings, damaged states, a storage that does not answer.
         on_phase: called with what the run does next beside steps: "compiling", "resumed at step 600", "evaluating".
-        saving: how the state survives.
+        saving: when and where states are saved.
         tracking: the experiment tracker that curves are sent to.
         should_stop: asked after each step; if true, the state is saved and Stopped raised.
 
@@ -233,7 +233,7 @@ def _train(
 
 @contextlib.contextmanager
 def _open_log(run: _Run) -> Iterator[TrainingLog]:
-    """The run's log, with what is to be said before the first step."""
+    """Open the run's log and write the notes that precede the first step."""
     spec, resume = run.spec, run.resume
     total = spec.protocol.total_steps(len(run.data.train))
     names = {key: value for key, value in spec.names(run.files.run_id).items() if key != "precision"}
@@ -303,7 +303,7 @@ def _evaluate(run: _Run, fitted: Fit, log: TrainingLog) -> _Outcome:
 
 
 def _give_up(run: _Run, diverged: Diverged, log: TrainingLog) -> _Outcome:
-    """Say where training diverged."""
+    """The outcome of a diverged training, which the log notes."""
     step = diverged.step
     log.note(str(diverged))
     run.notes.append(str(diverged))

@@ -1,4 +1,4 @@
-"""Files sent to the Hugging Face hub and brought from it, and a trained model by its name.
+"""Upload to and download from the Hugging Face hub, and trained models from there.
 
     hub = Hub(find_account())                   credentials from the environment or from .env
     upload(Path("checkpoints"), "", hub)        what the hub does not have yet
@@ -41,10 +41,10 @@ _HIDDEN = "."
 
 @dataclass(frozen=True)
 class Transfer:
-    """What became of each file: names on the hub, in order.
+    """The outcome of an upload or download: names on the hub, in order.
 
     Attributes:
-        left: what was not sent on purpose, and why: ".state (hidden)".
+        left: what was left out, and why: ".state (hidden)".
     """
 
     moved: tuple[str, ...]
@@ -53,7 +53,7 @@ class Transfer:
     left: tuple[str, ...] = ()
 
 
-# (bytes done, bytes in all, what is under way)
+# Called with the bytes done, the bytes in all, and the file under way.
 OnProgress = Callable[[int, int, str], None]
 
 

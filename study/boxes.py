@@ -1,4 +1,4 @@
-"""The boxes of a study: what one exchanges with the others through the storage, which may be the hub."""
+"""The boxes of a study: how one shares runs with the others through a storage, which may be the hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def boxes_of(saving: Saving, shard: Shard | None, checkpoints: Path) -> Boxes:
 
 
 class Boxes:
-    """A box without a storage: there is nobody to exchange anything with."""
+    """A box without a storage: it exchanges nothing."""
 
     def __init__(self, checkpoints: Path):
         self.checkpoints = checkpoints
@@ -32,7 +32,7 @@ class Boxes:
         """Raises StorageError where the storage cannot be used, before anything that takes long: data may have to be downloaded."""
 
     def exchange(self, tried: list[PlannedRun], every: list[PlannedRun], strict: bool = True) -> list[str]:
-        """Bring ended runs that are only in the storage, and send those that are only here.
+        """Fetch ended runs that are only in the storage, and send those that are only here.
 
         Args:
             tried: this box's runs; of `every` other run only what has ended here is sent.
@@ -45,15 +45,15 @@ class Boxes:
 
     @contextlib.contextmanager
     def alive(self, runs: list[PlannedRun]) -> Iterator[Callable[[], None]]:
-        """While the block runs, other boxes see that this one lives. Yields what to call if work is left undone."""
+        """While the block runs, show other boxes that this one is alive. Yields a function to call if work is left undone."""
         yield lambda: None
 
     def left_by_others(self, runs: list[PlannedRun], tried: list[PlannedRun]) -> list[PlannedRun]:
-        """Runs of other boxes that this one takes over, having ended its own."""
+        """Runs of other boxes that this one takes over once its own have ended."""
         return []
 
     def collect(self, specs: Sequence[RunSpec]) -> list[str]:
-        """Bring all ended runs of the cells of these, whoever trained them. Returns the run_ids that were not here. Raises StorageError."""
+        """Fetch all ended runs of these cells, whoever trained them. Returns the run_ids that were not here. Raises StorageError."""
         return []
 
     def publish(self) -> None:
@@ -79,7 +79,6 @@ class SharedBoxes(Boxes):
         self._storage.check()
 
     def exchange(self, tried: list[PlannedRun], every: list[PlannedRun], strict: bool = True) -> list[str]:
-
         ids, unsent = {run.run_id for run in tried}, []
         for run in every:
             if run.run_id in ids or run.ended:

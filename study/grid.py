@@ -16,7 +16,7 @@ The last three may be given for single data sets. Those not named get one seed, 
     overrides: {epochs: 5, digits: {epochs: 8}}
     conditions: {digits: [{}, {lr: 1e-3}]}
 
-What a file says is used or refused: names and runs that stand there twice, values that are missing, numbers as only YAML 1.1 reads them.
+What a file says is used or refused. Refused are duplicate names and runs, missing values, and numbers that only YAML 1.1 reads as such.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Grid:
         Args:
             seeds: if given, seeds 0 … seeds-1 in place of the grid's own.
             overrides: on top of the grid's own.
-            on_same: hears of conditions that say what the protocol says, and so make no runs of their own.
+            on_same: called with a sentence for each condition that equals the protocol or another one, and so makes no runs of its own.
 
         Raises:
             UserError: a name or a value that does not exist, a run that is asked for twice, or more runs than a study can have.
@@ -205,7 +205,7 @@ def read_grid(path: Path) -> Grid:
 
 
 def _parse(path: Path, text: str) -> Any:
-    """What the file says: no more than numbers, text, lists and tables. Raises ValueError."""
+    """The file's content: numbers, text, lists and tables only. Raises ValueError."""
     try:
         content = tomllib.loads(text) if path.suffix.lower() == ".toml" else _parse_yaml(text)
     except RecursionError:
@@ -221,7 +221,7 @@ def _parse_yaml(text: str) -> Any:
 
     depth = 0
     try:
-        # Looked through before anything is made of it: aliases may multiply, and tags make objects of many kinds.
+        # Checked before anything is built: aliases can multiply the content, and tags create arbitrary objects.
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
                 raise ValueError("a grid file takes no anchors (&), aliases (*) and tags (!)")
@@ -238,7 +238,7 @@ _NUMBER = re.compile(r"[-+]?(?:(?P<whole>0|[1-9][0-9]*)|(?:0|[1-9][0-9]*|(?=\.[0
 
 
 def _yaml_loader() -> Any:
-    """A loader that knows numbers, text and nothing, and refuses a key that stands twice."""
+    """A loader that knows numbers, text and null, and refuses duplicate keys."""
     import yaml
 
     class Loader(yaml.SafeLoader):

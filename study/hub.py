@@ -1,4 +1,4 @@
-"""What a study does with the Hugging Face hub beyond keeping runs there: collect them, and write the repository's model card."""
+"""What a study does with the Hugging Face hub beyond storing runs there: collect them, and write the repository's model card."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LONGEST_CARD = 4 * 1024**2
 
 
 def send_run(url: str, files: RunFiles, warn: Callable[[str], None], command: str) -> None:
-    """See that a finished run is in its storage, and on the hub the card too. What fails is said, and fails nothing.
+    """Send a finished run to its storage if it is not there, and write the card on the hub. A failure is a warning, no error.
 
     Args:
         command: how the user would train the run again, which sends it.
@@ -46,7 +46,7 @@ def send_run(url: str, files: RunFiles, warn: Callable[[str], None], command: st
 
 
 def collect(storage: Storage, specs: Iterable[RunSpec], checkpoints: Path) -> list[str]:
-    """Bring all ended runs of the cells of these, whoever trained them. Returns the run_ids of those that were not here.
+    """Fetch all ended runs of the specs' cells, whoever trained them. Returns the run_ids of those that were not here.
 
     Raises:
         StorageError: the storage does not answer, or has something that is not a result.
@@ -81,7 +81,7 @@ def _files_by_result_name(checkpoints: Path, name: str) -> RunFiles | None:
 def publish(storage: Storage, checkpoints: Path, warn: Callable[[str], None]) -> None:
     """Write the model card of a hub repository from the results that it has, with the figures drawn here if they show all of these.
 
-    What fails is said, and fails nothing: the next run that ends writes it.
+    A failure is a warning, no error: the next run that ends writes the card.
     """
 
     def write() -> None:
@@ -102,7 +102,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _is_ours(hub: Hub, readme: HubFile, folder: Path, head: str) -> bool:
-    """Whether a repository's card is one that diffvit wrote."""
+    """Whether diffvit wrote the repository's card."""
     from study.report.card import MARK
 
     return readme.size <= _LONGEST_CARD and MARK in hub.bring(readme, folder, head).read_text(encoding="utf-8", errors="replace")
@@ -121,11 +121,11 @@ def _write_card(storage: Any, head: str, checkpoints: Path) -> None:
             return
         readme = storage.hub.files("", head, recursive=False).get("README.md")
         if readme and not _is_ours(storage.hub, readme, Path(folder) / ".readme", head):
-            return  # somebody's own
+            return  # the user's own
         table = run_table(Path(folder))
         contents = read_results(Path(folder))
     ours = {path.name for path in result_paths(checkpoints)}
-    # Of what is on the hub: no trial's that was never sent. A grid file's begin with its name.
+    # Only figures of runs on the hub, not of trials that were never sent. A grid file's begin with its name.
     stems = {file_stem(run.dataset, overrides) for run, overrides in zip(table.itertuples(), all_overrides(table), strict=True)}
     drawn = sorted((checkpoints / "figures").glob(f"*{_FIGURE}")) if {path.name for path in results} <= ours else []
     figures = [path for path in drawn if any(f"_{path.name}".endswith(f"_{stem}{_FIGURE}") for stem in stems)]

@@ -1,4 +1,4 @@
-"""What `run.py list` shows of the ledger, and what its --verify finds damaged."""
+"""What `run.py list` prints: the ledger's runs, or with --verify what is damaged."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def ledger_rows(
 
 
 def verify_ledger(checkpoints: Path) -> dict[str, Any]:
-    """Re-reads all files of all ended runs and the states of all others.
+    """Re-read all files of all ended runs and the states of all others.
 
     Returns:
         "damaged": a sentence for each thing that is wrong; "summary": one for all.

@@ -80,7 +80,7 @@ def run_study(options: StudyOptions) -> int:
 
 
 def _conclude(options: StudyOptions, tried: list[PlannedRun], in_all: int, failures: list[tuple[str, str]]) -> int:
-    """Say which runs failed, or what is left to other boxes. Returns the exit code."""
+    """Print which runs failed, or what is left to other boxes. Returns the exit code."""
     if failures:
         say(f"\nerror: {len(failures)} of {len(tried)} runs failed:")
         for title, reason in failures:
@@ -95,7 +95,7 @@ def _conclude(options: StudyOptions, tried: list[PlannedRun], in_all: int, failu
 
 
 def collect_study(options: StudyOptions) -> int:
-    """Bring the grid's finished runs from the storage, whoever trained them, then table and figures. Returns 1 where some are missing.
+    """Fetch the grid's finished runs from the storage, whoever trained them, then table and figures. Returns 1 where some are missing.
 
     Data sets need not be at hand.
 
@@ -121,9 +121,9 @@ def collect_study(options: StudyOptions) -> int:
 
 
 def rehearse_study(options: StudyOptions) -> int:
-    """Two real steps of every cell of the grid, from data to storage; a line for each to stdout. Returns the exit code.
+    """Train two real steps of every cell of the grid, from data to storage; print a line for each. Returns the exit code.
 
-    The ledger and the storage are afterwards as they were.
+    The ledger and the storage stay as they were.
 
     Raises:
         UserError: bad input, or data that cannot be loaded.

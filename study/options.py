@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """The command line of `study`, parsed.
+    """The parsed command line of `study`.
 
     Attributes:
         precision: "auto" until `on` has resolved it.
@@ -64,11 +64,11 @@ class StudyOptions:
 
     @property
     def name(self) -> str:
-        """What the study's tables are called: its grid and this command's overrides. Not its seeds, since the tables have all there are."""
+        """The stem of the study's table files: its grid and overrides, not its seeds, since the tables have all seeds."""
         return named_after(self.grid.name, [self.grid], self.epochs)
 
     def settings(self) -> Settings:
-        """What each run is told, on a cluster that `on` has resolved."""
+        """The settings of each run, on a cluster that `on` has resolved."""
         from study.cluster.runner import Settings
 
         data_root = str(Path(self.data_root).resolve()) if self.data_root else None

@@ -38,14 +38,14 @@ class Placement:
         return "cpu" if self.gpus_per_run == 0 else None
 
     def on(self, cluster: Cluster) -> Placement:
-        """With GPUs where the cluster has them and nothing else was asked. Raises UserError for GPUs that cannot be shared so."""
+        """The placement on a cluster: GPUs where it has them and none were asked for. Raises UserError for a share that is not possible."""
         gpus = self.gpus_per_run
         if gpus and gpus > 1 and gpus != int(gpus):
             raise UserError(f"gpus_per_run is {gpus:g}.", "give a fraction below 1, or a whole number.")
         return self if gpus is not None else dataclasses.replace(self, gpus_per_run=1.0 if cluster.gpus else 0.0)
 
     def worker_resources(self, cpus: float | None = None) -> dict[str, float]:
-        """What Ray keeps for one process that trains; `cpus` in place of its own."""
+        """The resources that Ray reserves for one training process; `cpus` replaces cpus_per_run."""
         gpus = {"GPU": self.gpus_per_run} if self.gpus_per_run else {}
         return {"CPU": self.cpus_per_run if cpus is None else cpus, **gpus, **self.resources}
 
@@ -73,7 +73,7 @@ class Placement:
 
     @property
     def dollars_per_second(self) -> float | None:
-        """What a run's devices cost; None where the price is unknown."""
+        """The price of a run's devices; None where it is unknown."""
         if self.price is None:
             return None
         return self.price / 3600 * (self.gpus_per_run or self.memory_share) * self.workers

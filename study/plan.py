@@ -1,4 +1,4 @@
-"""What a list of runs will cost, before any of it is spent: parameters, steps, FLOPs; and which are done."""
+"""The cost of runs before they are trained: parameters, steps, FLOPs; and which are done."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plan_runs(specs: Iterable[RunSpec], checkpoints: Path, fingerprints: dict[st
     """The runs in the given order, with costs from models built without memory.
 
     Args:
-        fingerprints: data set -> fingerprint, for those at hand.
+        fingerprints: data set -> fingerprint, of the data sets at hand.
 
     Raises:
         UserError: a damaged result file.

@@ -1,4 +1,4 @@
-"""Finished runs shown: the table, its CSV files, the figures and the report."""
+"""Output of finished runs: the table, its CSV files, the figures and the report."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> bool:
-    """The table to stdout and as CSV, then the figures. Returns False where these failed, which has been said.
+    """Print the table, write it as CSV, then draw the figures. Returns False where the figures failed, after printing why.
 
-    Of all seeds and precisions that there are, so that nothing is taken off them.
+    The table has all seeds and precisions of the cells, so that a study with fewer of them removes nothing.
     """
     table = run_table(options.checkpoints, specs)
     if table.empty:
@@ -45,7 +45,7 @@ def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> b
 
 
 def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
-    """The figures. Returns False where they failed, which has been said: training that is done shall not be lost for a picture."""
+    """Draw the figures. Returns False where that failed, after printing why: a figure must not fail finished training."""
     out = options.checkpoints / "figures"
     try:
         from study.report.figures import draw_figures
@@ -60,7 +60,7 @@ def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
 
 
 def kept_files(files: RunFiles, status: str) -> list[Path]:
-    """What an ended run must have."""
+    """The files that an ended run must have."""
     return [files.weights, files.log, files.predictions, files.result] if status == "done" else [files.log, files.result]
 
 
@@ -140,7 +140,7 @@ def report_grid(
 
 
 def _commands(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> list[str]:
-    """The commands that give these runs again. Without a grid: of the built-in ones that have runs which those before do not have."""
+    """The commands that reproduce these runs. Without a grid: of each built-in one that adds runs to those before it."""
     commands: list[str] = []
     seen: set[str] = set()
     for name in [grid] if grid else list(GRIDS):

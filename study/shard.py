@@ -1,7 +1,7 @@
-"""A study on boxes that do not know of each other: each trains its share, and what one leaves undone another takes over.
+"""A study on boxes that share nothing but a storage: each trains its share, and what one leaves undone another takes over.
 
-The share follows from the grid alone. Through the storage, which may be the hub, a box shows that it is alive; one that fell silent, or
-was stopped, has its unfinished runs taken over by any that has ended its own.
+The share follows from the grid alone. A box renews a lease in the storage while it lives; the unfinished runs of one that fell silent, or
+was stopped, are taken over by any box that has finished its own.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Shard:
 def shares(runs: Sequence[PlannedRun], of: int) -> list[list[PlannedRun]]:
     """The runs in `of` parts of about equal cost: each next dearest run goes to the part that has least.
 
-    Whether runs are done does not count: all boxes must find the same parts. Raises UserError for fewer runs than parts.
+    Done runs count too: all boxes must compute the same parts. Raises UserError for fewer runs than parts.
     """
     if of > len(runs):
         raise UserError(f"the grid has {len(runs)} runs and --shard makes {of} parts of it.", f"give at most {len(runs)}.")
@@ -116,7 +116,7 @@ def stranded(storage: Storage, runs: Sequence[PlannedRun], shard: Shard, checkpo
 
 
 def forget_shards(storage: Storage, runs: Sequence[PlannedRun] | Sequence[RunSpec]) -> None:
-    """Removes what is left of the boxes' signs of life, once all runs are done. A storage that fails keeps them."""
+    """Remove the shards' leases once all runs are done. Where the storage fails, they stay."""
     prefix = _prefix(runs)
     with contextlib.suppress(StorageError):
         for folder in storage.ls(".state"):
@@ -125,7 +125,7 @@ def forget_shards(storage: Storage, runs: Sequence[PlannedRun] | Sequence[RunSpe
 
 
 def _name(runs: Sequence[PlannedRun], shard: Shard) -> str:
-    """What a shard of these runs is called in the storage, whatever the precision that a box trains in."""
+    """The shard's name in the storage, which does not depend on the precision that a box trains in."""
     return f"{_prefix(runs)}-{shard.number}-of-{shard.of}"
 
 

@@ -1,4 +1,4 @@
-"""The ledger as pandas tables: one row a run, one row a step, one row a test image."""
+"""The ledger as pandas tables: a row per run, per step, per test image."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def missing_runs(checkpoints: Path, specs: Iterable[RunSpec]) -> list[RunSpec]:
 
 
 def cell_key(identity: dict[str, Any]) -> str:
-    """What names a cell and architecture: all of a run's identity but seed, precision and the version of the data."""
+    """The key of a cell and architecture: a run's identity without seed, precision and the data's version."""
     return repr([(key, _sorted(identity[key])) for key in ("semantics", "model", "size", "dataset", "protocol")])
 
 
@@ -88,14 +88,14 @@ _ALWAYS_NAMED = ("label_noise", "input_noise")
 
 
 def file_stem(name: str, overrides: str) -> str:
-    """What the names of files about `name` under overrides begin with: "digits_epochs-3"."""
+    """The stem of file names about `name` under overrides: "digits_epochs-3"."""
     return "_".join([name, *overrides.replace("=", "-").split()])
 
 
 def all_overrides(table: pd.DataFrame) -> list[str]:
     """For each run, its overrides without those that say what the protocol says, such as "epochs=3 label_noise=0.2"; "" for none.
 
-    They name what is drawn, so that no figure of some runs has the name of another's.
+    File names of figures have them, so that runs under other overrides do not overwrite a figure.
     """
     return [" ".join(effective_overrides(run.dataset, run.overrides)) for run in table.itertuples()]
 
@@ -141,7 +141,7 @@ def effective_overrides(dataset: str, overrides: str | None) -> list[str]:
 
 
 def _flags(table: pd.DataFrame, cells: list[str]) -> list[str]:
-    """For each run, what differs between the runs of its cell although it should not.
+    """For each run, the fields that should agree within its cell and do not.
 
     Args:
         cells: for each run, what names its cell: data set, size and protocol.
@@ -171,7 +171,7 @@ def files_of(checkpoints: Path, run: Any) -> RunFiles:
     return RunFiles(Path(checkpoints), run.model, run.run_id, run.size, run.dataset)
 
 
-# What stands before a run's steps and predictions.
+# The columns in front of a run's steps and predictions.
 _RUN_COLUMNS = ("run_id", "model", "size", "dataset", "seed")
 
 
@@ -185,7 +185,7 @@ def step_table(checkpoints: Path, table: pd.DataFrame) -> pd.DataFrame:
     """
     if table.empty:
         return pd.DataFrame()
-    for run in table.itertuples():  # a result may say anything: room is made for steps that the log has bytes for
+    for run in table.itertuples():  # a result may say anything: memory is reserved only for steps that the log has bytes for
         _check_length(files_of(checkpoints, run).log, run.steps)
     counts = table["steps"].to_numpy(np.int64)
     ends = counts.cumsum()

@@ -81,7 +81,7 @@ def cached_arrays(name: str, raw: Raw) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def _fill_cache(name: str, raw: Raw, folder: Path) -> None:
-    """Decodes the images into a new folder of the cache."""
+    """Decode the images into a new folder of the cache."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))

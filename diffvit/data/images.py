@@ -47,7 +47,7 @@ def decode_rgb(content: bytes, file: str) -> Image.Image:
 
 
 def is_lfs_pointer(content: bytes) -> bool:
-    """Whether a file's content is what Git has in the place of a large file that was not brought."""
+    """Whether a file's content is a Git LFS pointer, in place of a large file that was not fetched."""
     return content.startswith(_LFS_POINTER)
 
 
@@ -85,7 +85,7 @@ def _rgb(image: Image.Image, content: bytes) -> Image.Image:
 
 
 def _seek_only_frame(image: Image.Image) -> None:
-    """Goes to the frame that is the picture: the only one that is no smaller copy of another."""
+    """Seek the frame that is the picture: the only one that is not a thumbnail of another."""
     frames = getattr(image, "n_frames", 1)
     if frames == 1 or image.format == "MPO":  # a camera's JPEG: its first frame is the picture, by its standard
         return

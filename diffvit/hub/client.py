@@ -1,7 +1,7 @@
 """A repository on the hub: files listed, committed and brought.
 
-The client is huggingface_hub. What this adds: files are compared by their hashes before and after a transfer, what fails for a while is
-tried again, names and sizes in a listing are believed only after a look, and the token is in no message.
+The client is huggingface_hub. What this adds: files are compared by their hashes before and after a transfer, transient failures are
+retried, names and sizes in a listing are checked, and the token is in no message.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MOST_FILES = 100_000
 
 
 class HubRefusesError(StorageError):
-    """The hub answers, and says no: trying again does not help."""
+    """The hub refuses a request: a retry does not help."""
 
     exit_code = 2
 
@@ -64,12 +64,12 @@ class Hub:
     """A repository on the hub.
 
     Args:
-        pauses: in seconds, before each further attempt at a call that fails for a while.
+        pauses: in seconds, before each further attempt at a call that failed transiently.
         on_retry: called with a sentence before a failed call is tried again.
         bars: show the client's progress bars.
         longest_pause: of those that the hub asks for, in seconds.
 
-    Its methods raise HubRefusesError where the hub says no, and StorageError where it does not answer, or not rightly, to the last attempt.
+    Its methods raise HubRefusesError where the hub refuses, and StorageError where the last attempt gets no answer, or a wrong one.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Hub:
         from huggingface_hub import HfApi
         from huggingface_hub.utils import logging
 
-        logging.set_verbosity_error()  # it tries again by itself at times; who waits hears of it from us
+        logging.set_verbosity_error()  # it retries by itself at times; on_retry says so
 
         self.account, self.pauses, self._on_retry, self._bars = account, tuple(pauses), on_retry, bars
         self._longest_pause = longest_pause
@@ -96,7 +96,7 @@ class Hub:
         return self.account.repository
 
     def call(self, action: Callable[[], _T]) -> _T:
-        """What the client returns. Missing files, branches and conflicts (409, 412) raise the client's own errors."""
+        """Call the client, with retries. Missing files, branches and conflicts (409, 412) raise the client's own errors."""
         try:
             return retry(lambda: self._attempt(action), self.pauses, is_transient, self._pause)
         except Exception as error:
@@ -157,7 +157,7 @@ class Hub:
         return redacted(" ".join(text.split()).rstrip("."), self.account.token)[:300]
 
     def ensure(self) -> None:
-        """Makes the repository, private, where it is missing."""
+        """Create the repository, private, where it is missing."""
         from huggingface_hub.errors import RepositoryNotFoundError
 
         try:
@@ -175,7 +175,7 @@ class Hub:
     def files(self, folder: str = "", revision: str = "main", recursive: bool = True) -> dict[str, HubFile]:
         """Name -> file of a folder. Empty where the folder, the branch or the repository is not there. Names are safe to use as paths.
 
-        A commit that is not there raises the client's error: its branch may have been given another history since it was looked up.
+        A commit that is not there raises the client's error: its branch may have been rewritten since it was looked up.
         """
         from huggingface_hub.errors import RevisionNotFoundError
 
@@ -194,7 +194,7 @@ class Hub:
     def commit(
         self, puts: Mapping[str, Any], removes: Iterable[str], message: str, revision: str = "main", parent: str | None = None
     ) -> None:
-        """Puts files, name -> path, bytes or open file, and removes others, in one step."""
+        """Upload files, name -> path, bytes or open file, and remove others, in one commit."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         removes = list(removes)
@@ -213,7 +213,7 @@ class Hub:
             self.call(send)
 
     def bring(self, file: HubFile, folder: Path, revision: str = "main") -> Path:
-        """Brings a file to a folder that keeps what was brought of an interrupted one. Returns its path there; its hash is right."""
+        """Download a file into a folder that keeps partial downloads. Returns its path there; its hash has been checked."""
 
         def fetch() -> Path:
             with quiet_client(unless=self._bars):
@@ -232,7 +232,7 @@ class Hub:
 
 
 def _first(listing: Iterable[Any]) -> list[Any]:
-    """One more than may be, so that a listing without an end ends."""
+    """A listing as a list, cut one entry above the limit: it may have no end."""
     found = []
     for each in listing:
         found.append(each)
@@ -242,7 +242,7 @@ def _first(listing: Iterable[Any]) -> list[Any]:
 
 
 def _checked_file(entry: Any) -> HubFile | None:
-    """A listed file; None for a folder. Raises StorageError for one that nobody honest lists."""
+    """A listed file; None for a folder. Raises StorageError for a name, size or hash that is not possible."""
     name = entry.path
     if not hasattr(entry, "blob_id"):
         return None

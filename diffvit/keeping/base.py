@@ -9,7 +9,7 @@ from pathlib import Path
 # The end of the names that a storage keeps for itself.
 MARKER = ".ok"
 
-# What `read` brings into memory at most: results are a few kilobytes.
+# The most that `read` brings into memory: results are a few kilobytes.
 LONGEST_READ = 4 * 1024**2
 
 # What an object is made of: bytes, a file, or a file's first so many bytes.

@@ -1,8 +1,8 @@
 """A repository on the Hugging Face hub as a storage: hf://user/name, with the layout of the checkpoints folder.
 
-A commit is one step, and the hub checks the hash of what it takes, so that objects need no markers. What is under way (.state: states
-and leases) is kept in a branch of its own; the repository's page shows results and no leases. Only one of several who create a lease at
-once succeeds: a commit names the one that it follows, and the hub takes it only if there is none in between.
+A commit is one step, and the hub checks the hash of what it takes, so that objects need no markers. States and leases (.state) are in
+a branch of their own, so the repository's page shows results only. Of several who create a lease at once one succeeds: a commit names its
+parent, and the hub takes it only if that is still the newest.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from diffvit.ledger.disk import write_atomically
 
 STATE_BRANCH = "diffvit-state"
 
-# Between attempts at a call, and the longest that the hub may ask for: who calls has a patience of its own.
+# Seconds between attempts at a call, and the longest that the hub may ask for: callers retry too.
 _PAUSES = (1.0,)
 _LONGEST_PAUSE = 10.0
 _CREATE_TRIES = 20
 _READ_TRIES = 5
 
-# States are large, and stay in the history of their branch: it is forgotten every so many commits.
+# States are large and stay in their branch's history, which is squashed every so many commits.
 _SQUASH_EVERY = 20
 
 
@@ -166,7 +166,7 @@ class HubStorage(Storage):
         return sorted({name.removeprefix(f"{inside}/").partition("/")[0] for name in found})
 
     def tidy(self) -> None:
-        """Forget the history of what was under way, if nothing is under way."""
+        """Squash the history of the states' branch, if no run is under way."""
         if not self.hub.files(f"{self._folder}.state", STATE_BRANCH):
             self._squash()
 
@@ -177,7 +177,7 @@ class HubStorage(Storage):
         return [os.path.basename(name) for name in found]
 
     def _listing(self, names: Iterable[str], revision: str) -> dict[str, Any]:
-        """Those of the objects that are there."""
+        """The files in the objects' folders, by name."""
         folders = {os.path.dirname(self._folder + name) for name in names}
         return {name: file for folder in folders for name, file in self.hub.files(folder, revision, recursive=False).items()}
 

@@ -189,7 +189,7 @@ class RunKeeper:
 
 @dataclass(frozen=True)
 class _Parcel:
-    """A state's file, and the part of the log that goes with it."""
+    """A state to upload: its file, and the part of the log that goes with it."""
 
     step: int
     state: Path
@@ -202,8 +202,8 @@ class StateUploader(Repeater):
 
     Attributes:
         lease: None until the storage has answered.
-        looked: since the lease was taken, it was checked whether the run has ended elsewhere.
-        lost: another machine has the run, or has ended it.
+        looked: whether it was checked, since the lease was taken, that the run has not ended elsewhere.
+        lost: whether another machine has the run, or has ended it.
     """
 
     def __init__(self, storage: Storage, files: RunFiles, saving: Saving, warn: Callable[[str], None]):
@@ -229,7 +229,7 @@ class StateUploader(Repeater):
         return None
 
     def offer(self, parcel: _Parcel) -> None:
-        """Make this the next state to send."""
+        """Make this the next state to upload."""
         self._parcel = parcel
 
     def rest(self) -> None:

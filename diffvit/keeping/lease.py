@@ -34,7 +34,7 @@ class Lease:
     seconds: float
 
     def renewal(self) -> dict[str, bytes] | None:
-        """What to write to extend it to its full length from now, name -> content; None where another machine has taken the run over."""
+        """The object that extends it to its full length from now, name -> content; None where another machine has taken the run over."""
         found = _numbers(self.storage, self.folder)
         if max(found, default=0) != self.number or not self._is_ours(found[self.number]):
             return None
@@ -48,7 +48,7 @@ class Lease:
         return renewal is not None
 
     def expire(self) -> None:
-        """Let it expire now: whoever sees it knows that the work is undone and that nobody does it."""
+        """Let it expire now, which tells others that the work is undone and free to take."""
         self.storage.overwrite(self._name(self.number), _lease_content(self.owner, 0.0))
 
     def names(self) -> list[str]:
@@ -59,7 +59,7 @@ class Lease:
         return [self._name(number) for number in found if number <= self.number]
 
     def release(self) -> None:
-        """Give it back."""
+        """Give it back: remove it and those before it."""
         self.storage.commit({}, self.names())
 
     def _is_ours(self, content: bytes) -> bool:

@@ -97,7 +97,7 @@ class ObjectStorage(Storage):
         return content if is_whole else None
 
     def _marker(self, name: str) -> dict[str, Any] | None:
-        """What an object's marker says; None where it is not there or not a marker."""
+        """The content of an object's marker; None where there is none that is valid."""
         with self._faults():
             try:
                 marker = parse_json(self._beginning(name + MARKER, _LONGEST_NOTE))
@@ -161,7 +161,7 @@ class ObjectStorage(Storage):
         return sorted(f"{folder}/{name.removesuffix(MARKER)}" for name in self.ls(folder) if name.endswith(ending))
 
     def _remove(self, name: str) -> None:
-        """Forget an object: first its marker, so that it is never there by half."""
+        """Remove an object: its marker first, so that it is never there by half."""
         for each in (name + MARKER, name):
             with self._faults(), contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(each))
@@ -227,7 +227,7 @@ class ObjectStorage(Storage):
 
     @contextlib.contextmanager
     def _faults(self, missing_too: bool = False) -> Iterator[None]:
-        """Backends raise errors of many kinds; what is missing (unless `missing_too`) or in the way is for the caller."""
+        """Translate a backend's errors into StorageError, but for missing (unless `missing_too`) and existing objects."""
         try:
             yield
         except (FileExistsError, ValueError, NotImplementedError, StorageError) as error:
@@ -242,4 +242,4 @@ class ObjectStorage(Storage):
 
 
 class _DamagedError(Exception):
-    """An object is not what its marker says."""
+    """An object does not match its marker."""

@@ -1,4 +1,4 @@
-"""Runs and the storage: a finished run sent or brought, and what is left of one that was under way."""
+"""Transfer of runs: push and fetch finished ones, and find what unfinished ones left in the storage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffvit.ledger.results import Result, read_result
 
 
 def push_run(storage: Storage, files: RunFiles, result: Result, removes: Iterable[str] = ()) -> None:
-    """Copy an ended run to the storage, its result last, and then forget other objects."""
+    """Copy an ended run to the storage, its result last, then remove other objects."""
     names = [*result.sha256, files.result.name]
     try:
         storage.commit({f"{files.model}/{name}": files.folder / name for name in names}, removes)
@@ -27,7 +27,7 @@ def push_run(storage: Storage, files: RunFiles, result: Result, removes: Iterabl
 
 
 def settle_run(storage: Storage, files: RunFiles) -> None:
-    """Bring an ended run that is only in the storage; send one that is only here. What an ended run left there under way is forgotten."""
+    """Fetch an ended run that is only in the storage, or push one that is only here, and remove its states and leases there."""
     result = read_result(files.result)
     if result is None:
         fetch_run(storage, files)
@@ -41,19 +41,19 @@ def settle_run(storage: Storage, files: RunFiles) -> None:
 
 
 def state_folder(run_id: str) -> str:
-    """Where a storage keeps what an unfinished run needs."""
+    """The storage's folder for an unfinished run's states and leases."""
     return f".state/{run_id}"
 
 
 def leftovers(storage: Storage, run_id: str) -> list[str]:
-    """All that a run's states have left in the storage, also what a machine was killed over."""
+    """All state objects of a run in the storage, partial ones too."""
     folder = state_folder(run_id)
     names = {name.removesuffix(MARKER) for name in storage.ls(folder)}
     return sorted(f"{folder}/{name}" for name in names if name.endswith((".state", ".log")))
 
 
 def fetch_run(storage: Storage, files: RunFiles, found: tuple[Result, bytes] | None = None) -> bool:
-    """Bring an ended run from the storage, its result last. False where the storage does not have all of it.
+    """Fetch an ended run from the storage, its result last. False where the storage does not have all of it.
 
     Args:
         found: its remote_result, where that is known already.

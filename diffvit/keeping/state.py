@@ -1,4 +1,4 @@
-"""Resume states: what an unfinished run needs to go on as if nothing had happened.
+"""Resume states (checkpoints of an unfinished run), from which it goes on to the same bits.
 
 A run's states lie in checkpoints/.state/{run_id}/, one file each, named by step: safetensors with a JSON header, and after it the
 SHA-256 of what precedes. A file is written aside, flushed and renamed; a truncated or changed file is recognised, reported and
@@ -77,7 +77,7 @@ class StateFolder:
         return None
 
     def file(self, step: int) -> Path:
-        """Where the state after a step lies."""
+        """The file of the state after a step."""
         return self.path / f"{step:09d}.state"
 
     def steps(self) -> list[int]:
@@ -89,7 +89,7 @@ class StateFolder:
         return [f"{path} {wrong}." for path in self._files() if (wrong := _read(path)[1])]
 
     def remove(self) -> None:
-        """Forget the run's states: it has ended."""
+        """Remove the run's states: it has ended."""
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _files(self) -> list[Path]:

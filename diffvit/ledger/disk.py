@@ -37,7 +37,7 @@ def write_fault(folder: Path) -> OSError | None:
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Turns what cannot be read, and a link that leads nowhere, into a UserError by name. What is only missing is for the caller.
+    """Turn unreadable files and broken links into a UserError that names them. FileNotFoundError is left to the caller.
 
     Args:
         path: what is read inside the block; links may also stand in place of the folders that it is in.
@@ -70,7 +70,7 @@ def broken_link(path: Path) -> str | None:
 
 
 def listed(folder: Path) -> list[Path]:
-    """What is in a folder, in order of name; nothing where there is none. Raises UserError as `readable` does."""
+    """A folder's entries, sorted by name; none where it is missing. Raises UserError as `readable` does."""
     try:
         with readable(folder):
             return sorted(folder / name for name in os.listdir(folder))
@@ -79,7 +79,7 @@ def listed(folder: Path) -> list[Path]:
 
 
 def lock_file(descriptor: int, folder: Path) -> bool:
-    """Takes an open file's kernel lock; False where another process has it. Raises UserError where the file system has no locks."""
+    """Take an open file's kernel lock; False where another process has it. Raises UserError where the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -98,7 +98,7 @@ def check_lockable(folder: Path) -> None:
         lock_file(file.fileno(), folder)
 
 
-# What a disk or a file system says when it, and not the program, is at fault.
+# Errors of a disk or a file system, not of the program.
 _FAULTS_OF_DISKS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -114,7 +114,7 @@ _FAULTS_OF_DISKS = {
 
 @contextlib.contextmanager
 def disk_faults(place: Path) -> Iterator[None]:
-    """Turns a full, read-only or failing disk into a StorageError that names the place, and a link that leads nowhere into a UserError."""
+    """Turn a full, read-only or failing disk into a StorageError that names the folder, and a broken link into a UserError."""
     try:
         yield
     except OSError as error:
@@ -129,7 +129,7 @@ def disk_faults(place: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write aside, flush to disk, rename: a reader sees the old file or the whole new one.
+    """Write a temporary file, flush it, rename it: a reader sees the old file or the whole new one.
 
     Args:
         content: the bytes, or a function that writes them to the open file.
@@ -182,13 +182,13 @@ def flush_to_disk(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-# What a call says that a file system (exFAT, SMB, FUSE) does not have.
+# Errors of calls that a file system (exFAT, SMB, FUSE) does not support.
 _UNSUPPORTED = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY}
 
 
 @contextlib.contextmanager
 def _unless_unsupported() -> Iterator[None]:
-    """Leaves out what the file system does not have; where the files' content is at stake, another call fails."""
+    """Ignore what the file system does not support; where content is at stake, another call fails."""
     try:
         yield
     except OSError as error:
@@ -200,7 +200,7 @@ _ASIDE = ".aside"
 
 
 def sweep_asides(folder: Path, stem: str) -> None:
-    """Removes what writers of files that begin with `stem` left aside when they were killed. Nobody may be writing them."""
+    """Remove temporary files that killed writers of `stem` left. Nobody may be writing them."""
     for aside in folder.glob(f".{glob_escape(stem)}*{_ASIDE}"):
         aside.unlink(missing_ok=True)
 

@@ -79,5 +79,5 @@ def result_paths(checkpoints: Path) -> list[Path]:
 
 
 def model_folders(checkpoints: Path) -> list[Path]:
-    """What may hold an architecture's runs in a checkpoints folder: no lost+found. Raises UserError for a folder that cannot be read."""
+    """The subfolders that may hold an architecture's runs: no lost+found. Raises UserError for a folder that cannot be read."""
     return [folder for folder in listed(Path(checkpoints)) if re.fullmatch(NAME, folder.name)]

@@ -109,7 +109,7 @@ class TrainingLog:
             self._file.close()
 
     def position(self) -> LogPosition:
-        """What is written so far, all of it on disk when this returns."""
+        """The log so far, flushed to disk when this returns."""
         flush_to_disk(self._file.fileno())
         return LogPosition(self._file.tell(), self._digest.hexdigest())
 
@@ -129,7 +129,7 @@ class TrainingLog:
 
 
 class WorkAgain(NamedTuple):
-    """Steps that a run did again after it was interrupted, and their seconds. The log has them in a note."""
+    """Steps that a run repeated after an interruption, and their seconds. The log has them in a note."""
 
     steps: int
     seconds: float
@@ -145,7 +145,7 @@ class WorkAgain(NamedTuple):
 
     @staticmethod
     def after(path: Path, position: LogPosition | None) -> WorkAgain:
-        """What is done again when a run goes on from a position of its log.
+        """The steps that are repeated when a run goes on from a position of its log.
 
         Work that was done again there already, and is cut off with the rest, counts too.
         """
@@ -295,7 +295,7 @@ def _damage(content: bytes, steps: int | None) -> str:
 
 
 def _shown(text: bytes) -> str:
-    """Some of what stands in a file, on one line."""
+    """An excerpt of a file, on one line."""
     return repr(text[:40].decode(errors="replace")) + (" …" if len(text) > 40 else "")
 
 

@@ -129,7 +129,7 @@ class Result:
         return result
 
     def _disagreement(self) -> str | None:
-        """What does not go together although each value is as it should be."""
+        """A contradiction between values that are each valid; None where there is none."""
         files = self.files(Path())
         for name in ("model", "size", "dataset"):
             if getattr(self, name) != self.identity[name]:
@@ -186,7 +186,7 @@ def _schema() -> Check:
 
 
 def write_result(files: RunFiles, result: Result) -> None:
-    """Marks a run as ended: everything else is on disk when this is called."""
+    """Mark a run as ended: all its other files must be on disk."""
     content = result.content()
     write_atomically(files.result, (json.dumps({**content, "checksum": checksum(content)}, indent=1) + "\n").encode())
 

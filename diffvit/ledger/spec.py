@@ -1,4 +1,4 @@
-"""What a run is: a RunSpec, and the run_id that follows from it, which is the same on every machine."""
+"""The specification of a run, and the run_id that follows from it, the same on every machine."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RunSpec:
         return f"{self.model} {self.size} {self.dataset} seed {self.seed} {overrides_text(self.overrides)}".rstrip()
 
     def names(self, run_id: str) -> dict[str, Any]:
-        """What the run is called, as files say it."""
+        """The run's names, as its files have them."""
         named = {key: getattr(self, key) for key in ("model", "size", "dataset", "seed", "precision")}
         return {"run_id": run_id, **named}
 

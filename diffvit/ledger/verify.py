@@ -1,4 +1,4 @@
-"""Reads every file of a run again and names what is damaged."""
+"""Re-reads every file of a run and names what is damaged."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
 
 
 def weight_facts(spec: RunSpec, run_id: str, data: Any) -> dict[str, Any]:
-    """What a checkpoint's header says: enough to rebuild the model and to feed it, and nothing of time or machine."""
+    """The facts in a checkpoint's header: enough to rebuild the model and prepare its input; no time, no machine."""
     return {
         **spec.names(run_id),
         "protocol": dataclasses.asdict(spec.protocol),

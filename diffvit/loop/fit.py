@@ -32,7 +32,7 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
 
 @dataclass(frozen=True)
 class Fit:
-    """What training left behind: the last step's record, the totals, and the images at once that it ended with."""
+    """The outcome of training: the last step's record, the totals, and the final micro-batch."""
 
     last: Step
     images: int

@@ -32,8 +32,8 @@ class Passes:
     """Passes of a model over batches, on the device that the model is on.
 
     Args:
-        prepare: makes pixels what the model takes.
-        micro_batch: images per training pass. Where memory does not suffice it is halved, and the batch done again.
+        prepare: turns pixels into the model's input.
+        micro_batch: images per training pass. Out of memory, it is halved and the batch repeated.
         evaluation_batch: the same for validation; default: the micro-batch.
         graphs: replay CUDA graphs, for the shapes given to `capture`.
         group: (rank, workers) of this process.
@@ -219,7 +219,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 class _Graphs:
-    """Functions of tensors as CUDA graphs, one for each shape. They write to tensors outside and give nothing back.
+    """Functions of tensors as CUDA graphs, one for each shape. They write to outer tensors and return nothing.
 
     All share one pool of memory, for they run one after another and leave nothing in it.
     """

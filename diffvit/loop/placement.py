@@ -1,4 +1,4 @@
-"""A run's model on its device: how it is computed there, and its micro-batch."""
+"""Place a run's model on its device: choose how it is computed there, and its micro-batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffvit.memory import FILLED, Peak, evaluation_bytes, even_split, measure_p
 from diffvit.protocol import ARMS, Protocol
 from diffvit.vit import VisionTransformer, build_model
 
-# What a process takes of a GPU beside the model: the driver's context, the images, the allocator's rounding.
+# Bytes of a GPU that a process takes beside the model: the driver's context, the images, the allocator's rounding.
 _BESIDE = 0.8e9
 # With fewer images at once a GPU is idle most of the time, and recomputing, which makes room for more, is faster.
 _FEW_IMAGES = 4
@@ -85,7 +85,7 @@ def place_model(
 
 
 def _peak(name: str, size: str, protocol: Protocol, like: VisionTransformer, precision: str, compute: Compute) -> Peak:
-    """What a pass of an architecture takes of the GPU that another is on, computed as that one is: from the cache, or measured now."""
+    """The peak of an architecture's pass on the GPU of `like`, computed as that is: from the cache, or measured now."""
     device, path = like.pos_embed.device, cache_folder() / "memory_peaks.json"
     tokens, width = like.pos_embed.shape[1:]
     triton = like.attention_form(autocast_dtype(precision)) == "triton"

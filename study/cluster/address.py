@@ -47,7 +47,7 @@ def ray_folder() -> Path:
 
 
 def _channel(address: str) -> Any:
-    """A gRPC channel to a cluster's head with the options of Ray's own channels: it passes proxies by."""
+    """A gRPC channel to a cluster's head with the options of Ray's own channels: it bypasses proxies."""
     import grpc
     from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
 
@@ -124,7 +124,7 @@ def _no_token(error: Exception) -> UserError:
 
 
 def _is_taken(address: str) -> bool:
-    """Whether the cluster's head does not refuse the token that Ray sends now. Other faults are Ray's to report."""
+    """Whether the cluster's head accepts the token that Ray sends now. Ray itself reports other faults."""
     import grpc
     from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader
 

@@ -122,7 +122,7 @@ class StudyDisplay(Callback):
         return self._rows[trial.config["run"]["spec"].title]
 
     def _say(self, line: str) -> None:
-        """Off a terminal, where a width is nobody's."""
+        """Print a line where stderr is no terminal; nothing is folded there."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     # The picture

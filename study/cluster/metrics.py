@@ -1,4 +1,4 @@
-"""What a run says to Ray's metrics while it trains: the dashboard and Prometheus read it there, as `ray_` and the name."""
+"""A run's metrics while it trains. Ray's dashboard and Prometheus read them as `ray_` and the name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class RunGauges:
         self._dollars_per_second = dollars_per_second
 
     def set(self, report: Mapping[str, Any]) -> None:
-        """Takes a run's report: the numbers of a step, `total_steps` and `images_per_second`."""
+        """Set the gauges from a run's report: the numbers of a step, `total_steps` and `images_per_second`."""
         values = {
             "diffvit_train_loss": report["train_loss"],
             "diffvit_val_loss": report["val_loss"],
@@ -47,7 +47,7 @@ class RunGauges:
 
 @functools.cache
 def _gauge(name: str) -> Any:
-    """One for a process: it trains several runs, one after the other."""
+    """The process's gauge of a name: a process trains several runs, one after the other."""
     from ray.util.metrics import Gauge  # Ray takes seconds to import, and names alone do not need it
 
     return Gauge(name, GAUGES[name], tag_keys=TAGS)

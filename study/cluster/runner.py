@@ -98,7 +98,7 @@ def run_all(
 
     Args:
         display: receives every report and every end, in this process.
-        wait_for_others: until runs that another machine trains have ended or been left.
+        wait_for_others: wait until runs that another machine trains have ended or been abandoned.
 
     Returns:
         run_id -> the run's last report, which holds its outcome or, under "failed", why it has none; and the exit code if a signal ended
@@ -123,7 +123,7 @@ def run_all(
 
 
 class _PassOnStop(Callback):
-    """Tells the runs of a signal that this process got. Again and again: the flag's process may have died."""
+    """Sets the stop flag after a signal, repeatedly: the flag's process may have died."""
 
     def __init__(self, signals: StopSignals, stop_flag: Any, display: StudyDisplay):
         self._signals, self._stop_flag, self._display = signals, stop_flag, display
@@ -152,7 +152,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _when_one_is_free(runs: list[PlannedRun], settings: Settings, signals: StopSignals) -> list[PlannedRun]:
-    """Waits until nobody else trains one of the runs. Returns those that have not ended."""
+    """Wait until one of the runs is free. Returns those that have not ended."""
     pause = 10.0 if settings.saving.storage else 1.0
     while runs and not signals.seen():
         left = []
@@ -239,7 +239,7 @@ def _trial(config: dict[str, Any]) -> None:
 
 
 def _cause(error: Exception) -> BaseException:
-    """What a run failed of: of a group, what one of its workers raised, ours before what the others make of it."""
+    """The error that ended a run; of a group, its workers' first error of ours, not what follows from it in the others."""
     failures: list[BaseException] = list(getattr(error, "worker_failures", {}).values())
     return next((failure for failure in failures if isinstance(failure, DiffvitError)), error)
 
@@ -282,7 +282,7 @@ def _worker(config: dict[str, Any]) -> None:
         last = steps[-1]
         numbers = {**last._asdict(), "total_steps": total, "images_per_second": _pace(spec, last)}
         gauges.set(numbers)
-        if alone:  # a worker group reports together, and only its first process hears of steps
+        if alone:  # a worker group must report together, and only its first process has the steps
             report(numbers)
 
     on_phase = (lambda phase: report({"phase": phase})) if alone else None
@@ -334,7 +334,7 @@ def _tries_folder(settings: Settings) -> Path:
 
 
 class _Tries:
-    """Counts a run's tries from the same step: in a file, to outlive the process, and in memory, for a disk that is full."""
+    """Counts a run's tries from the same step: in a file, which outlives the process, and in memory, in case the disk is full."""
 
     def __init__(self, settings: Settings, run_id: str):
         self._file = _tries_folder(settings) / run_id
@@ -342,7 +342,7 @@ class _Tries:
         self._noted: list[str] = []
 
     def count(self) -> int:
-        """Notes a try and returns how many there have been from the same step, this one included."""
+        """Record a try. Returns how many there have been from the same step, this one included."""
         step = str(next(iter(self._states.steps()), 0))
         with contextlib.suppress(OSError):
             self._noted = max(self._noted, self._file.read_text(errors="replace").split(), key=len)
@@ -353,7 +353,7 @@ class _Tries:
         return len(list(itertools.takewhile(step.__eq__, reversed(self._noted))))
 
     def forget(self) -> None:
-        """It did not die."""
+        """Forget the tries: this one did not die."""
         self._noted.clear()
         self._file.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""A watch over Ray's processes: if they die, Ray's driver would wait forever."""
+"""A watch over Ray's processes: when they die, Ray's driver waits forever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What computes, and how fast: a table of GPUs from their data sheets, and what was measured on machines that were at hand.
+"""How fast machines are: GPUs from their data sheets, and machines that were measured.
 
 Measurements are kept in the user's cache folder, `measured_rates.json`, so that a machine is measured once.
 """
@@ -86,7 +86,7 @@ def sheet_of(device_name: str) -> Sheet | None:
 
 @dataclass(frozen=True)
 class CellRate:
-    """What a cell's work was measured to take on a machine, in seconds.
+    """Measured seconds of a cell's work on a machine.
 
     Attributes:
         train: an image's part of a training step, without validation.
@@ -111,7 +111,7 @@ class Machine:
 
     Attributes:
         device: "cpu" or "cuda".
-        at_once: runs that shared the device, or the whole machine where that is a CPU, while it was measured.
+        at_once: concurrent runs that shared the device, or the whole machine where that is a CPU, while it was measured.
         memory: of the device, or of the machine, in bytes.
         start: seconds that a study takes until its first run begins, without loading data.
         load: data set -> seconds that a process takes to load it.
@@ -146,7 +146,7 @@ def read_machines() -> list[Machine]:
 
 
 def _machine(values: Any) -> Machine | None:
-    """A machine as it was kept; None for one of another version, or with something else than finite numbers."""
+    """A machine from the file; None for an entry of another version, or with numbers that are not finite."""
     try:
         machine = Machine(**{**values, "cells": {cell: CellRate(**rate) for cell, rate in values["cells"].items()}})
         rates = [rate for cell in machine.cells.values() for rate in (cell.train, cell.evaluate, cell.images, cell.flops)]
@@ -185,7 +185,7 @@ def find_machine(names: str, precision: str, threads: int, compute: Compute) -> 
 
 
 def keep_machine(machine: Machine, on_warning: Callable[[str], None] = lambda text: None) -> Machine:
-    """Adds a machine's measurements to the file, over older ones of the same cells. Returns the machine with all of its cells.
+    """Merge a machine's measurements into the file; newer ones of a cell win. Returns the machine with all of its cells.
 
     Args:
         on_warning: called if the file cannot be written.

@@ -2,7 +2,7 @@
 
 A run takes the seconds of its training images, of the images that it evaluates, and of its start. These come from measurements on a
 machine (probe.py), or are estimated from a GPU's data sheet. The study's end follows from the order in which it starts its runs:
-longest first, each where a place is free.
+longest first, each in the first free slot.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def forecast_study(runs: Sequence[PlannedRun], fleet: Fleet, checkpoints: Path) 
 
 
 def makespan(seconds: Iterable[float], slots: int) -> float:
-    """When the last of some jobs ends that begin in the given order, each where a slot is free first."""
+    """The end of the last job, where jobs begin in the given order, each in the slot that is free first."""
     free = [0.0] * slots
     for each in seconds:
         heapq.heappush(free, heapq.heappop(free) + each)
@@ -188,7 +188,7 @@ def _forecast_run(run: PlannedRun, fleet: Fleet, checkpoints: Path) -> RunForeca
 
 
 def run_seconds(run: PlannedRun, rate: Rate, done: int = 0) -> float:
-    """What a run takes after so many of its steps."""
+    """Seconds that a run still takes after `done` steps."""
     protocol = run.spec.protocol
     train, val, test = protocol.images
     trained, validated = (
@@ -233,7 +233,7 @@ def sheet_rate(sheet: Sheet, recompute: bool = False) -> Callable[[PlannedRun], 
 
 
 def least_seconds(sheet: Sheet, run: PlannedRun) -> tuple[float, float]:
-    """What an image's forward pass takes for its products at the whole peak, and for its bytes at the whole bandwidth."""
+    """Seconds of an image's forward pass for its products at full peak, and for its bytes at full bandwidth."""
     model, precision = model_of(run.spec), _precision_on(sheet, run)
     tokens, d_model = model.pos_embed.shape[1:]
     layers = [module for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
@@ -249,7 +249,7 @@ def _precision_on(sheet: Sheet, run: PlannedRun) -> str:
 
 
 def measured_rate(machine: Machine) -> Callable[[PlannedRun], Rate]:
-    """Rates that were measured on a machine; a cell that was not has those of the one nearest to it, scaled by FLOPs."""
+    """Rates measured on a machine; an unmeasured cell has those of the nearest one, scaled by FLOPs."""
 
     def rate(run: PlannedRun) -> Rate:
         cell = machine.cells.get(cell_of(run.spec))
@@ -344,7 +344,7 @@ def _sentences(forecast: StudyForecast) -> list[str]:
 
 
 def _sources(forecast: StudyForecast) -> list[str]:
-    """How each rate was come by, a sentence for each source there is."""
+    """Where the rates come from, a sentence for each source."""
     chosen = forecast.pending or forecast.runs
     sources = {each.rate.source for each in chosen}
     lines = []
@@ -375,7 +375,7 @@ def _assumptions(sheet: Sheet | None, run: PlannedRun) -> str:
 
 
 def forecast_json(forecast: StudyForecast) -> dict[str, Any]:
-    """The forecast for machines: seconds, bytes, dollars."""
+    """The forecast as JSON values: seconds, bytes, dollars."""
     fleet = forecast.fleet
     return {
         "device": fleet.title, "kind": fleet.kind, "precision": fleet.precision, "devices": fleet.devices,

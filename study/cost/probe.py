@@ -52,7 +52,7 @@ def probe(
     Args:
         begun: time.monotonic() when the command began to start Ray: what a study waits for until its first run can begin.
         seconds: for each cell, about; it takes at least a few steps.
-        say: hears which cell is measured.
+        say: called with a sentence before each cell is measured.
 
     Raises:
         UserError: a single image of a cell does not fit into memory.
@@ -100,7 +100,7 @@ def _mean(values: list[float]) -> float:
 
 
 class _Prober:
-    """A process in the place of one that trains."""
+    """An actor that measures, with the resources of one that trains."""
 
     def __init__(self, settings: Settings):
         placement = settings.placement
@@ -189,7 +189,7 @@ def _window(trained: Trained, data: Dataset, protocol: Protocol, seconds: float)
 def _marks(
     model: VisionTransformer, data: Dataset, protocol: Protocol, every: Every, enough: Callable[[list[tuple[int, float]]], bool], **how: Any
 ) -> list[tuple[int, float]]:
-    """Trains until there is enough. Returns (step, time) of when states would have been saved: all work is done then."""
+    """Train until `enough`. Returns (step, time) at which states would have been saved, when all queued work is done."""
     marks: list[tuple[int, float]] = []
     try:
         fit(

@@ -74,12 +74,12 @@ def cells(specs: Sequence[RunSpec]) -> list[RunSpec]:
     return [dataclasses.replace(spec, overrides={**spec.overrides, "max_steps": _STEPS}) for spec in unique.values()]
 
 
-def rehearse(specs: Sequence[RunSpec], settings: Settings, hear: Callable[[Rehearsed], None]) -> list[Rehearsed]:
+def rehearse(specs: Sequence[RunSpec], settings: Settings, on_outcome: Callable[[Rehearsed], None]) -> list[Rehearsed]:
     """Rehearse the cells on the connected cluster, as many at a time as the study would train.
 
     Args:
         settings: of the study. A run that several workers would train is rehearsed with one.
-        hear: gets each outcome as it comes.
+        on_outcome: called with each outcome as it comes.
 
     Returns:
         The outcomes, in the order of the cells.
@@ -98,7 +98,7 @@ def rehearse(specs: Sequence[RunSpec], settings: Settings, hear: Callable[[Rehea
         while waiting:
             (ended,), waiting = ray.wait(waiting)
             found[ended] = _outcome(ended, titles[ended])
-            hear(found[ended])
+            on_outcome(found[ended])
         return [found[each] for each in titles]
 
 
@@ -142,7 +142,7 @@ def _folders(settings: Settings) -> Iterator[Settings]:
 
 
 def _rehearse_cell(spec: RunSpec, settings: Settings) -> dict[str, Any]:
-    """A Ray task: the fields of a Rehearsed but for the title. What fails is told, not raised."""
+    """A Ray task: the fields of a Rehearsed but for the title. What fails is returned, not raised."""
     placement = settings.placement
     if not placement.gpus_per_run:
         torch.set_num_threads(placement.cpus_per_run)
@@ -159,7 +159,7 @@ def _rehearse_cell(spec: RunSpec, settings: Settings) -> dict[str, Any]:
 
 
 def _parts(spec: RunSpec, settings: Settings, device: torch.device) -> Iterator[str]:
-    """Does one part after the other and says each that is done."""
+    """Do one part after the other; yields the name of each that is done."""
     checkpoints = settings.checkpoints
     how: dict[str, Any] = {
         "data_root": settings.data_root, "device": device, "saving": settings.saving,

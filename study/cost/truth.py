@@ -21,7 +21,7 @@ class Comparison:
         runs: (title, forecast, truth), in seconds, of runs that were done in one go.
         interrupted: titles of runs that were interrupted, whose times say nothing.
         makespan: (forecast, truth) of the whole study; None where a run failed or the study was stopped.
-        source: how the forecast was come by.
+        source: where the forecast's rates come from.
     """
 
     runs: list[tuple[str, float, float]]
