@@ -46,7 +46,7 @@ def cli() -> None:
     `run.py study` trains a grid of both, `run.py plot` draws it. The same command carries on after an interruption.
     Options may be written with - or with _.
     """
-    check_env_file()
+    check_env_file(warn)
     if cache := os.environ.get("DIFFVIT_CACHE"):
         os.environ["DIFFVIT_CACHE"] = str(usable_path(cache).absolute())  # workers have folders of their own
 
@@ -379,7 +379,7 @@ def plot(**given: Any) -> None:
 @cli.command()
 @click.option("--grid", metavar="NAME|FILE", help=f"Which runs to report. {_BY_DEFAULT}")
 @_of_grid_options
-@click.option("--out", type=FOLDER, metavar="DIR", help="[default: report in the checkpoints folder]")
+@click.option("--out", type=FOLDER, metavar="DIR", help="[default: report in the checkpoints folder; of a grid file NAME_report]")
 @_checkpoints
 def report(**given: Any) -> None:
     """Write the verdict, with its intervals and all that it rests on, as one HTML page and as Markdown."""

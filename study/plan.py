@@ -60,10 +60,11 @@ def _plan(spec: RunSpec, checkpoints: Path, fingerprint: str | None) -> PlannedR
     parameters, forward = _model_cost(spec.model, spec.size, spec.dataset)
     steps = protocol.total_steps()
     run_ids = run_ids_of(spec, fingerprint) if fingerprint else {}
-    results = {precision: read_result(RunFiles.of(checkpoints, spec, run_id).result) for precision, run_id in run_ids.items()}
-    ended = {precision: result.status for precision, result in results.items() if result}
-    status = ended.get(spec.precision)
-    elsewhere = None if status else next((f"{other} in {precision}" for precision, other in ended.items()), None)
+    # Its own precision first: other results are read only where that has none.
+    results = ((precision, read_result(RunFiles.of(checkpoints, spec, run_id).result)) for precision, run_id in run_ids.items())
+    precision, result = next((each for each in results if each[1]), (None, None))
+    status = result.status if result and precision == spec.precision else None
+    elsewhere = f"{result.status} in {precision}" if result and not status else None
     run_id, work = run_ids.get(spec.precision), forward * _image_passes(protocol, steps)
     return PlannedRun(spec, run_id, parameters, forward, steps, work, status, elsewhere)
 

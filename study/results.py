@@ -126,7 +126,7 @@ def report_grid(
     """Write the report of a grid's finished runs, or of the built-in grids' that have any. Returns the files.
 
     Args:
-        out: None: report in the checkpoints folder, with the overrides in its name. dataset: as find_grid takes it.
+        out: None: report in the checkpoints folder, with a grid file's name and the overrides in its name. dataset: as find_grid takes it.
 
     Raises:
         UserError: nothing is finished, or the folder cannot be written.
@@ -134,7 +134,7 @@ def report_grid(
     from study.report.write import write_report
 
     table, grids = _finished(checkpoints, grid, epochs, dataset)
-    out = out or checkpoints / named_after("report", grids, epochs)
+    out = out or checkpoints / named_after(f"{grids[0].prefix if grid else ''}report", grids, epochs)
     check_writable(out)
     return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset))
 

@@ -68,8 +68,8 @@ def test_findings_are_kept_and_end_in_the_report(cli) -> None:
     assert cli("report", "--grid", "two.yaml").code == 2  # and nothing is reported from it
     kept[0].write_bytes(before[0])
     outcome = cli("report", "--grid", "two.yaml")
-    assert outcome.code == 0 and outcome.out.split() == ["checkpoints/report/report.html", "checkpoints/report/report.md"]
-    page = Path("checkpoints/report/report.md").read_text()
+    assert outcome.code == 0 and outcome.out.split() == ["checkpoints/two_report/report.html", "checkpoints/two_report/report.md"]
+    page = Path("checkpoints/two_report/report.md").read_text()
     assert (
         "no interval (1 seed)" in page and "figures/digits_max_steps-2_noise.png" in page and "error in % on corrupted test images" in page
     )

@@ -215,6 +215,17 @@ def test_a_setting_that_env_cannot_make_is_refused(cli, monkeypatch: pytest.Monk
     assert outcome.code == 2 and "DIFFVIT_STORAGE" in outcome.err and "export" in outcome.err
     monkeypatch.setenv("DIFFVIT_STORAGE", str(Path("somewhere").absolute()))  # as by uv run --env-file .env
     assert cli("study", "--dry_run").code == 0
+    for misspelt, meant in (
+        ("DIFVIT_STORAGE=s3://x", "DIFFVIT_STORAGE"),
+        ("HF_TOKN=hf_x", "HF_TOKEN"),
+        ("hf_repository=a/b", "HF_REPOSITORY"),
+    ):
+        Path(".env").write_text(misspelt)
+        outcome = cli("list")
+        assert outcome.code == 2 and misspelt.split("=")[0] in outcome.err and f"did you mean {meant}?" in outcome.err
+    Path(".env").write_text("AWS_SECRET_ACCESS_KEY=s3cr\nRAY_ADDRESS=a:1\nHF_HOME=/x\nEDITOR=vi\nHF_TOKEN=hf_x\n")
+    outcome = cli("list")
+    assert outcome.code == 0 and outcome.err.count("from the environment only") == 3 and "s3cr" not in outcome.err
     Path(".env").write_bytes("X=1".encode("utf-16"))  # of another tool, and not needed
     assert cli("study", "--dry_run").code == 0
 

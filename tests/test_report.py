@@ -116,8 +116,8 @@ def test_real_runs_become_a_page_that_fits_wide_and_narrow_screens(tmp_path: Pat
     for command in ("evaluate --grid small.yaml --corruptions --attention --device cpu", "report --grid small.yaml"):
         done = cli(*command.split())
         assert done.code == 0, done.err
-    report = tmp_path / "checkpoints" / "report"
-    assert done.out.split() == ["checkpoints/report/report.html", "checkpoints/report/report.md"]
+    report = tmp_path / "checkpoints" / "small_report"
+    assert done.out.split() == ["checkpoints/small_report/report.html", "checkpoints/small_report/report.md"]
     text = _text((report / "report.html").read_text())
     assert "On digits-noisy" in text and "pairs)" in text and "gaussian" in text and "Where attention goes" in text
     for link in re.findall(r"!\[[^]]*\]\(([^)]+)\)", (report / "report.md").read_text()):

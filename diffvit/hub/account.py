@@ -7,7 +7,7 @@ import difflib
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,17 +104,37 @@ def _env_lines() -> Iterator[tuple[int, str, str, bool]]:
             yield line, first[1], "", whole
 
 
-def check_env_file() -> None:
-    """Raises UserError for a DIFFVIT_ name in .env that is not in the environment: from there alone it is read.
+# Settings that diffvit reads from the environment only, and the names of those that libraries read there.
+_OWN_SETTINGS = ("DIFFVIT_CACHE", "DIFFVIT_COMMIT", "DIFFVIT_DATA", "DIFFVIT_STORAGE")
+_OF_LIBRARIES = re.compile(r"(AWS|AZURE|CUDA|FSSPEC|GOOGLE|RAY)_\w+|HF_(HOME|ENDPOINT|(HUB|DATASETS|XET)_\w+)|\w+_PROXY")
+
+
+def check_env_file(on_warning: Callable[[str], None] = lambda text: None) -> None:
+    """Check the names in .env that are not in the environment too.
 
     A file that cannot be read is not an error here: it may be another tool's.
+
+    Args:
+        on_warning: called with a sentence for each setting of a library, which only the environment can carry.
+
+    Raises:
+        UserError: a misspelt setting, or a DIFFVIT_ one, which is read from the environment only.
     """
     with contextlib.suppress(OSError, ValueError):
         for line, key, _, _ in _env_lines():
-            if key.upper().startswith("DIFFVIT_") and not os.environ.get(key):
+            if os.environ.get(key):
+                continue
+            says = f".env has {shown(key)} in line {line}, which"
+            if key.upper().startswith("DIFFVIT_"):
+                raise UserError(f"{says} is read from the environment only.", f"export {key} in the shell.")
+            if name := next((name for name in _ALIASES if key != name and _is_misspelt(key, name) and not os.environ.get(name)), None):
+                raise UserError(f"{says} nothing reads.", f"did you mean {name}?")
+            if near := difflib.get_close_matches(key.upper(), _OWN_SETTINGS, n=1, cutoff=0.85):
                 raise UserError(
-                    f".env has {shown(key)} in line {line}, which is read from the environment only.", f"export {key} in the shell."
+                    f"{says} nothing reads.", f"did you mean {near[0]}? It is read from the environment: export it in the shell."
                 )
+            if _OF_LIBRARIES.fullmatch(key.upper()):
+                on_warning(f"{says} is read from the environment only: export {key} in the shell")
 
 
 def parse_repository(text: str) -> str:
