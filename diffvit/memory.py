@@ -24,7 +24,18 @@ _PARAMETER_BYTES = 16
 
 # Values that an attention layer keeps for each token and channel between its two projections, by its form: q, k, v, the output, and one
 # for what fused kernels and norms keep a head and token; and what the difference and its norm add.
-_ATTENTION_VALUES = {"sdpa": 5, "sdpa, one call": 10, "blocks": 7, "maps": 7, "triton": 7, "two_calls": 10, "four_calls": 12, "padded": 15}
+_ATTENTION_VALUES = {
+    "sdpa": 5,
+    "sdpa, normed": 7,
+    "sdpa, one call": 10,
+    "blocks": 7,
+    "maps": 7,
+    "triton": 7,
+    "triton, normed": 7,
+    "two_calls": 10,
+    "four_calls": 12,
+    "padded": 15,
+}
 _MOST_ATTENTION_VALUES = max(_ATTENTION_VALUES.values())
 
 # The part of a GPU's memory that a run fills where its needs were measured; the rest is for the driver and the allocator's gaps.
@@ -67,7 +78,7 @@ def _block_bytes(model: VisionTransformer, precision: str, device: str) -> int:
     layer = cast(AttentionLayer, block.attn)
     form = layer.form_on(device, dtype, tokens)
     if _fused(precision, device):
-        form = "triton" if form in ("sdpa", "two_calls") else form
+        form = "triton" if form in ("sdpa", "sdpa, normed", "two_calls") else form
     values = _ATTENTION_VALUES.get(form, _MOST_ATTENTION_VALUES) * d_model
     values += 2 * d_model + 2 * hidden  # inputs of qkv and fc1; of GELU and fc2
     if _fused(precision, device):  # and the two sums that are normalised; masks are drawn again

@@ -25,6 +25,7 @@ MODELS: dict[str, str] = {
     "vit_classic": "diffvit.vit_classic:Attention",
     "vit_differential": "diffvit.vit_differential:DifferentialAttention",
     "vit_classic_wide_heads": "diffvit.vit_classic_wide_heads:WideHeadsAttention",
+    "vit_classic_sub_norm": "diffvit.vit_classic_sub_norm:SubNormAttention",
     "vit_differential_v2": "diffvit.vit_differential_v2:DifferentialAttentionV2",
 }
 
@@ -36,6 +37,7 @@ MODEL_TITLES: dict[str, str] = {
     "vit_classic": "Classic ViT",
     "vit_differential": "Differential ViT",
     "vit_classic_wide_heads": "Classic ViT, wide heads",
+    "vit_classic_sub_norm": "Classic ViT, wide heads, sub-norm",
     "vit_differential_v2": "Differential ViT V2",
 }
 

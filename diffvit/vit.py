@@ -285,6 +285,11 @@ def softmax_maps(logits: Tensor) -> Tensor:
     return torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
+def apply_to_values(maps_BMNN: Tensor, v_BMNV: Tensor) -> Tensor:
+    """Heads' outputs side by side, from their explicit maps. [B, N, M V]"""
+    return (maps_BMNN.to(v_BMNV.dtype) @ v_BMNV).transpose(1, 2).flatten(2)
+
+
 def attention_class(model: str) -> AttentionClass:
     """The attention class that the registry names for an architecture. Raises UserError for an unknown one."""
     module, _, name = MODELS[resolve_model(model)].partition(":")

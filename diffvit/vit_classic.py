@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffvit.kernels.dropout import Dropout
 from diffvit.protocol import PROTOCOLS, resolve_size
-from diffvit.vit import VisionTransformer, attend_by_triton, build_model, project, softmax_maps, triton_supported
+from diffvit.vit import VisionTransformer, apply_to_values, attend_by_triton, build_model, project, softmax_maps, triton_supported
 
 
 class Attention(nn.Module):
@@ -48,11 +48,11 @@ class Attention(nn.Module):
         """The heads' outputs side by side, of the first so many tokens or of all. [B, n, D]"""
         if queries is None and self.form == "triton":
             return attend_by_triton(self.qkv, x_BND, self.heads)
-        return F.scaled_dot_product_attention(*self._project(x_BND, queries)).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(*self.project(x_BND, queries)).transpose(1, 2).flatten(2)
 
     def logits(self, x_BND: Tensor) -> Tensor:
         """Scores before the softmax, scaled. [B, H, N, N]: query, key"""
-        q_BHNE, k_BHNE, _ = self._project(x_BND)
+        q_BHNE, k_BHNE, _ = self.project(x_BND)
         return q_BHNE @ k_BHNE.mT * q_BHNE.shape[-1] ** -0.5
 
     def maps(self, x_BND: Tensor) -> Tensor:
@@ -61,14 +61,14 @@ class Attention(nn.Module):
 
     def apply_maps(self, maps_BHNN: Tensor, x_BND: Tensor) -> Tensor:
         """The layer's output where its maps are these. [B, N, D]"""
-        v_BHNE = self._project(x_BND)[2]
-        return self.dropout(self.proj((maps_BHNN.to(v_BHNE.dtype) @ v_BHNE).transpose(1, 2).flatten(2)))
+        return self.dropout(self.proj(apply_to_values(maps_BHNN, self.project(x_BND)[2])))
 
     def lambdas(self, x_BND: Tensor) -> None:
         """Nothing is subtracted here."""
         return None
 
-    def _project(self, x_BND: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x_BND: Tensor, queries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the first so many tokens, or of all, keys and values. [B, H, n, E], twice [B, H, N, E]"""
         q_BHNE, k_BHNE, v_BHNE = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in project(self.qkv, x_BND, queries))
         return q_BHNE, k_BHNE, v_BHNE
 

@@ -21,12 +21,31 @@ from torch import Tensor, nn
 from diffvit.kernels.dropout import Dropout, has_kernels
 from diffvit.kernels.forms import CANDIDATES, default_form, differential_attention, maps, usable
 from diffvit.protocol import PROTOCOLS, resolve_size
-from diffvit.vit import VisionTransformer, attend_by_triton, build_model, project, softmax_maps
+from diffvit.vit import VisionTransformer, apply_to_values, attend_by_triton, build_model, project, softmax_maps
 
 
 def lambda_init(layer: int) -> float:
     """The constant part of lambda in a layer, counted from 0: 0.2, 0.356, 0.471, … towards 0.8."""
     return 0.8 - 0.6 * math.exp(-0.3 * layer)
+
+
+class SubNorm(nn.RMSNorm):
+    """Equation 3: RMSNorm of each head's output, times 1 - lambda_init. Outputs side by side [B, N, D] -> [B, N, D]"""
+
+    def __init__(self, width: int, layer: int):
+        super().__init__(width, eps=1e-5)
+        self.factor = 1 - lambda_init(layer)
+
+    def forward(self, o_BND: Tensor) -> Tensor:
+        width = self.weight.numel()
+        o_BNPV = o_BND.unflatten(-1, (-1, width))
+        # The compiler fuses torch's own; and how our kernel rounds depends on a tile size that was chosen by time.
+        others = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
+        if not (others or width & (width - 1)) and has_kernels(o_BND.device, width):
+            from diffvit.kernels.fused_triton import head_norm
+
+            return head_norm(o_BNPV, self.weight, self.eps, self.factor).flatten(-2)
+        return (self.factor * super().forward(o_BNPV)).flatten(-2)
 
 
 class DifferentialAttention(nn.Module):
@@ -48,7 +67,7 @@ class DifferentialAttention(nn.Module):
         self.lambda_k1 = nn.Parameter(torch.zeros(self.head_dim))
         self.lambda_q2 = nn.Parameter(torch.zeros(self.head_dim))
         self.lambda_k2 = nn.Parameter(torch.zeros(self.head_dim))
-        self.sub_norm = nn.RMSNorm(2 * self.head_dim, eps=1e-5)
+        self.sub_norm = SubNorm(2 * self.head_dim, layer)
         self.proj = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
         self.form: str | None = None  # of equation 1: a key of FORMS, or None for the device's default
@@ -83,12 +102,12 @@ class DifferentialAttention(nn.Module):
     def heads_output(self, x_BND: Tensor, queries: int | None = None) -> Tensor:
         """Equation 3: the heads' outputs side by side, of the first so many tokens or of all. [B, n, D]"""
         if queries is None and self.form == "triton":
-            return self._normed(attend_by_triton(self.qkv, x_BND, 2 * self.pairs, self.lambda_full()))
+            return self.sub_norm(attend_by_triton(self.qkv, x_BND, 2 * self.pairs, self.lambda_full()))
         if queries is None:
             qkv_BN3D = self.qkv(x_BND).unflatten(-1, (3, -1))
-            return self._normed(differential_attention(qkv_BN3D, 2 * self.pairs, self.lambda_full(), self.form))
+            return self.sub_norm(differential_attention(qkv_BN3D, 2 * self.pairs, self.lambda_full(), self.form))
         o_BPnV = maps(*self._project(x_BND, queries), self.lambda_full())  # of few queries the maps are small
-        return self._normed(o_BPnV.transpose(1, 2).flatten(2))
+        return self.sub_norm(o_BPnV.transpose(1, 2).flatten(2))
 
     def logits(self, x_BND: Tensor) -> Tensor:
         """Scores before the softmax, scaled, of all 2P heads. [B, H, N, N]: query, key"""
@@ -103,8 +122,7 @@ class DifferentialAttention(nn.Module):
 
     def apply_maps(self, maps_BPNN: Tensor, x_BND: Tensor) -> Tensor:
         """The layer's output where its pairs' maps are these. [B, N, D]"""
-        v_BPNV = self._project(x_BND)[2]
-        return self.dropout(self.proj(self._normed((maps_BPNN.to(v_BPNV.dtype) @ v_BPNV).transpose(1, 2).flatten(2))))
+        return self.dropout(self.proj(self.sub_norm(apply_to_values(maps_BPNN, self._project(x_BND)[2]))))
 
     def lambdas(self, x_BND: Tensor) -> Tensor:
         """What the second maps are multiplied with: one number for all. Scalar."""
@@ -114,18 +132,6 @@ class DifferentialAttention(nn.Module):
         q_BND, k_BND, v_BND = project(self.qkv, x_BND, queries)
         q_BNPsE, k_BNPsE = (x.unflatten(-1, (self.pairs, 2, self.head_dim)) for x in (q_BND, k_BND))
         return q_BNPsE, k_BNPsE, v_BND.unflatten(-1, (self.pairs, 2 * self.head_dim)).transpose(1, 2)
-
-    def _normed(self, o_BND: Tensor) -> Tensor:
-        """Equation 3 of the heads' outputs side by side."""
-        o_BNPV, norm, factor = o_BND.unflatten(-1, (self.pairs, -1)), self.sub_norm, 1 - self.lambda_init
-        # The compiler fuses torch's own; and how our kernel rounds depends on a tile size that was chosen by time.
-        others = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
-        width = 2 * self.head_dim
-        if not (others or width & (width - 1)) and has_kernels(o_BND.device, width):
-            from diffvit.kernels.fused_triton import head_norm
-
-            return head_norm(o_BNPV, norm.weight, norm.eps, factor).flatten(-2)
-        return (factor * norm(o_BNPV)).flatten(-2)
 
 
 def vit_differential_cifar100(size: str = "10B") -> VisionTransformer:

@@ -1,7 +1,9 @@
-"""Differential ViT V2: a second differential attention in the blocks of vit.py. EXPERIMENTAL.
+"""Differential ViT V2: a second differential attention in the blocks of vit.py.
 
-There is no paper. What is here follows its authors' description (Microsoft, "Differential Transformer V2", January 2026,
-huggingface.co/blog/microsoft/diff-attn-v2), carried over from language models by us, and is not compared with their code.
+There is no paper. Its authors describe it in "Differential Transformer V2" (Microsoft, January 2026,
+huggingface.co/blog/microsoft/diff-attn-v2). With equal weights, the rows of the queries permuted, the layer equals their code
+(microsoft/unilm, Diff-Transformer/Diff-Transformer-V2/multihead_flashdiffv2.py, without rotation and mask) to 1e-14 in fp64. Other
+than theirs, queries, keys, values and the output have biases, as the classic layer has here, and each head has its own keys and values.
 
     O_i = softmax(Q_i1 K_i' / sqrt(E)) V_i - sigmoid(x W_lambda)_i softmax(Q_i2 K_i' / sqrt(E)) V_i
 
@@ -21,7 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffvit.kernels.dropout import Dropout
-from diffvit.vit import softmax_maps
+from diffvit.vit import apply_to_values, softmax_maps
+
+
+class LambdaProjection(nn.Linear):
+    """The logits of lambda for each token and head, without a bias. [B, N, D] -> [B, N, H]"""
+
+    def __init__(self, d_model: int, heads: int):
+        super().__init__(d_model, heads, bias=False)
+
+    @staticmethod
+    def initialise_parameter(name: str, value: Tensor, generator: torch.Generator) -> None:
+        """Uniform with a standard deviation of 1 / sqrt(3 D), which is torch's default for linear layers and so the authors'."""
+        value.uniform_(-(value.shape[1] ** -0.5), value.shape[1] ** -0.5, generator=generator)
 
 
 class DifferentialAttentionV2(nn.Module):
@@ -34,14 +48,14 @@ class DifferentialAttentionV2(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(d_model, 4 * d_model)
-        self.lambda_proj = nn.Linear(d_model, heads)
+        self.lambda_proj = LambdaProjection(d_model, heads)
         self.proj = nn.Linear(d_model, d_model)
         self.dropout = Dropout(dropout)
 
     @staticmethod
     def mlp_hidden(d_model: int, heads: int, mlp_ratio: int) -> int:
         """The MLP's hidden width that keeps the classic block's parameters, to the nearest multiple of 8, which GPUs are fast at."""
-        more_in_attention = (d_model + 1) * (d_model + heads)  # the second queries and lambda
+        more_in_attention = d_model * (d_model + 1 + heads)  # the second queries and lambda
         one_hidden_unit = 2 * d_model + 1
         return 8 * round((mlp_ratio * d_model - more_in_attention / one_hidden_unit) / 8)
 
@@ -83,8 +97,7 @@ class DifferentialAttentionV2(nn.Module):
 
     def apply_maps(self, maps_BHNN: Tensor, x_BND: Tensor) -> Tensor:
         """The layer's output where its maps are these. [B, N, D]"""
-        v_BHNE = self._project(x_BND)[3]
-        return self.dropout(self.proj((maps_BHNN.to(v_BHNE.dtype) @ v_BHNE).transpose(1, 2).flatten(2)))
+        return self.dropout(self.proj(apply_to_values(maps_BHNN, self._project(x_BND)[3])))
 
     def lambdas(self, x_BND: Tensor) -> Tensor:
         """What each token's second map is multiplied with, 0 to 1, in fp32 or better. [B, H, N]"""

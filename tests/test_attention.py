@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer as TimmViT
 from diffvit.protocol import MODELS, PROTOCOLS
 from diffvit.vit import attention_class, build_model
 from diffvit.vit_classic import Attention
+from diffvit.vit_classic_sub_norm import SubNormAttention
 from diffvit.vit_classic_wide_heads import WideHeadsAttention
 from diffvit.vit_differential import DifferentialAttention, lambda_init
 from diffvit.vit_differential_v2 import DifferentialAttentionV2
@@ -70,7 +71,7 @@ def test_gradients_of_differential_attention_are_the_formulas() -> None:
     pieces = []
     for i in range(2):
         a1, a2 = (torch.softmax(q[..., s * 16 : (s + 1) * 16] @ k[..., s * 16 : (s + 1) * 16].mT / 4, dim=-1) for s in (2 * i, 2 * i + 1))
-        pieces.append((1 - lambda_init(2)) * attention.sub_norm((a1 - lam * a2) @ v[..., 32 * i : 32 * (i + 1)]))
+        pieces.append(attention.sub_norm((a1 - lam * a2) @ v[..., 32 * i : 32 * (i + 1)]))
     attention.proj(torch.cat(pieces, dim=-1)).square().sum().backward()
     for name, parameter in attention.named_parameters():
         # lambda itself is fp32 in ours
@@ -118,6 +119,18 @@ def test_wide_heads_are_classic_attention_with_half_the_heads(d_model: int, head
     assert (wide(x) - _random_layer(Attention, d_model, heads, 0)(x)).abs().max() > 1e-3  # and not that with all of them
 
 
+@pytest.mark.parametrize("layer", [0, 3])
+def test_the_sub_norm_control_is_the_differential_layer_without_its_subtraction(layer: int) -> None:
+    attention, x = _random_layer(SubNormAttention, 64, 4, layer).double(), torch.randn(2, 11, 64, dtype=torch.float64)
+    q, k, v = attention.qkv(x).chunk(3, dim=-1)
+    heads = []
+    for part in (slice(0, 32), slice(32, 64)):
+        head = torch.softmax(q[..., part] @ k[..., part].mT / math.sqrt(32), dim=-1) @ v[..., part]
+        head = head / torch.sqrt((head**2).mean(-1, keepdim=True) + 1e-5) * attention.sub_norm.weight
+        heads.append((1 - lambda_init(layer)) * head)
+    torch.testing.assert_close(attention(x), attention.proj(torch.cat(heads, dim=-1)), rtol=1e-9, atol=1e-9)
+
+
 def _v2_by_the_description(attention: DifferentialAttentionV2, x: torch.Tensor, heads: int) -> torch.Tensor:
     """The formula of vit_differential_v2, output by output and with explicit maps, in fp64."""
     state = {name: value.double() for name, value in attention.state_dict().items()}
@@ -125,7 +138,7 @@ def _v2_by_the_description(attention: DifferentialAttentionV2, x: torch.Tensor, 
     d_model = x.shape[-1]
     d = d_model // heads
     q1, k, v, q2 = (x @ state["qkv.weight"].T + state["qkv.bias"]).split(d_model, dim=-1)
-    lam = 1 / (1 + torch.exp(-(x @ state["lambda_proj.weight"].T + state["lambda_proj.bias"])))
+    lam = 1 / (1 + torch.exp(-(x @ state["lambda_proj.weight"].T)))
     outputs = []
     for i in range(heads):
         part = slice(i * d, (i + 1) * d)
@@ -159,7 +172,13 @@ def test_exact_maps_give_what_forward_gives(model: str, dtype: torch.dtype, tole
 
 @pytest.mark.parametrize(
     ("model", "heads", "maps"),
-    [("vit_classic", 4, 4), ("vit_classic_wide_heads", 2, 2), ("vit_differential", 4, 2), ("vit_differential_v2", 8, 4)],
+    [
+        ("vit_classic", 4, 4),
+        ("vit_classic_wide_heads", 2, 2),
+        ("vit_classic_sub_norm", 2, 2),
+        ("vit_differential", 4, 2),
+        ("vit_differential_v2", 8, 4),
+    ],
 )
 def test_logits_are_of_all_heads_and_maps_sum_up_to_one_less_lambda(model: str, heads: int, maps: int) -> None:
     attention, x = _layer_of(model)

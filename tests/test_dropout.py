@@ -60,7 +60,9 @@ def test_evaluation_drops_nothing() -> None:
     assert torch.equal(Dropout(0.5).eval()(x), x)
 
 
-@pytest.mark.parametrize("model", ["vit_classic", "vit_classic_wide_heads", "vit_differential", "vit_differential_v2"])
+@pytest.mark.parametrize(
+    "model", ["vit_classic", "vit_classic_wide_heads", "vit_classic_sub_norm", "vit_differential", "vit_differential_v2"]
+)
 def test_every_architecture_drops_where_it_should(model: str) -> None:
     built = build_model(model, "0.1M", PROTOCOLS["digits"].with_overrides({"dropout": 0.5}))
     found = [module for module in built.modules() if isinstance(module, torch.nn.Dropout)]

@@ -88,17 +88,16 @@ def test_the_arms_start_equal_where_they_share_a_parameter() -> None:
     }
 
 
-def test_wide_heads_start_as_the_classic_model() -> None:
-    classic, wide = _initial_state("vit_classic"), _initial_state("vit_classic_wide_heads")
+def test_the_controls_start_as_the_classic_model() -> None:
+    classic, wide, normed = (_initial_state(name) for name in ("vit_classic", "vit_classic_wide_heads", "vit_classic_sub_norm"))
     assert classic.keys() == wide.keys()
-    assert all(torch.equal(classic[name], wide[name]) for name in classic)
+    assert set(normed) - set(classic) == {f"blocks.{i}.attn.sub_norm.weight" for i in range(4)}
+    assert all(torch.equal(classic[name], other[name]) for name in classic for other in (wide, normed))
 
 
 def test_v2_starts_equal_where_it_shares_a_shape_and_in_first_queries_keys_and_values() -> None:
     classic, v2 = _initial_state("vit_classic"), _initial_state("vit_differential_v2")
-    assert {name for name in set(v2) - set(classic)} == {
-        f"blocks.{i}.attn.lambda_proj.{kind}" for i in range(4) for kind in ("weight", "bias")
-    }
+    assert set(v2) - set(classic) == {f"blocks.{i}.attn.lambda_proj.weight" for i in range(4)}
     equal = {name for name in classic if classic[name].shape == v2[name].shape}
     assert all(torch.equal(classic[name], v2[name]) for name in equal)
     others = {name.split(".", 2)[2] for name in set(classic) - equal}
@@ -132,6 +131,9 @@ def test_initial_values() -> None:
     state = model.state_dict()
     assert all((value == 0).all() for name, value in state.items() if name.endswith("bias") or name == "cls_token")
     assert state["pos_embed"].std() == pytest.approx(0.02, rel=0.02)
+    v2 = build_model("vit_differential_v2", "10B", PROTOCOLS["CIFAR-100"])
+    v2.initialise(seed=0)
+    assert v2.blocks[3].attn.lambda_proj.weight.std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.03)
     lambdas = torch.cat([value for name, value in state.items() if "lambda_" in name])
     assert lambdas.std() == pytest.approx(0.1, rel=0.05)
     # Query, key and value are three Xavier matrices of 256 x 256, not one of 768 x 256.
