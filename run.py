@@ -327,7 +327,7 @@ def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: 
 @_which_runs
 @_of_grid_options
 @_seeds
-@click.option("--gpu", metavar="NAME", help="A GPU by its data sheet: h100, a100, 4090, … [default: the machine at hand]")
+@click.option("--gpu", metavar="NAME", help="A GPU by its data sheet, such as h100, 4090 or L4. [default: the machine at hand]")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="How many of them; on a CPU, machines.")
 @_price("of them.")
 @click.option("--probe", is_flag=True, help="Measure the machine at hand first, and keep what was measured.")

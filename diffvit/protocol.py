@@ -212,18 +212,20 @@ def protocol_of(dataset: str) -> Protocol:
 
 
 def resolve_model(name: str) -> str:
-    """The architecture's name, checked."""
-    if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
-    return name
+    """The architecture's name, checked; "differential" is vit_differential. Raises UserError."""
+    for known in (name, f"vit_{name}"):
+        if known in MODELS:
+            return known
+    raise unknown_name("model", name, MODELS)
 
 
 def resolve_dataset(name: str) -> str:
-    """The data set's canonical name; case does not matter."""
-    by_lower = {known.lower(): known for known in PROTOCOLS}
-    if not isinstance(name, str) or name.lower() not in by_lower:
+    """The data set's canonical name; case, hyphens and underscores do not matter: "cifar100" is CIFAR-100."""
+    by_letters = {re.sub(r"[-_ ]", "", known.lower()): known for known in PROTOCOLS}
+    letters = re.sub(r"[-_ ]", "", name.lower()) if isinstance(name, str) else ""
+    if letters not in by_letters:
         raise unknown_name("data set", name, PROTOCOLS)
-    return by_lower[name.lower()]
+    return by_letters[letters]
 
 
 def resolve_size(size: str, dataset: str) -> str:

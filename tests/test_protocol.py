@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diffvit.errors import UserError
-from diffvit.protocol import PROTOCOLS, resolve_dataset, resolve_size, stable_seed
+from diffvit.protocol import PROTOCOLS, resolve_dataset, resolve_model, resolve_size, stable_seed
 
 
 def test_the_users_protocol_to_the_letter() -> None:
@@ -60,8 +60,9 @@ def test_sizes_that_a_data_set_lacks(size: str, dataset: str) -> None:
         resolve_size(size, dataset)
 
 
-def test_dataset_names_ignore_case() -> None:
-    assert resolve_dataset("cifar-100") == "CIFAR-100"
+@pytest.mark.parametrize("name", ["cifar-100", "cifar100", "CIFAR_100", "CIFAR100"])
+def test_a_data_set_is_found_as_people_write_it(name: str) -> None:
+    assert resolve_dataset(name) == "CIFAR-100" and resolve_model("differential") == "vit_differential"
     with pytest.raises(UserError, match="no data set"):
         resolve_dataset("CIFAR-10")
 

@@ -50,30 +50,41 @@ class Sheet:
         return "fp32" if self.bf16 is None else "bf16"
 
 
-# NVIDIA's data sheets and, for GeForce cards, the white papers of the Ada and Ampere architectures.
+# The makers' data sheets and, for GeForce cards, the white papers of the Blackwell, Ada and Ampere architectures.
 SHEETS = {
     sheet.name: sheet
     for sheet in (
+        Sheet("b200", "NVIDIA B200 SXM", r"B200", 2250, 75, 180, 7700),
         Sheet("h200", "NVIDIA H200 SXM", r"H200", 989, 67, 141, 4800, measured="2026-11-27, torch 2.11"),
         Sheet("h100", "NVIDIA H100 SXM", r"H100.*80GB HBM3", 989, 67, 80, 3350),
         Sheet("a100", "NVIDIA A100 SXM 80 GB", r"A100.*80GB", 312, 19.5, 80, 2039),
         Sheet("a100-40", "NVIDIA A100 SXM 40 GB", r"A100.*40GB", 312, 19.5, 40, 1555),
         Sheet("l40s", "NVIDIA L40S", r"L40S", 362, 91.6, 48, 864),
+        Sheet("l4", "NVIDIA L4", r"L4$", 121, 30.3, 24, 300),
+        Sheet("6000-ada", "NVIDIA RTX 6000 Ada", r"RTX 6000 Ada", 364, 91.1, 48, 960),
+        Sheet("a6000", "NVIDIA RTX A6000", r"RTX A6000", 155, 38.7, 48, 768),
+        Sheet("5090", "NVIDIA GeForce RTX 5090", r"RTX 5090$", 210, 105, 32, 1792),
         Sheet("4090", "NVIDIA GeForce RTX 4090", r"RTX 4090$", 165, 82.6, 24, 1008),
         Sheet("3090", "NVIDIA GeForce RTX 3090", r"RTX 3090$", 71, 35.6, 24, 936),
         Sheet("a10", "NVIDIA A10", r"A10$", 125, 31.2, 24, 600),
         Sheet("v100", "NVIDIA V100 SXM2 16 GB", r"V100-SXM2-16GB", None, 15.7, 16, 900),
         Sheet("t4", "NVIDIA T4", r"T4$", None, 8.1, 16, 320),
+        Sheet("mi300x", "AMD Instinct MI300X", r"MI300X", 1307, 163, 192, 5300),
     )
 }
 
 
 def find_sheet(name: str) -> Sheet:
-    """The data sheet of a GPU by the name that `--gpu` takes. Raises UserError."""
-    by_name = {known.lower(): sheet for known, sheet in SHEETS.items()}
-    if name.lower() not in by_name:
+    """The data sheet of a GPU by the name that `--gpu` takes, or its title: "4090", "RTX 4090", "A100 40 GB". Raises UserError."""
+    by_name = {_plain(text): sheet for sheet in SHEETS.values() for text in (sheet.title, sheet.name)}
+    if _plain(name) not in by_name:
         raise unknown_name("GPU", name, SHEETS)
-    return by_name[name.lower()]
+    return by_name[_plain(name)]
+
+
+def _plain(name: str) -> str:
+    """A GPU's name without its maker, brand and form, which people write or leave out."""
+    return re.sub(r"nvidia|geforce|amd|instinct|tesla|rtx|sxm\d?|gb|[^a-z0-9]", "", name.lower())
 
 
 def sheet_of(device_name: str) -> Sheet | None:
