@@ -14,7 +14,6 @@ from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from study.grid import GRIDS, Grid, find_grid, named_after
-from study.predictions import with_predictions
 from study.table import files_of, run_table, step_table, write_csv, write_step_csv
 from study.text import columns, say
 
@@ -27,6 +26,8 @@ def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> b
 
     The table has all seeds and precisions of the cells, so that a study with fewer of them removes nothing.
     """
+    from study.predictions import with_predictions  # torch comes with it
+
     table = run_table(options.checkpoints, specs)
     if table.empty:
         return True

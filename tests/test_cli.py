@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -331,9 +332,13 @@ def test_no_document_has_a_gap(path: str) -> None:
     assert not re.search(r"@[A-Z_]+@|TODO|FIXME", (ROOT / path).read_text())
 
 
-def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
-    code = "import sys; sys.argv = ['run.py', '--help']; import run\ntry: run.main()\nexcept SystemExit: pass\nprint(sorted({'torch', 'ray', 'pandas', 'matplotlib', 'datasets'} & set(sys.modules)), file=sys.stderr)"  # fmt: skip
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+@pytest.mark.parametrize(
+    ("command", "heavy"), [("--help", "torch ray pandas numpy matplotlib datasets"), ("list", "torch ray matplotlib datasets")]
+)
+def test_commands_are_quick_because_nothing_heavy_is_imported(command: str, heavy: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.argv = ['run.py', '{command}']; import run\ntry: run.main()\nexcept SystemExit: pass\nprint(sorted(set('{heavy}'.split()) & set(sys.modules)), file=sys.stderr)"  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
     assert printed.stderr.strip() == "[]"
 
 
