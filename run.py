@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""diffvit's command line. Each command parses, calls one function, and prints: data to stdout, all else to stderr.
+"""diffvit's command line. Each command parses its options and calls one function; data go to stdout, all else to stderr.
 
-Heavy imports stand inside the commands, so that --help answers at once.
+Heavy imports are inside the commands, so that --help answers at once.
 """
 
 from __future__ import annotations
@@ -63,26 +63,22 @@ _checkpoints = click.option(
 )
 _data = click.option("--data_root", type=ShellPath(file_okay=False), metavar="DIR", envvar="DIFFVIT_DATA",
                      help="Folder with hub data sets as user/name. [env: DIFFVIT_DATA; default: the hub]")  # fmt: skip
+_data_and_ledger = options(_data, _checkpoints)
 _device = click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-_which_runs = click.option(
-    "--grid", default="digits", show_default=True, metavar=_GRIDS, help="Which runs: a name, or a YAML or TOML file."
-)
 _compute_options = options(
     click.option("--precision", default="auto", show_default=True, help="fp32, bf16, or auto: bf16 where the GPU has it."),
-    click.option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images computed at once. [default: what fits]"),
-    auto_option("--fused", "Compute the blocks in kernels of our own; auto: on a GPU, where it is found to be faster."),
+    click.option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images per accumulated pass. [default: what fits]"),
+    auto_option("--fused", "Compute the blocks in fused kernels; auto: on a GPU, where measured to be faster."),
     auto_option("--graphs", "Replay CUDA graphs; auto: on a GPU, with fused blocks."),
-    auto_option("--compile", "torch.compile the blocks; auto: on a GPU without such kernels, where it is found to be faster."),
+    auto_option("--compile", "torch.compile the blocks; auto: on a GPU without fused kernels, where measured to be faster."),
     click.option("--recompute/--no-recompute", default=None,
-                 help="Compute activations again instead of keeping them: slower, and in much less memory. "
-                      "[default: on a GPU whose memory is very short]"),
-    click.option("--deterministic", is_flag=True, help="On a GPU too, give the same bits every time."),
+                 help="Activation checkpointing: slower, and in much less memory. [default: on a GPU whose memory is very short]"),
+    click.option("--deterministic", is_flag=True, help="On a GPU too, a run repeats to the bit."),
 )  # fmt: skip
-_track = click.option("--track", "tracker", type=click.Choice(list(TRACKERS)), help="Send the curves of runs to an experiment tracker.")
 _saving_options = options(
     click.option("--save_every", default=str(DEFAULT_SAVING.every), show_default=True, metavar="INTERVAL",
-                 help="How often the state of training is saved, such as 60s or 500steps: what a kill costs at most."),
+                 help="How often the resume state is saved, such as 60s or 500steps: what a kill costs at most."),
     click.option("--upload", type=bool, default=False, metavar="BOOL",
                  help="The hub as storage: finished runs, states of unfinished ones and a model card go to HF_REPOSITORY."),
     click.option("--storage", envvar="DIFFVIT_STORAGE", metavar="URL",
@@ -94,6 +90,7 @@ _saving_options = options(
     click.option("--lease", metavar="TIME",
                  help="How long after this machine's last sign of life another one may take its runs over. "
                       f"[default: {DEFAULT_SAVING.lease_seconds:g}s; on the hub {HUB_LEASE_SECONDS:g}s]"),
+    click.option("--track", "tracker", type=click.Choice(list(TRACKERS)), help="Send the curves of runs to an experiment tracker."),
 )  # fmt: skip
 _place_options = options(
     click.option("--address", help="Ray cluster to use, or local. [default: RAY_ADDRESS, one that runs on this host, else local]"),
@@ -123,6 +120,10 @@ _of_grid_options = options(
     click.option("--dataset", metavar="NAME", help="The data set of --grid noise or lr. [default: digits]"), _override_options["--epochs"]
 )
 _seeds = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]")
+_which_runs = click.option(
+    "--grid", default="digits", show_default=True, metavar=_GRIDS, help="Which runs: a name, or a YAML or TOML file."
+)
+_runs_options = options(_which_runs, _of_grid_options, _seeds)
 
 
 def _price(text: str) -> Any:
@@ -158,11 +159,9 @@ def _study_options(given: dict[str, Any]) -> Any:
 @click.option("--dataset", required=True, help=f"{_DATASETS}.")
 @options(*_override_options.values())
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides initial weights, order and dropout.")
-@_data
-@_checkpoints
+@_data_and_ledger
 @_compute_options
 @_saving_options
-@_track
 @_device
 def train(model: str, size: str, dataset: str, seed: int, data_root: str | None, checkpoints: Path, precision: str, device: str | None,
           tracker: str | None, **given: Any) -> None:  # fmt: skip
@@ -187,10 +186,10 @@ def train(model: str, size: str, dataset: str, seed: int, data_root: str | None,
 @click.argument("hf_dir", metavar="HF_DIR")
 @click.option("--force", is_flag=True, help="Replace what is different there.")
 def upload(local: Path, hf_dir: str, force: bool) -> None:
-    """Send a file, or a folder's content, into a folder of HF_REPOSITORY; . is its top.
+    """Upload a file, or a folder's content, into a folder of HF_REPOSITORY; . is its top.
 
-    Links are followed. What is hidden (.state, .env) is not sent, which is said. What is there already with the same content is not sent
-    again, and what is different is not replaced.
+    Links are followed; hidden files (.state, .env) are left out and named. Files that are there with the same content are skipped, and
+    different ones are not replaced.
     """
     transfer(utils.upload, local, hf_dir, force, "sent {moved} to {hub}; {skipped} were there")
 
@@ -200,9 +199,9 @@ def upload(local: Path, hf_dir: str, force: bool) -> None:
 @click.argument("local", metavar="LOCAL_DIR", type=FOLDER)
 @click.option("--force", is_flag=True, help="Replace what is different here.")
 def download(hf_path: str, local: Path, force: bool) -> None:
-    """Bring a file, or a folder's content, of HF_REPOSITORY to a local folder; . is all of it.
+    """Download a file, or a folder's content, of HF_REPOSITORY to a local folder; . is all of it.
 
-    What is here already with the same content is not brought again, and what is different is not replaced.
+    Files that are here with the same content are skipped, and different ones are not replaced.
     """
     transfer(utils.download, hf_path, local, force, "brought {moved} from {hub}; {skipped} were here")
 
@@ -217,12 +216,11 @@ def download(hf_path: str, local: Path, force: bool) -> None:
 @click.option("--grid", metavar="NAME|FILE", help="All finished runs of a grid instead; with --corruptions or --attention.")
 @click.option("--corruptions", is_flag=True, help="Under noise, blur and clutter. Kept in the ledger, for the report.")
 @click.option("--attention", is_flag=True, help="Where attention goes, from the exact maps. Kept in the ledger, for the report.")
-@click.option("--again", is_flag=True, help="Find out even what the ledger knows.")
+@click.option("--again", is_flag=True, help="Evaluate again what the ledger already has.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N test images only: a trial, which is not kept.")
 @_json
 @click.option("--batch_size", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Images at once.")
-@_data
-@_checkpoints
+@_data_and_ledger
 @_device
 def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: str | None, seed: int | None, grid: str | None,
              corruptions: bool, attention: bool, again: bool, as_json: bool, checkpoints: Path, device: str | None,
@@ -265,9 +263,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 
 
 @cli.command()
-@_which_runs
-@_of_grid_options
-@_seeds
+@_runs_options
 @click.option("--dry_run", is_flag=True, help="List the runs with their costs and stop.")
 @click.option("--rehearse", is_flag=True,
               help="Two real steps of every cell, from data to storage, to find what would fail later; leaves nothing.")  # fmt: skip
@@ -278,15 +274,13 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_place_options
 @click.option("--dashboard", type=bool, default=True, show_default=True, metavar="BOOL", help="Ray's dashboard, where Ray is started here.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
-              help="Processes that train one run together.")  # fmt: skip
+              help="Data-parallel processes of each run.")  # fmt: skip
 @click.option("--resource", multiple=True, metavar="NAME=X",
               help="A custom Ray resource that each run takes X of; limits it to nodes that have it.")  # fmt: skip
 @_price("GPU (on CPUs, of a machine): runs report their cost.")
-@_data
-@_checkpoints
+@_data_and_ledger
 @_compute_options
 @_saving_options
-@_track
 def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: str | None, collect: bool, resource: tuple[str, ...],
           **given: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
@@ -324,9 +318,7 @@ def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: 
 
 
 @cli.command()
-@_which_runs
-@_of_grid_options
-@_seeds
+@_runs_options
 @click.option("--gpu", metavar="NAME", help="A GPU by its data sheet, such as h100, 4090 or L4. [default: the machine at hand]")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="How many of them; on a CPU, machines.")
 @_price("of them.")
@@ -335,8 +327,7 @@ def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: 
               help="How long --probe measures each cell, about. [default: 5]")  # fmt: skip
 @click.option("--json", "json_path", type=ShellPath(path_type=Path, dir_okay=False), metavar="PATH", help="Write it as JSON too.")
 @_place_options
-@_data
-@_checkpoints
+@_data_and_ledger
 @_compute_options
 def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, probe: bool, probe_seconds: float | None, json_path: Path | None,
          **given: Any) -> None:  # fmt: skip
@@ -409,8 +400,7 @@ def power(grid: str, dataset: str | None, epochs: int | None, difference: float,
 @_seeds
 @click.option("--verify", is_flag=True, help="Re-read every file of every run and name what is damaged; exit code 1 if anything is.")
 @_json
-@_data
-@_checkpoints
+@_data_and_ledger
 def list_runs(grid: str | None, verify: bool, as_json: bool, checkpoints: Path, **given: Any) -> None:
     """Show the ledger: each run, done or not, its accuracy and its files."""
     if wrong := [name for name in ("seeds", "epochs") if given[name] is not None and not grid]:

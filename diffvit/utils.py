@@ -33,7 +33,7 @@ from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
 if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
 
-# A commit takes so many files or bytes at most, so that an interrupted upload does not begin anew.
+# The most files and bytes of a commit, so that an interrupted upload keeps what was sent.
 _COMMIT_FILES = 50
 _COMMIT_BYTES = 2 * 1024**3
 _HIDDEN = "."
@@ -58,7 +58,7 @@ OnProgress = Callable[[int, int, str], None]
 
 
 def upload(local: Path, hub_folder: str, hub: Hub, force: bool = False, on_progress: OnProgress | None = None) -> Transfer:
-    """Send a file into a folder of the repository, or a folder's content, without what is hidden; the repository is made if missing.
+    """Upload a file, or a folder's content without hidden files, into a folder of the repository, which is created if missing.
 
     Links are followed: what they lead to is sent under the link's name.
 
@@ -96,7 +96,7 @@ def upload(local: Path, hub_folder: str, hub: Hub, force: bool = False, on_progr
 
 
 def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progress: OnProgress | None = None) -> Transfer:
-    """Bring a file, or a folder's content, to a local folder.
+    """Download a file, or a folder's content, to a local folder.
 
     Args:
         hub_path: "" or "." for the whole repository.
@@ -146,12 +146,12 @@ def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progr
     return Transfer(tuple(missing), tuple(sorted(same)), total)
 
 
-# Where files are brought to first: beside where they go, since a folder may be a link to another disk.
+# Downloads are staged beside their targets, since a folder may be a link to another disk.
 _STAGE = ".diffvit-download"
 
 
 def _check_room(sizes: Mapping[Path, int]) -> None:
-    """Raises UserError where a disk has less room than the files that go there take."""
+    """Raise UserError where a disk has less room than the files that go there take."""
     disks: dict[int, tuple[Path, int]] = {}
     for path, size in sizes.items():
         folder = next(each for each in path.parents if each.is_dir())
@@ -164,7 +164,7 @@ def _check_room(sizes: Mapping[Path, int]) -> None:
 
 
 def _in_the_way(target: Path, local: Path) -> list[Path]:
-    """A folder where a file shall be, or a file where a folder shall be."""
+    """Folders in place of files that would be written, and files in place of folders."""
     folders = [folder for folder in target.parents if folder == local or local in folder.parents]
     return [*([target] if target.is_dir() else []), *(each for each in folders if os.path.lexists(each) and not each.is_dir())]
 
@@ -199,7 +199,7 @@ def _files_to_send(local: Path, folder: str) -> tuple[dict[str, Path], list[str]
 
 
 def _files_below(folder: Path, inside: str, facts: os.stat_result, above: tuple[Any, ...], left: list[str]) -> Iterator[tuple[str, Path]]:
-    """Name on the hub and path of the files in a folder, its links followed; what is left out is added to `left`."""
+    """Yield name on the hub and path of each file in a folder, links followed; what is left out is appended to `left`."""
     if any(os.path.samestat(facts, each) for each in above):
         raise UserError(f"{folder} is a link to a folder that it is in itself.", "remove the link.")
     entries = listed(folder)
@@ -217,7 +217,7 @@ def _files_below(folder: Path, inside: str, facts: os.stat_result, above: tuple[
 
 
 def _facts(path: Path) -> os.stat_result:
-    """Of a folder, or of a file that can be read. Raises UserError for all else."""
+    """The stat of a folder or a readable file. Raises UserError for all else."""
     with readable(path):
         facts = path.stat()
         if not stat.S_ISDIR(facts.st_mode):
@@ -229,7 +229,7 @@ def _facts(path: Path) -> os.stat_result:
 
 
 def _sendable(name: str, path: Path) -> str:
-    """A name that every system can keep."""
+    """The name, if every system can keep it. Raises UserError."""
     if not is_safe_name(name):
         raise UserError(f"{shown(path.name)} in {path.parent} has a name that not every system can keep.", "rename it.")
     return name

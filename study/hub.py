@@ -97,7 +97,7 @@ def publish(storage: Storage, checkpoints: Path, warn: Callable[[str], None]) ->
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the hub fails for a while, or somebody else wrote meanwhile."""
+    """Whether a retry may help: the hub failed transiently, or another commit came between."""
     return status_of(error) in (409, 412) or (isinstance(error, StorageError) and not isinstance(error, HubRefusesError))
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Placement:
-    """What each worker of a run takes of a cluster.
+    """The resources of each worker of a run.
 
     Attributes:
         gpus_per_run: of each worker; a fraction lets runs share a GPU. 0: train on CPUs; None: 1 where there are GPUs, see `on`.
@@ -50,12 +50,12 @@ class Placement:
         return {"CPU": self.cpus_per_run if cpus is None else cpus, **gpus, **self.resources}
 
     def slots(self, cluster: Cluster) -> int:
-        """How many runs train at a time on the cluster."""
+        """The number of runs that train at a time on the cluster."""
         has = {**cluster.resources, "CPU": cluster.cpus, "GPU": cluster.gpus}
         return int(min(has.get(name, 0.0) / (amount * self.workers) for name, amount in self.worker_resources().items()) + 1e-9)
 
     def check_room(self, cluster: Cluster) -> int:
-        """As slots. Raises UserError where the cluster has not room for one run."""
+        """The slots. Raises UserError where the cluster has no room for one run."""
         if slots := self.slots(cluster):
             return slots
         needs = f"{self.workers} x {self.cpus_per_run} CPUs"

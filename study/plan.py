@@ -75,7 +75,7 @@ def run_ids_of(spec: RunSpec, fingerprint: str) -> dict[str, str]:
 
 
 def precision_notes(runs: Sequence[PlannedRun]) -> list[str]:
-    """A sentence for each other precision in which some of the runs have ended."""
+    """A sentence for each other precision in which runs have ended."""
     own = runs[0].spec.precision if runs else ""
     return [
         f"{count} runs are {elsewhere}; in {own} they are trained anew, --precision {elsewhere.split()[-1]} keeps to those"

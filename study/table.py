@@ -93,7 +93,7 @@ def file_stem(name: str, overrides: str) -> str:
 
 
 def all_overrides(table: pd.DataFrame) -> list[str]:
-    """For each run, its overrides without those that say what the protocol says, such as "epochs=3 label_noise=0.2"; "" for none.
+    """For each run, its overrides without those that equal the protocol, such as "epochs=3 label_noise=0.2"; "" for none.
 
     File names of figures have them, so that runs under other overrides do not overwrite a figure.
     """
@@ -103,7 +103,7 @@ def all_overrides(table: pd.DataFrame) -> list[str]:
 def conditions(table: pd.DataFrame) -> list[str]:
     """For each run, the overrides that tell it from other runs of its data set, such as "label_noise=0.2"; "" for a plain one.
 
-    Overrides that say what the protocol says, and those that all runs of the data set share, are left out; noise in training is always
+    Overrides that equal the protocol, and those that all runs of the data set share, are left out; noise in training is always
     named.
     """
     of_runs = [overrides.split() for overrides in all_overrides(table)]
@@ -130,7 +130,7 @@ def comparable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def effective_overrides(dataset: str, overrides: str | None) -> list[str]:
-    """The parts, in order of name, of a run's overrides as text, without those that say what the data set's protocol says."""
+    """The parts, in order of name, of a run's overrides as text, without those that equal the data set's protocol."""
     protocol = PROTOCOLS.get(dataset)
 
     def changes(part: str) -> bool:

@@ -104,7 +104,7 @@ def clutter(pixels: Tensor, background: str, generator: torch.Generator, others:
 
 
 def _mosaic(pixels: Tensor, generator: torch.Generator, others: Tensor | None) -> Tensor:
-    """For each image four others, two by two: uint8 [B, C, 2 H, 2 W]."""
+    """A mosaic of four other images for each, two by two: uint8 [B, C, 2 H, 2 W]."""
     batch, channels, height, width = pixels.shape
     if others is None:
         if batch < 2:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """What is recorded of one optimiser step.
+    """The record of one optimiser step.
 
     Attributes:
         step, epoch: counted from 1.

@@ -47,7 +47,7 @@ Flag = Annotated[bool, one_of(True, False)]
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What is known of an ended run. Fields are in the order of the file; those with a default may be missing there.
+    """The result of an ended run. Fields are in the order of the file; those with a default may be missing there.
 
     A field's metadata say what it is in tables: "columns", where they are not the field itself, and "after", where it stands elsewhere.
 
@@ -146,7 +146,7 @@ class Result:
         return RunFiles(Path(checkpoints), self.model, self.run_id, self.size, self.dataset)
 
     def lines(self) -> list[str]:
-        """What was measured of a run that is done, for a person."""
+        """The measurements of a run that is done, as lines of text."""
         assert self.val_accuracy is not None and self.test_accuracy is not None
         return [
             f"run_id         {self.run_id}",
@@ -158,12 +158,12 @@ class Result:
         ]
 
     def content(self) -> dict[str, Any]:
-        """What its file has, but for the checksum."""
+        """The content of its file, without the checksum."""
         return {name: value for name, value in vars(self).items() if name != "diverged" or value is not None}
 
     @staticmethod
     def columns() -> list[str]:
-        """What tables have of a result, in their order: identity first, outcome, then where it ran."""
+        """The columns that tables have of a result, in order: identity first, outcome, then where it ran."""
         moved = {each.name: each.metadata["after"] for each in fields(Result) if "after" in each.metadata}
         names = [name for each in fields(Result) if each.name not in moved for name in each.metadata.get("columns", (each.name,))]
         for name, before in moved.items():

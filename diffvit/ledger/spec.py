@@ -54,7 +54,7 @@ class RunSpec:
 
     @property
     def title(self) -> str:
-        """For a person: model, size, data set, seed, overrides."""
+        """The run's title: model, size, data set, seed, overrides."""
         return f"{self.model} {self.size} {self.dataset} seed {self.seed} {overrides_text(self.overrides)}".rstrip()
 
     def names(self, run_id: str) -> dict[str, Any]:

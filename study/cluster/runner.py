@@ -268,7 +268,7 @@ def _trainer(config: dict[str, Any], placement: Placement) -> TorchTrainer:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """One training process: the shared loop, told where to report."""
+    """One training process: the shared loop, which reports to Tune."""
     settings, spec = config["settings"], config["run"]["spec"]
     placement: Placement = settings.placement
     alone = placement.workers == 1

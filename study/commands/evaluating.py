@@ -1,4 +1,4 @@
-"""What `run.py evaluate` prints of a model, and of what was found in it."""
+"""The output of `run.py evaluate`: a model's accuracy, and findings about it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def print_evaluation(path: Path, as_json: bool, **settings: Any) -> None:
 
 
 def print_findings(paths: list[Path], kinds: list[str], as_json: bool, **settings: Any) -> None:
-    """What is found in checkpoints, each as lines or all as JSON. Arguments as findings_of takes them."""
+    """Findings about checkpoints, each as lines or all as JSON. Arguments as findings_of takes them."""
     all_findings = {}
     for number, path in enumerate(paths, start=1):
         click.echo(f"{number} of {len(paths)}: {path}", err=True)

@@ -1,4 +1,4 @@
-"""Options as this command line takes them: nothing that is given vanishes, and paths are read as a shell reads them."""
+"""Parsing of options: strict commands, paths as a shell reads them, and values from their text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StrictGroup(click.Group):
 
 
 class ShellPath(click.Path):
-    """A path with ~ expanded, which quotes or a = before it keep from the shell. A str, or what `path_type` says."""
+    """A path with ~ expanded, which a shell does not do after quotes or a =. A str, or what `path_type` says."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:

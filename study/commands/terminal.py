@@ -1,4 +1,4 @@
-"""What a command says to a person: warnings, errors, progress, and the command itself."""
+"""Messages of a command: warnings, errors, transfers, and the command to repeat."""
 
 from __future__ import annotations
 

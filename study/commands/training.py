@@ -1,4 +1,4 @@
-"""What `run.py train` does: one run in this process, with its progress and its result for a person."""
+"""`run.py train`: one run in this process, with a progress bar and its result printed."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Sheet:
 
     @property
     def precision(self) -> str:
-        """What `--precision auto` is on it."""
+        """The precision that `--precision auto` gives on it."""
         return "fp32" if self.bf16 is None else "bf16"
 
 
@@ -142,7 +142,7 @@ class Machine:
 
     @property
     def key(self) -> str:
-        """What must agree for two measurements to be of the same thing."""
+        """The key of a measurement: two with the same key measure the same thing."""
         return f"{self.device_name}, {self.precision}, {self.threads} threads, {self.at_once} at once, {self.computing}"
 
 
@@ -152,7 +152,7 @@ def measurements_file() -> Path:
 
 
 def read_machines() -> list[Machine]:
-    """All machines in the measurements' file that can be read."""
+    """The readable entries of the measurements' file."""
     return [machine for values in read_cache(measurements_file()).values() if (machine := _machine(values))]
 
 

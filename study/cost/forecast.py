@@ -67,7 +67,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class RunForecast:
-    """What a run will take.
+    """The forecast of a run.
 
     Attributes:
         micro_batch: images at once.
@@ -87,7 +87,7 @@ class RunForecast:
 
     @property
     def state(self) -> str:
-        """For a table."""
+        """The run's state, for a table."""
         if self.run.status:
             return self.run.status
         return f"{100 * self.steps_done / self.run.steps:.0f} % done" if self.steps_done else "to do"
@@ -126,7 +126,7 @@ class Fleet:
 
 @dataclass(frozen=True)
 class StudyForecast:
-    """What a study will take.
+    """The forecast of a study.
 
     Attributes:
         runs: in the grid's order.
@@ -144,21 +144,21 @@ class StudyForecast:
 
     @property
     def seconds(self) -> float:
-        """Of all runs together."""
+        """Seconds of all runs together."""
         return sum(each.seconds for each in self.runs)
 
     def price(self, seconds: float) -> float | None:
-        """Of so many seconds on a run's share of a device."""
+        """Dollars of so many seconds on a run's share of a device; None where the price is unknown."""
         return None if self.fleet.price is None else seconds / 3600 * self.fleet.price / self.fleet.runs_per_device
 
     @property
     def bill(self) -> float | None:
-        """Of all devices, paid for until the last run ends."""
+        """Dollars of all devices until the last run ends; None where the price is unknown."""
         return None if self.fleet.price is None else self.makespan / 3600 * self.fleet.price * self.fleet.devices
 
 
 def forecast_study(runs: Sequence[PlannedRun], fleet: Fleet, checkpoints: Path) -> StudyForecast:
-    """What the runs will take on a fleet. Ended runs take nothing, those that have begun the rest after their last saved state."""
+    """Forecast runs on a fleet. Ended runs take nothing, unfinished ones the rest after their last saved state."""
     forecasts = [_forecast_run(run, fleet, checkpoints) for run in runs]
     # As the study does: by the work of the whole run, also where a part of it is done.
     order = sorted((each for each in forecasts if not each.run.ended), key=lambda each: each.run.train_flops, reverse=True)
@@ -215,7 +215,7 @@ def _model_of(model: str, size: str, dataset: str, dropout: float) -> VisionTran
 
 
 def cell_of(spec: RunSpec) -> str:
-    """What decides how long a run's steps take on a machine: runs of one cell are measured once."""
+    """The key of a run's cell: all that decides how long its steps take on a machine."""
     protocol = spec.protocol
     shape = f"{protocol.image_size}/{protocol.patch_size} d{protocol.d_model} depth{protocol.depths[spec.size]}"
     return f"{spec.model} {shape} batch{protocol.batch_size}{' dropout' if protocol.dropout else ''}"
@@ -363,7 +363,7 @@ def _sources(forecast: StudyForecast) -> list[str]:
 
 
 def _assumptions(sheet: Sheet | None, run: PlannedRun) -> str:
-    """What an estimate from a data sheet rests on."""
+    """The assumptions of an estimate from a data sheet."""
     assert sheet
     precision = _precision_on(sheet, run)
     memory = f"memory at {100 * SHARE_OF_BANDWIDTH:.0f} % of bandwidth"

@@ -1,4 +1,4 @@
-"""What `run.py plan` and `study --dry_run` say before a study starts."""
+"""The forecast of `run.py plan`, the table of `study --dry_run`, and what a study expects of itself."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def dry_run_table(options: StudyOptions) -> str:
 
 
 def plan_study(options: StudyOptions, gpu: str | None = None, gpus: int = 1, probe_seconds: float | None = None) -> StudyForecast:
-    """What a study will take, from measurements or a data sheet. Data sets need not be at hand, unless they are measured with.
+    """Forecast a study from measurements or a data sheet. Data sets need not be at hand, unless they are measured with.
 
     Args:
         gpu: a name in study.cost.devices.SHEETS; None: the machine at hand.
@@ -112,7 +112,7 @@ def probe_machine(options: StudyOptions, seconds: float) -> Machine:
 
 
 def _known_machine(options: StudyOptions, names: str) -> Machine | None:
-    """What was measured earlier of a device whose name fits."""
+    """The earlier measurement of a device whose name matches."""
     return find_machine(names, options.precision, options.placement.cpus_per_run, options.compute)
 
 
@@ -122,7 +122,7 @@ def _local_device(options: StudyOptions) -> str:
 
 
 def expected_forecast(options: StudyOptions, runs: list[PlannedRun], cluster: Cluster) -> StudyForecast | None:
-    """What the study will take on its cluster; None where nothing is known of the cluster's devices, or a group trains a run."""
+    """Forecast the study on its cluster; None where its devices are unknown, or a group trains a run."""
     from study.cost.forecast import forecast_study, measured_fleet, sheet_fleet
 
     if options.placement.workers > 1:

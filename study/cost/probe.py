@@ -47,7 +47,7 @@ _GROWTH = 4
 def probe(
     runs: Sequence[PlannedRun], settings: Settings, cluster: Cluster, begun: float, seconds: float, say: Callable[[str], None]
 ) -> Machine:
-    """What the runs' cells take on the cluster's machines. The data must be at hand.
+    """Measure the runs' cells on the cluster's machines. The data must be at hand.
 
     Args:
         begun: time.monotonic() when the command began to start Ray: what a study waits for until its first run can begin.
@@ -83,7 +83,7 @@ def probe(
 
 
 def concurrent_runs(cluster: Cluster, placement: Placement) -> int:
-    """How many runs a study trains at a time on one GPU, or on one machine where it trains on CPUs."""
+    """The number of runs that a study trains at a time on one GPU, or on one machine where it trains on CPUs."""
     if placement.gpus_per_run:
         return max(1, int(1 / placement.gpus_per_run + 1e-9))
     return max(1, dataclasses.replace(placement, workers=1).slots(cluster) // cluster.nodes)

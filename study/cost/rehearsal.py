@@ -42,7 +42,7 @@ _STEPS = 2
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """How a cell's rehearsal went.
+    """The outcome of a cell's rehearsal.
 
     Attributes:
         parts: what was done, in order.
@@ -58,7 +58,7 @@ class Rehearsed:
     fault: str = ""
 
     def line(self) -> str:
-        """For a person."""
+        """The outcome as a line of text."""
         memory = f"{self.memory / 2**30:6.2f} GB" if self.memory else 9 * " "
         done = ", ".join(self.parts)
         return f"{'FAILED' if self.fault else 'ok':<6}  {self.title}  {self.seconds:.1f} s {memory}  " + (

@@ -1,4 +1,4 @@
-"""What a study took, beside what was forecast."""
+"""A study's forecast beside what it took."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def compare(forecast: StudyForecast, took: dict[str, float], makespan: float | N
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
-    """For a person: a line a run, and one for the whole."""
+    """The comparison as text: a line per run, and one for the whole."""
     lines = []
     if comparison.runs:
         width = max(len(title) for title, _, _ in comparison.runs)
