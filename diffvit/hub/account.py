@@ -106,7 +106,7 @@ def _env_lines() -> Iterator[tuple[int, str, str, bool]]:
 
 # Settings that diffvit reads from the environment only, and the names of those that libraries read there.
 _OWN_SETTINGS = ("DIFFVIT_CACHE", "DIFFVIT_COMMIT", "DIFFVIT_DATA", "DIFFVIT_STORAGE")
-_OF_LIBRARIES = re.compile(r"(AWS|AZURE|CUDA|FSSPEC|GOOGLE|RAY)_\w+|HF_(HOME|ENDPOINT|(HUB|DATASETS|XET)_\w+)|\w+_PROXY")
+_OF_LIBRARIES = re.compile(r"(AWS|AZURE|CUDA|FSSPEC|GOOGLE|MLFLOW|RAY|WANDB)_\w+|HF_(HOME|ENDPOINT|(HUB|DATASETS|XET)_\w+)|\w+_PROXY")
 
 
 def check_env_file(on_warning: Callable[[str], None] = lambda text: None) -> None:
