@@ -55,7 +55,7 @@ def cli() -> None:
 
 _SIZES = "10B, 25B or 50B (about 10, 25, 50 million parameters); small, medium, large."
 _DATASETS = "CIFAR-100, BACH, digits or digits-noisy"
-_GRIDS = "digits|full|full-plus|noise|lr|FILE"
+_GRIDS = "digits|full|full-plus|noise|lr|controls|choices|FILE"
 _BY_DEFAULT = "[default: the built-in grids that have finished runs]"
 
 _checkpoints = click.option(
@@ -106,6 +106,9 @@ _OVERRIDES: dict[str, tuple[type, str, str]] = {
     "--lr": (float, "X", "Override the protocol's peak learning rate."),
     "--warmup_steps": (int, "N", "Override the protocol's warm-up."),
     "--clip_norm": (float, "X", "Clip the gradient's norm. [default: no clipping]"),
+    "--heads": (int, "N", "Heads of a classic layer; differential attention pairs them. [default: the protocol's]"),
+    "--patch_size": (int, "N", "Side of a patch in pixels; it divides the image's. [default: the protocol's]"),
+    "--image_size": (int, "N", "Side in pixels that images are resized to. [default: the protocol's]"),
     "--residual_scale": (bool, "BOOL", "Start branches at 1 / sqrt(2 depth) of Xavier's values. [default: true]"),
     "--max_steps": (int, "N", "Stop after N steps: a trial. Its test uses as many images as its training, at least 64."),
     "--label_noise": (float, "X", "Share of training labels that are false. [default: 0]"),
@@ -117,7 +120,7 @@ _trained_with_options = options(
       for name, (kind, unit, _) in _OVERRIDES.items() if name != "--batch_size")
 )  # fmt: skip
 _of_grid_options = options(
-    click.option("--dataset", metavar="NAME", help="The data set of --grid noise or lr. [default: digits]"), _override_options["--epochs"]
+    click.option("--dataset", metavar="NAME", help="The data set of --grid noise, lr, controls or choices. [default: digits]"), _override_options["--epochs"]
 )
 _seeds = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]")
 _which_runs = click.option(
@@ -209,7 +212,7 @@ def download(hf_path: str, local: Path, force: bool) -> None:
 @cli.command()
 @click.option("--model", help="vit_classic, vit_differential or a control.")
 @click.option("--size", help=_SIZES)
-@click.option("--dataset", help=f"{_DATASETS}; with --grid, the data set of noise or lr.")
+@click.option("--dataset", help=f"{_DATASETS}; with --grid, that of a grid for one data set.")
 @click.option("--run_id", metavar="ID", help="Which run; it may stand alone.")
 @click.option("--seed", type=int, metavar="N", help="Which run, where several match. [default: 0, if it is there]")
 @_trained_with_options

@@ -128,7 +128,7 @@ def _fastest_form(model: VisionTransformer, images: int, precision: str) -> str 
     if not forms:
         return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    shape = f"{images}x{model.tokens}x{model.pos_embed.shape[-1]}"
+    shape = f"{images}x{model.tokens}x{model.pos_embed.shape[-1]}, {model.heads} heads"
     key = f"{name}, torch {torch.__version__}, {dtype}, {type(layer).__name__}, {shape}"
     path = cache_folder() / "attention_forms.json"
     seconds = {form: value for form, value in recall(path, key).items() if form in forms}

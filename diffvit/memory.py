@@ -25,17 +25,9 @@ _PARAMETER_BYTES = 16
 # Values that an attention layer keeps for each token and channel between its two projections, by its form: q, k, v, the output, and one
 # for what fused kernels and norms keep a head and token; and what the difference and its norm add.
 _ATTENTION_VALUES = {
-    "sdpa": 5,
-    "sdpa, normed": 7,
-    "sdpa, one call": 10,
-    "blocks": 7,
-    "maps": 7,
-    "triton": 7,
-    "triton, normed": 7,
-    "two_calls": 10,
-    "four_calls": 12,
-    "padded": 15,
-}
+    "sdpa": 5, "sdpa, normed": 7, "sdpa, one call": 10, "blocks": 7, "maps": 7, "triton": 7, "triton, normed": 7,
+    "two_calls": 10, "four_calls": 12, "padded": 15,
+}  # fmt: skip
 _MOST_ATTENTION_VALUES = max(_ATTENTION_VALUES.values())
 
 # The part of a GPU's memory that a run fills where its needs were measured; the rest is for the driver and the allocator's gaps.

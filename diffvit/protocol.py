@@ -140,6 +140,14 @@ class Protocol:
                 f"batch_size {protocol.batch_size} is larger than the training set of {self.images[0]} images.",
                 f"give a batch size of at most {self.images[0]}.",
             )
+        fitting = [heads for heads in range(2, self.d_model, 2) if self.d_model % heads == 0 and 8 <= self.d_model // heads <= 128]
+        if "heads" in checked and protocol.heads not in fitting:  # pairs are formed of them; fused attention takes 8 to 256 values a head
+            listed = ", ".join(map(str, fitting))
+            raise UserError(f"{protocol.heads} heads do not fit a width of {self.d_model}.", f"give one of {listed}.")
+        if protocol.image_size % protocol.patch_size:
+            raise UserError(
+                f"patch_size {protocol.patch_size} does not divide image_size {protocol.image_size}.", "give a patch_size that does."
+            )
         return protocol
 
 
@@ -178,6 +186,9 @@ OVERRIDES: dict[str, tuple[type, float, float | None, bool]] = {
     "clip_norm": (float, 0, None, False),
     "dropout": (float, 0, 0.99, True),
     "residual_scale": (bool, 0, 1, True),
+    "heads": (int, 2, None, True),
+    "patch_size": (int, 1, None, True),
+    "image_size": (int, 1, 2048, True),
     "label_noise": (float, 0, 0.99, True),
     "input_noise": (float, 0, 1, True),
 }

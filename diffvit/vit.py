@@ -124,6 +124,7 @@ class VisionTransformer(nn.Module):
         if d_model % heads:
             raise ValueError(f"{heads} heads do not divide d_model {d_model}")
         self.attention_class = attention
+        self.heads = heads
         self.residual_factor = (2 * depth) ** -0.5 if residual_scale else 1.0  # two branches a block add to the stream
         self.facts: dict[str, Any] = {}  # what a checkpoint's header says of it
         self.recompute = False  # activation checkpointing: keep only the blocks' inputs for the backward pass

@@ -32,7 +32,7 @@ from typing import Any
 from diffvit.checks import check_depth, read_text, usable_path
 from diffvit.errors import UserError, shown, unknown_name
 from diffvit.ledger.spec import RunSpec, overrides_text
-from diffvit.protocol import ARMS, check_override, protocol_of, resolve_dataset
+from diffvit.protocol import ARMS, MODELS, check_override, protocol_of, resolve_dataset
 
 _ALL_SIZES = ("small", "medium", "large")
 _ONE_SEED = (0,)
@@ -126,8 +126,28 @@ def _learning_rates(name: str, dataset: str) -> Grid:
     return Grid(name, datasets=(dataset,), conditions=({"lr": lower}, {}, {"lr": higher}))
 
 
+def _controls(name: str, dataset: str) -> Grid:
+    """All architectures, with the protocol's heads and with more: is it the subtraction, and does it take more heads?"""
+    return Grid(name, datasets=(dataset,), models=tuple(MODELS), conditions=({}, {"heads": _more_heads(dataset)}))
+
+
+def _choices(name: str, dataset: str) -> Grid:
+    """Both arms under every combination of start, learning rate and heads that could as well have been chosen."""
+    rates = [condition for condition in _learning_rates(name, dataset).conditions if isinstance(condition, Mapping)]
+    starts: tuple[Mapping[str, Any], ...] = ({}, {"residual_scale": False})
+    heads: tuple[Mapping[str, Any], ...] = ({}, {"heads": _more_heads(dataset)})
+    return Grid(name, datasets=(dataset,), conditions=tuple({**a, **b, **c} for a, b, c in itertools.product(starts, rates, heads)))
+
+
+def _more_heads(dataset: str) -> int:
+    """16 heads, so 8 pairs, the fewest that the authors of differential attention used; 8 where 16 would have less than 8 values each."""
+    return 16 if protocol_of(dataset).d_model >= 16 * 8 else 8
+
+
 # Grids for one data set, which --dataset chooses.
-_OF_A_DATASET: dict[str, Callable[[str, str], Grid]] = {"noise": _noise, "lr": _learning_rates}
+_OF_A_DATASET: dict[str, Callable[[str, str], Grid]] = {
+    "noise": _noise, "lr": _learning_rates, "controls": _controls, "choices": _choices,
+}  # fmt: skip
 
 GRIDS = {
     "digits": Grid("digits", datasets=("digits", "digits-noisy")),
@@ -160,7 +180,7 @@ def find_grid(name: str, dataset: str | None = None) -> Grid:
         UserError: no such grid or data set, or a grid that has its own data sets.
     """
     if dataset is not None and name not in _OF_A_DATASET:
-        hint = f"--dataset goes with --grid {' or '.join(_OF_A_DATASET)}; a grid file lists its datasets."
+        hint = "--dataset goes with --grid noise, lr, controls or choices; a grid file lists its datasets."
         raise UserError(f"the grid {name} has data sets of its own.", hint)
     if dataset is not None and (dataset := resolve_dataset(dataset)) != "digits":
         return _OF_A_DATASET[name](f"{name}-{dataset}", dataset)

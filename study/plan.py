@@ -8,11 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import PRECISIONS, RunSpec
 from diffvit.protocol import Protocol, images_in_steps, protocol_of
+
+if TYPE_CHECKING:
+    from diffvit.vit import VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def plan_runs(specs: Iterable[RunSpec], checkpoints: Path, fingerprints: dict[st
 
 def _plan(spec: RunSpec, checkpoints: Path, fingerprint: str | None) -> PlannedRun:
     protocol = spec.protocol
-    parameters, forward = _model_cost(spec.model, spec.size, spec.dataset)
+    parameters, forward = _model_cost(*_model_key(spec))
     steps = protocol.total_steps()
     run_ids = run_ids_of(spec, fingerprint) if fingerprint else {}
     # Its own precision first: other results are read only where that has none.
@@ -83,12 +87,31 @@ def precision_notes(runs: Sequence[PlannedRun]) -> list[str]:
     ]
 
 
+def model_of(spec: RunSpec) -> VisionTransformer:
+    """The run's model, without memory."""
+    return _model_of(*_model_key(spec))
+
+
+_ModelKey = tuple[str, str, str, tuple[tuple[str, Any], ...]]
+
+
+def _model_key(spec: RunSpec) -> _ModelKey:
+    """What decides the model: not all of a protocol, so that many runs share one."""
+    own = {name: value for name, value in spec.overrides.items() if name in ("dropout", "heads", "patch_size", "image_size")}
+    return spec.model, spec.size, spec.dataset, tuple(sorted(own.items()))
+
+
 @functools.cache
-def _model_cost(model: str, size: str, dataset: str) -> tuple[int, int]:
+def _model_of(model: str, size: str, dataset: str, own: tuple[tuple[str, Any], ...]) -> VisionTransformer:
     from diffvit.vit import build_model
 
-    built = build_model(model, size, protocol_of(dataset), device="meta")
-    return built.count_parameters(), built.estimate_flops()
+    return build_model(model, size, protocol_of(dataset).with_overrides(dict(own)), device="meta")
+
+
+@functools.cache
+def _model_cost(*key: Any) -> tuple[int, int]:
+    model = _model_of(*key)
+    return model.count_parameters(), model.estimate_flops()
 
 
 def _image_passes(protocol: Protocol, steps: int) -> float:

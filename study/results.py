@@ -191,4 +191,4 @@ def _finished(checkpoints: Path, grid: str | None, epochs: int | None, dataset: 
 def check_dataset(grid: str | None, dataset: str | None) -> None:
     """Raises UserError for a data set that is given without a grid."""
     if dataset is not None and grid is None:
-        raise UserError("--dataset is given without --grid.", "--dataset goes with --grid noise or lr.")
+        raise UserError("--dataset is given without --grid.", "--dataset goes with --grid noise, lr, controls or choices.")

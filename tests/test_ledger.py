@@ -41,6 +41,7 @@ def test_everything_that_decides_the_result_is_in_the_run_id(monkeypatch: pytest
             for name, value in {
                 "epochs": 49, "batch_size": 256, "lr": 2e-4, "warmup_steps": 100, "max_steps": 10, "dropout": 0.1,
                 "weight_decay": 0.1, "clip_norm": 1.0, "label_noise": 0.2, "input_noise": 0.1, "residual_scale": False,
+                "heads": 16, "patch_size": 28, "image_size": 112,
             }.items()
         ),
     ]  # fmt: skip

@@ -137,6 +137,14 @@ def test_a_run_takes_what_its_images_and_its_start_take() -> None:
     assert run_seconds(trial, rate) == pytest.approx(7 + 32 + 0.01 * (32 + 64 + 64))
 
 
+def test_a_runs_cost_is_that_of_its_own_shape(tmp_path: Path) -> None:
+    shapes: list[dict[str, int]] = [{}, {"heads": 16}, {"patch_size": 28}, {"image_size": 64}]
+    runs = plan_runs([RunSpec.of("vit_classic", "10B", "CIFAR-100", overrides=shape) for shape in shapes], tmp_path, {})
+    assert runs[0].forward_flops == runs[1].forward_flops > 10 * runs[2].forward_flops
+    assert runs[2].parameters == runs[0].parameters + 256 * (3 * (28**2 - 8**2) - (785 - 65))
+    assert len({cell_of(run.spec) for run in runs}) == len(runs)
+
+
 def test_done_runs_cost_nothing_and_begun_ones_the_rest(tmp_path: Path) -> None:
     specs = Grid("two", ("digits",), sizes=("small",), overrides={"max_steps": 20}).runs()
     train(specs[0], tmp_path, device="cpu")

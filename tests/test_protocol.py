@@ -6,6 +6,7 @@ import pytest
 
 from diffvit.errors import UserError
 from diffvit.protocol import PROTOCOLS, resolve_dataset, resolve_model, resolve_size, stable_seed
+from diffvit.vit import build_model
 
 
 def test_the_users_protocol_to_the_letter() -> None:
@@ -71,7 +72,7 @@ def test_a_data_set_is_found_as_people_write_it(name: str) -> None:
     "overrides",
     [
         {"epochs": 0}, {"epochs": 1.5}, {"epochs": True}, {"batch_size": -1}, {"lr": 0}, {"lr": float("nan")},
-        {"dropout": 1.0}, {"label_noise": 1.0}, {"label_noise": -0.1}, {"input_noise": 1.5}, {"input_noise": "much"}, {"warmup_steps": -1}, {"epoch": 3}, {"batch_size": 1_259}, {"lr": "fast"}, {"residual_scale": 0}, {"residual_scale": "no"},
+        {"dropout": 1.0}, {"label_noise": 1.0}, {"label_noise": -0.1}, {"input_noise": 1.5}, {"input_noise": "much"}, {"warmup_steps": -1}, {"epoch": 3}, {"batch_size": 1_259}, {"lr": "fast"}, {"residual_scale": 0}, {"residual_scale": "no"}, {"heads": 3}, {"heads": 6}, {"heads": 16}, {"heads": 64}, {"patch_size": 3}, {"patch_size": 4, "image_size": 10},
     ],
 )  # fmt: skip
 def test_overrides_are_checked(overrides: dict) -> None:
@@ -95,6 +96,13 @@ def test_the_start_enters_an_identity_only_where_it_is_the_old_one() -> None:
     assert all(protocol.with_overrides({"residual_scale": value}) == protocol for value in (True, "true"))
     old = protocol.with_overrides({"residual_scale": "false"})
     assert old.identity("0.1M") == {**protocol.identity("0.1M"), "residual_scale": False}
+
+
+def test_shapes_are_overrides() -> None:
+    protocol = PROTOCOLS["CIFAR-100"].with_overrides({"heads": 16, "patch_size": 28})
+    model = build_model("vit_differential", "10B", protocol, "meta")
+    assert (model.tokens, model.blocks[0].attn.pairs, model.blocks[0].attn.head_dim) == (65, 8, 16)
+    assert build_model("vit_classic", "10B", PROTOCOLS["CIFAR-100"].with_overrides({"image_size": 32}), "meta").tokens == 17
 
 
 def test_stable_seed_is_the_same_for_ever() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 import socket
@@ -21,6 +22,7 @@ from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import Step, TrainingLog, read_log
 from diffvit.ledger.results import read_results
 from diffvit.ledger.spec import RunSpec
+from diffvit.protocol import ARMS, MODELS, PROTOCOLS
 from diffvit.train import train
 from study.cluster.address import find_address
 from study.cluster.connect import Cluster, connect
@@ -256,6 +258,18 @@ def test_grids_of_conditions(name: str, dataset: str | None, expected: list[dict
     assert sum(spec.run_id("f") in plain for spec in specs) == 6  # the plain runs are those that are there already
 
 
+@pytest.mark.parametrize(("dataset", "heads"), [("digits", 8), ("CIFAR-100", 16), ("BACH", 16)])
+def test_grids_of_controls_and_choices(dataset: str, heads: int) -> None:
+    controls, choices = (find_grid(name, dataset).runs() for name in ("controls", "choices"))
+    assert {(spec.model, spec.protocol.heads) for spec in controls} == set(itertools.product(MODELS, (PROTOCOLS[dataset].heads, heads)))
+    assert len(controls) == 2 * 3 * len(MODELS)
+    lr = PROTOCOLS[dataset].lr
+    chosen = {(spec.protocol.residual_scale, round(spec.protocol.lr / lr, 1), spec.protocol.heads) for spec in choices}
+    assert chosen == set(itertools.product((True, False), (0.3, 1.0, 3.0), (PROTOCOLS[dataset].heads, heads)))
+    assert len(choices) == 2 * 3 * len(chosen)
+    assert {spec.model for spec in choices} == set(ARMS)
+
+
 def test_full_plus_has_more_of_bach() -> None:
     counts = pd.Series([(spec.dataset, str(spec.overrides)) for spec in find_grid("full-plus").runs()]).value_counts()
     assert counts.to_dict() == {("CIFAR-100", "{}"): 6, ("BACH", "{}"): 30, ("BACH", "{'warmup_steps': 100}"): 30}
@@ -267,7 +281,7 @@ def test_full_plus_has_more_of_bach() -> None:
 def test_grids_that_have_data_sets_of_their_own(name: str) -> None:
     with pytest.raises(UserError, match="data sets of its own") as caught:
         find_grid(name, "CIFAR-100")
-    assert "noise or lr" in caught.value.hint
+    assert "noise, lr, controls or choices" in caught.value.hint
 
 
 def test_grid_files_by_data_set(tmp_path: Path) -> None:

@@ -88,12 +88,12 @@ def _peak(name: str, size: str, protocol: Protocol, like: VisionTransformer, pre
     """The peak of an architecture's pass on the GPU of `like`, computed as that is: from the cache, or measured now."""
     device, path = like.pos_embed.device, cache_folder() / "memory_peaks.json"
     tokens, width = like.pos_embed.shape[1:]
-    triton = like.attention_form(autocast_dtype(precision)) == "triton"
+    triton = like.attention_form(autocast_dtype(precision)).startswith("triton")
     words = (("triton", triton), ("fused", like.fused), ("compiled", bool(compute.compile)), ("recompute", like.recompute))
     how = " ".join(word for word, value in words if value) or "plain"
     key = (
         f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {precision}, {name} depth {protocol.depths[size]} "
-        f"{tokens}x{width}, dropout {protocol.dropout:g}, {how}"
+        f"{tokens}x{width}, {protocol.heads} heads, dropout {protocol.dropout:g}, {how}"
     )
     with contextlib.suppress(TypeError):  # where it is not known, or kept by another version
         return Peak(**recall(path, key))

@@ -8,7 +8,6 @@ longest first, each in the first free slot.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import heapq
 import io
 import textwrap
@@ -24,9 +23,8 @@ from diffvit.keeping.state import StateFolder
 from diffvit.ledger.spec import RunSpec, overrides_text
 from diffvit.memory import micro_batch_within, training_memory
 from diffvit.protocol import images_in_steps
-from diffvit.vit import VisionTransformer, build_model
 from study.cost.devices import SHEETS, Machine, Sheet
-from study.plan import PlannedRun, precision_notes
+from study.plan import PlannedRun, model_of, precision_notes
 from study.text import clock, duration, significant
 
 # The model of a GPU of which only the data sheet is known, for fused or compiled blocks: a pass takes its products at a share of
@@ -204,21 +202,12 @@ def _steps_saved(run: PlannedRun, checkpoints: Path) -> int:
     return next(iter(StateFolder(checkpoints, run.run_id).steps()), 0) if run.run_id else 0
 
 
-def model_of(spec: RunSpec) -> VisionTransformer:
-    """The run's model, without memory."""
-    return _model_of(spec.model, spec.size, spec.dataset, spec.protocol.dropout)
-
-
-@functools.cache
-def _model_of(model: str, size: str, dataset: str, dropout: float) -> VisionTransformer:
-    return build_model(model, size, RunSpec.of(model, size, dataset, overrides={"dropout": dropout}).protocol, device="meta")
-
-
 def cell_of(spec: RunSpec) -> str:
     """The key of a run's cell: all that decides how long its steps take on a machine."""
     protocol = spec.protocol
+    heads = f" heads{protocol.heads}" if "heads" in spec.overrides else ""
     shape = f"{protocol.image_size}/{protocol.patch_size} d{protocol.d_model} depth{protocol.depths[spec.size]}"
-    return f"{spec.model} {shape} batch{protocol.batch_size}{' dropout' if protocol.dropout else ''}"
+    return f"{spec.model} {shape} batch{protocol.batch_size}{' dropout' if protocol.dropout else ''}{heads}"
 
 
 def sheet_rate(sheet: Sheet, recompute: bool = False) -> Callable[[PlannedRun], Rate]:

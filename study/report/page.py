@@ -336,6 +336,9 @@ def _limits(analysis: Analysis) -> list[str]:
             continue
         done = part.table[part.table["status"] == "done"]
         protocol = _protocol(part)
+        if protocol.heads < 16:
+            minimum = 'its authors recommend at least 8, "the minimum used in the paper"; `study --grid controls` has more'
+            limits.append(f"{part.name}: differential attention has {protocol.heads // 2} heads here; {minimum}.")
         if warning := protocol.warmup_warning(int(part.table["steps"].max())):
             limits.append(f"{part.name}: {warning}.")
         if len(done):
