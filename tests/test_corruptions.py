@@ -71,6 +71,34 @@ def test_blur_keeps_flat_images_and_spreads_a_point() -> None:
     assert spread[4, 3].item() == pytest.approx(255 * 0.0965, abs=1)
 
 
+def test_at_32_pixels_noise_is_a_pixels_and_at_512_pixels_a_thirty_second_of_the_side() -> None:
+    pixels = _grey(128, 2)
+    expected = (128 / 255 + 0.10 * torch.randn(pixels.shape, generator=_generator())).clamp(0, 1)
+    assert torch.equal(corrupt(pixels, "gaussian", 5, _generator()), (255 * expected).round().to(torch.uint8))
+    large = corrupt(pixels.repeat_interleave(16, 2).repeat_interleave(16, 3), "gaussian", 5, _generator()).float()
+    assert large.diff(dim=-1).abs().mean() < 5  # smooth within a grain
+    grains = torch.nn.functional.avg_pool2d(large, 16)
+    assert 0.6 * 25.5 < grains.std() < 25.5  # noise of single pixels would leave a sixteenth
+
+
+def test_blur_grows_with_the_square_root_of_the_side() -> None:
+    point = torch.zeros(1, 1, 129, 128, dtype=torch.uint8)
+    point[0, 0, 64, 64] = 255
+    spread = corrupt(point, "blur", 5, _generator())[0, 0]
+    assert spread[64, 64].item() == pytest.approx(255 / (2 * torch.pi * 4), abs=1)  # two pixels at 128
+
+
+@pytest.mark.parametrize("corruption", [name for name in CORRUPTIONS if name != "blur"])
+def test_a_severity_costs_the_same_whatever_size_the_scene_is_stored_in(corruption: str) -> None:
+    from bench.corruptions import measure
+
+    scene = torch.nn.functional.interpolate(load("digits").test.pixels[:16].float(), (32, 32), mode="bilinear")
+    stored = [torch.nn.functional.interpolate(scene, (side, side), mode="bilinear").to(torch.uint8) for side in (32, 512)]
+    small, large = (measure(pixels, 224)[corruption] for pixels in stored)
+    for (decibel, _), (of_large, _) in zip(small, large, strict=True):
+        assert decibel == pytest.approx(of_large, abs=0.7)
+
+
 @pytest.mark.parametrize("background", BACKGROUNDS)
 @pytest.mark.parametrize("height_width", [(8, 8), (32, 20), (7, 7)])
 def test_clutter_holds_the_image_where_the_box_says(background: str, height_width: tuple[int, int]) -> None:

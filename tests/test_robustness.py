@@ -12,10 +12,13 @@ import torch
 from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.dataset import ImageSet, load
 from diffvit.evaluation import evaluate_checkpoint
+from diffvit.findings.kept import add_evaluation, find_out, outdated, read_evaluations
 from diffvit.findings.robustness import CONDITIONS, corrupted_test_set, evaluate_corruptions, right_answers, summarise
-from diffvit.ledger.files import RunFiles
+from diffvit.ledger.files import RunFiles, files_of_weights
 from diffvit.ledger.spec import RunSpec
 from diffvit.train import train
+from study.report.analysis import analyse
+from study.table import run_table
 
 CPU = torch.device("cpu")
 
@@ -92,6 +95,17 @@ def test_data_of_another_kind_are_warned_of(checkpoint: Path, monkeypatch: pytes
     report = evaluate_corruptions(checkpoint, device=CPU, limit=3, on_progress=lines.append)
     assert "not those that the model was trained on" in report["warnings"][0]
     assert len(lines) == 28 and lines[3].startswith("4/28  gaussian 3: accuracy ")
+
+
+def test_findings_of_another_version_are_kept_apart_and_found_anew(checkpoint: Path, findings: dict) -> None:
+    files = files_of_weights(checkpoint)
+    add_evaluation(files, "corruptions", {**findings, "version": findings["version"] - 1, "conditions": []})
+    assert read_evaluations(files) == {} and outdated(files) == ["corruptions"]
+    left_out = analyse(run_table(files.checkpoints), files.checkpoints).left_out
+    assert any("of another version of diffvit, evaluate again" in phrase for phrase in left_out)
+    assert find_out(files, ["corruptions"], device=CPU) == {"corruptions": findings}
+    assert read_evaluations(files) == {"corruptions": findings} and outdated(files) == []
+    files.evaluations.unlink()
 
 
 def test_the_summary_by_hand() -> None:

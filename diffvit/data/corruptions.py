@@ -1,7 +1,13 @@
 """Corrupted test images: five kinds of noise and blur at five severities, and objects in front of clutter.
 
-The severities are those of CIFAR-C (Hendrycks & Dietterich 2019, arXiv 1903.12261). They hold for images at their stored
-size, before Prepare enlarges them; random numbers are drawn on the generator's device, all else happens on the pixels'.
+The severities are those of CIFAR-C (Hendrycks & Dietterich 2019, arXiv 1903.12261), which were chosen for images of 32
+pixels. In a larger image noise has larger grains, in proportion, so that a severity hides as much of the scene. Blur is
+wider by the square root of that: on histology at 512 pixels it then costs about as many dB as on CIFAR-100, where in
+proportion it would cost more, for there is more fine texture to lose (python -m bench.corruptions; docs/statistics.md).
+Smaller images are corrupted pixel by pixel.
+
+Corruptions act on images at their stored size, before Prepare resizes them. Random numbers are drawn on the generator's
+device, all else happens on the pixels'.
 """
 
 from __future__ import annotations
@@ -12,8 +18,11 @@ from torch import Tensor
 
 from diffvit.errors import UserError, unknown_name
 
+# Rises with every change of what corrupt or clutter give: findings of different versions are not compared.
+VERSION = 2
+
 # Severity 1 … 5. Gaussian and speckle: standard deviation, pixels in 0-1; shot: photons at white; impulse: share of values;
-# blur: standard deviation of the kernel in pixels.
+# blur: standard deviation of the kernel in pixels of an image of _SIDE pixels.
 CORRUPTIONS: dict[str, tuple[float, ...]] = {
     "gaussian": (0.04, 0.06, 0.08, 0.09, 0.10),
     "shot": (500, 250, 100, 75, 50),
@@ -23,6 +32,9 @@ CORRUPTIONS: dict[str, tuple[float, ...]] = {
 }
 
 BACKGROUNDS = ("noise", "images")
+
+# The side in pixels of the images that the severities were chosen for.
+_SIDE = 32
 
 # How much larger than its image a cluttered canvas is, each way.
 _CANVAS = 1.5
@@ -44,26 +56,34 @@ def corrupt(pixels: Tensor, corruption: str, severity: int, generator: torch.Gen
     levels = CORRUPTIONS[corruption]
     if isinstance(severity, bool) or not isinstance(severity, int) or not 1 <= severity <= len(levels):
         raise UserError(f"severity is {severity!r}.", f"give a whole number from 1 to {len(levels)}.")
-    amount = levels[severity - 1]
+    amount, x = levels[severity - 1], pixels.float() / 255
+    height, width = pixels.shape[-2:]
+    grain = max(1.0, min(height, width) / _SIDE)
+    if corruption == "blur":
+        return _to_uint8(_blurred(x, grain**0.5 * amount))
+    if grain == 1:
+        return _to_uint8(_noisy(x, corruption, amount, generator))
+    small = F.interpolate(x, (round(height / grain), round(width / grain)), mode="area")
+    change = _noisy(small, corruption, amount, generator).clamp(0, 1) - small
+    return _to_uint8(x + F.interpolate(change, (height, width), mode="bilinear"))
+
+
+def _noisy(x: Tensor, corruption: str, amount: float, generator: torch.Generator) -> Tensor:
+    """Images in 0-1 with noise of one pixel's grain, not clipped."""
     if corruption == "gaussian":
-        return add_gaussian(pixels, amount, generator)
-    x = pixels.float() / 255
+        return x + amount * _normal(x.shape, generator).to(x.device)
     if corruption == "shot":
-        x = torch.poisson((x * amount).to(generator.device), generator).to(x.device) / amount
-    elif corruption == "impulse":
-        drawn = _uniform(x.shape, generator).to(x.device)
-        # One draw decides both: the lowest values of it are pepper, as many above them salt.
-        x = torch.where(drawn < amount / 2, 0.0, torch.where(drawn < amount, 1.0, x))
-    elif corruption == "speckle":
-        x = x + x * amount * _normal(x.shape, generator).to(x.device)
-    else:
-        x = _blurred(x, amount)
-    return _to_uint8(x)
+        return torch.poisson((x * amount).to(generator.device), generator).to(x.device) / amount
+    if corruption == "speckle":
+        return x + x * amount * _normal(x.shape, generator).to(x.device)
+    drawn = _uniform(x.shape, generator).to(x.device)
+    # One draw decides both: the lowest values of it are pepper, as many above them salt.
+    return torch.where(drawn < amount / 2, 0.0, torch.where(drawn < amount, 1.0, x))
 
 
 def add_gaussian(pixels: Tensor, deviation: float, generator: torch.Generator) -> Tensor:
     """uint8 [B, C, H, W] with Gaussian noise of a standard deviation (pixels in 0-1), clipped and rounded."""
-    return _to_uint8(pixels.float() / 255 + deviation * _normal(pixels.shape, generator).to(pixels.device))
+    return _to_uint8(_noisy(pixels.float() / 255, "gaussian", deviation, generator))
 
 
 def clutter(pixels: Tensor, background: str, generator: torch.Generator, others: Tensor | None = None) -> tuple[Tensor, Tensor]:

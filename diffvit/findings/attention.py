@@ -29,6 +29,9 @@ from diffvit.evaluation import data_warnings, open_checkpoint
 from diffvit.protocol import stable_seed
 from diffvit.vit import AttentionLayer, Block, VisionTransformer
 
+# Rises with every change of what evaluate_attention finds: findings of different versions are not compared.
+VERSION = 1
+
 _PICTURES = 6
 _PICTURE_PIXELS = 64
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffvit.checks import list_of, real, record, text, whole
-from diffvit.data.corruptions import BACKGROUNDS, CORRUPTIONS, clutter, corrupt
+from diffvit.checks import list_of, one_of, real, record, text, whole
+from diffvit.data.corruptions import BACKGROUNDS, CORRUPTIONS, VERSION, clutter, corrupt
 from diffvit.dataset import Dataset, ImageSet
 from diffvit.evaluation import data_warnings, evaluate, open_checkpoint
 from diffvit.protocol import stable_seed
@@ -39,8 +39,11 @@ _CONDITION = record(
     }
 )  # fmt: skip
 _KEPT = record(
-    {"images": whole(1, 10**8), "warnings": list_of(text()), "conditions": list_of(_CONDITION, len(CONDITIONS), len(CONDITIONS))}
-)
+    {
+        "version": one_of(VERSION), "images": whole(1, 10**8), "warnings": list_of(text()),
+        "conditions": list_of(_CONDITION, len(CONDITIONS), len(CONDITIONS)),
+    }
+)  # fmt: skip
 
 
 def wrong_findings(found: Any) -> str | None:
@@ -71,7 +74,7 @@ def evaluate_corruptions(
         on_progress: hears a line after each condition.
 
     Returns:
-        What JSON can hold: "images", "warnings" and "conditions", each with its "corruption", "severity" (0 for clean images and
+        What JSON can hold: "version", "images", "warnings" and "conditions", each with its "corruption", "severity" (0 for clean images and
         clutter), "accuracy", "loss" in nats, and "right": which images were answered rightly, for right_answers.
 
     Raises:
@@ -95,7 +98,7 @@ def evaluate_corruptions(
         if on_progress:
             named = f"{corruption} {severity}" if severity else corruption
             on_progress(f"{number}/{len(CONDITIONS)}  {named}: accuracy {100 * outcome.accuracy:.1f} %")
-    return {"images": len(outcome.labels), "warnings": data_warnings(facts, data), "conditions": conditions}
+    return {"version": VERSION, "images": len(outcome.labels), "warnings": data_warnings(facts, data), "conditions": conditions}
 
 
 def corrupted_test_set(data: Dataset, corruption: str, severity: int, limit: int | None = None) -> ImageSet:

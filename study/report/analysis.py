@@ -13,7 +13,7 @@ import pandas as pd
 
 from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.errors import UserError
-from diffvit.findings.kept import read_evaluations
+from diffvit.findings.kept import outdated, read_evaluations
 from diffvit.findings.robustness import right_answers, summarise
 from diffvit.protocol import ARMS
 from study.predictions import with_predictions
@@ -119,6 +119,7 @@ def _findings(table: pd.DataFrame, checkpoints: Path | None) -> tuple[dict[str, 
         if "attention" in kinds and len(kinds["attention"]["layers"]) != run.depth:
             raise UserError(f"{files.evaluations} is of a model of another depth.", "delete it and evaluate again.")
         found[run.run_id] = {kind: findings for kind, findings in kinds.items() if not findings["warnings"]}
+        left_out += [f"{kind} of the run {run.run_id}: of another version of diffvit, evaluate again" for kind in outdated(files)]
         left_out += [f"{kind} of the run {run.run_id}: {each['warnings'][0]}" for kind, each in kinds.items() if each["warnings"]]
     return found, left_out
 

@@ -256,8 +256,8 @@ def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
 
 _NOISE_AXES = (
     "Noise in images and noise in labels are different things. BACH is a case of the first: large images whose label rests on a small "
-    "part, with the rest, stain and scanner as noise; its labels were agreed on by pathologists. Corruptions have CIFAR-C's constants "
-    "and are applied at the images' stored size (BACH: 512 pixels, after its one resize)."
+    "part, with the rest, stain and scanner as noise; its labels were agreed on by pathologists. Corruptions have CIFAR-C's constants, "
+    "which are for 32 pixels; in larger images noise has larger grains in proportion, and blur is wider by the square root of that."
 )
 
 
