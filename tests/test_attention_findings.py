@@ -20,8 +20,10 @@ from diffvit.findings.attention import (
     cluttered,
     evaluate_attention,
     explicit_layers,
+    negative_mass,
     patch_shares,
     picture_pixels,
+    positive_shares,
     share_entropy,
 )
 from diffvit.findings.kept import add_evaluation, read_evaluations
@@ -86,6 +88,25 @@ def test_shares_are_of_absolute_attention_to_patches_alone() -> None:
     maps[0, 1, 0] = torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])  # all on the class token itself
     maps[:, :, 1:] = 7.0  # other tokens' attention does not count
     torch.testing.assert_close(patch_shares(maps), torch.tensor([[[0.75, 0.25, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]]))
+
+
+def test_the_parts_of_a_map_with_a_negative_side_by_hand() -> None:
+    maps = torch.zeros(1, 1, 5, 5)
+    maps[0, 0, 0] = torch.tensor([9.0, 3.0, -2.0, 3.0, -2.0])
+    torch.testing.assert_close(positive_shares(maps), torch.tensor([[[0.5, 0.0, 0.5, 0.0]]]))
+    torch.testing.assert_close(negative_mass(maps), torch.tensor([[0.4]]))
+
+
+def test_entropy_before_training_is_that_of_the_runs_own_start(found, tmp_path: Path, data: Dataset) -> None:
+    fresh = build_model("vit_differential", "0.2M", PROTOCOLS["digits"]).eval()
+    fresh.initialise(0)
+    start = _findings(tmp_path, "vit_differential", fresh, data)["layers"]
+    for layer, trained in zip(start, found["vit_differential"]["layers"], strict=True):
+        assert layer["entropy_untrained"] == pytest.approx(layer["entropy"], rel=1e-5)
+        assert trained["entropy_untrained"] == pytest.approx(layer["entropy"], rel=1e-5) and trained["entropy"] < layer["entropy"] - 0.01
+        assert 0 < layer["negative_mass"] < 1 and layer["entropy_positive"] < layer["entropy"]
+    for layer in found["vit_classic"]["layers"]:
+        assert layer["negative_mass"] == 0 and layer["entropy_positive"] == pytest.approx(layer["entropy"], rel=1e-6)
 
 
 def test_entropy_of_known_shares() -> None:

@@ -1,8 +1,10 @@
-"""Where a finished model looks: the exact attention maps of every layer, summed up in a few numbers, and some to look at.
+"""Where a finished model attends: the exact attention maps of every layer, summarised in a few numbers, and some as pictures.
 
 Measured are the class token's maps, for it alone is classified. A differential map has negative parts, which act on the
-output as positive ones do: shares and entropies are those of its absolute values. All is computed in fp32 from explicit
-maps, which tests prove to be those that the fused kernels apply.
+output as positive ones do: shares and entropies are those of its absolute values; its positive part and its negative mass
+stand beside them. A low entropy alone is no evidence of focus: an untrained model's maps are not uniform either, and the
+architectures differ there. So the entropy of the same model before training is measured too. All is computed in fp32
+from explicit maps, which tests prove to be those that the fused kernels apply.
 
 Every model sees the same cluttered images: they are drawn from the data and an image's row, never from a run's seed.
 """
@@ -20,17 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffvit.checks import list_of, maybe, real, record, text, whole
+from diffvit.checks import list_of, maybe, one_of, real, record, text, whole
 from diffvit.data.batches import Prepare
 from diffvit.data.corruptions import BACKGROUNDS, clutter
 from diffvit.dataset import Dataset
 from diffvit.errors import UserError
 from diffvit.evaluation import data_warnings, open_checkpoint
 from diffvit.protocol import stable_seed
-from diffvit.vit import AttentionLayer, Block, VisionTransformer
+from diffvit.vit import AttentionLayer, Block, VisionTransformer, build_model
 
 # Rises with every change of what evaluate_attention finds: findings of different versions are not compared.
-VERSION = 1
+VERSION = 2
 
 _PICTURES = 6
 _PICTURE_PIXELS = 64
@@ -38,7 +40,8 @@ _PICTURE_PIXELS = 64
 _TOP = record({"top1": real(), "median": real()})
 _LAYER = record(
     {
-        "layer": whole(0, 1000), "lambda": maybe(real()), "entropy": real(), "attention_logits": _TOP, "hidden_states": _TOP,
+        "layer": whole(0, 1000), "lambda": maybe(real()), "entropy": real(), "entropy_untrained": real(), "entropy_positive": real(),
+        "negative_mass": real(0, 1.001), "attention_logits": _TOP, "hidden_states": _TOP,
         "signal_share": record({background: real(0, 1.001) for background in BACKGROUNDS}),
     }
 )  # fmt: skip
@@ -51,14 +54,15 @@ _PICTURE = record(
 )  # fmt: skip
 _KEPT = record(
     {
-        "images": whole(1, 10**8), "warnings": list_of(text()), "uniform_entropy": real(), "signal_area": real(0, 1),
-        "middle_layer": whole(0, 1000), "layers": list_of(_LAYER, 1, 1000), "pictures": list_of(_PICTURE, 0, 100),
+        "version": one_of(VERSION), "images": whole(1, 10**8), "warnings": list_of(text()), "uniform_entropy": real(),
+        "signal_area": real(0, 1), "middle_layer": whole(0, 1000), "layers": list_of(_LAYER, 1, 1000),
+        "pictures": list_of(_PICTURE, 0, 100),
     }
 )  # fmt: skip
 
 
 def wrong_findings(found: Any) -> str | None:
-    """The check (see checks.py) of what evaluate_attention found, read from a file."""
+    """Check findings of evaluate_attention that were read from a file (see checks.py)."""
     if wrong := _KEPT(found):
         return wrong
     for i, picture in enumerate(found["pictures"]):
@@ -66,7 +70,7 @@ def wrong_findings(found: Any) -> str | None:
             return f".pictures[{i}] has a map with rows of different lengths"
         try:
             picture_pixels(picture)
-        except Exception:  # whatever the decoder says of it
+        except Exception:  # the decoder may raise anything
             return f".pictures[{i}].png is no picture of ours"
     return None
 
@@ -81,24 +85,26 @@ def evaluate_attention(
     device: torch.device,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint attends to in its test set, on clean images and with clutter around them.
+    """Measure what a checkpoint attends to in its test set, on clean images and with clutter around them.
 
     Args:
         limit: the first so many test images only; None for all.
         batch_size: images whose maps of one layer are held at once.
-        on_progress: hears a line after the clean images and after each kind of clutter.
+        on_progress: called with a line after the clean images and after each kind of clutter.
 
     Returns:
-        What JSON can hold:
+        A dict that JSON can hold:
 
-        "images", "warnings"; "uniform_entropy", the log of the number of patches; "signal_area", the object's share of a cluttered
-        image's area; "middle_layer", that of the pictures.
+        "version", "images", "warnings"; "uniform_entropy", the log of the number of patches; "signal_area", the object's share of a
+        cluttered image's area; "middle_layer", that of the pictures.
 
         "layers", first to last, each with its "layer", counted from 0; "lambda", its mean, or None where nothing is subtracted;
-        "entropy" in nats, of the class token's attention over the patches, mean over heads and images; "signal_share", by
-        background, the share of that attention that falls on the object, which would be "signal_area" were it uniform; and
-        "attention_logits" and "hidden_states" (the block's output) with "top1" and "median" of absolute values, as section 3.6 of
-        arXiv 2410.05258 has them for text. top1 is over all images, median that of the images' medians.
+        "entropy" in nats, of the class token's attention over the patches, mean over heads and images; "entropy_untrained", the same
+        before the first step; "entropy_positive", that of the maps' positive part; "negative_mass", the negative part's share of
+        absolute attention; "signal_share", by background, the share of attention that falls on the object, which would be
+        "signal_area" were it uniform; and "attention_logits" and "hidden_states" (the block's output) with "top1" and "median" of
+        absolute values, as section 3.6 of arXiv 2410.05258 has them for text. top1 is over all images, median that of the images'
+        medians.
 
         "pictures", of the first test images of different classes, in front of other images: "row" in the test set, "png" (see
         picture_pixels), "box" of the object as shares of height and width (top, left, bottom, right), "true" and "predicted" class,
@@ -115,6 +121,10 @@ def evaluate_attention(
     uniform_entropy = math.log(model.tokens - 1)
 
     layers = _clean_layers(model, prepare, data, batches)
+    untrained = build_model(facts["model"], facts["size"], facts["protocol"]).to(device).eval()
+    untrained.initialise(facts["seed"])
+    for layer, entropy in zip(layers, _entropies(untrained, prepare, data, batches), strict=True):
+        layer["entropy_untrained"] = entropy
     if on_progress:
         entropy = np.mean([layer["entropy"] for layer in layers])
         on_progress(f"1/{1 + len(BACKGROUNDS)}  clean: mean entropy {entropy:.2f} of at most {uniform_entropy:.2f} nats")
@@ -128,6 +138,7 @@ def evaluate_attention(
                 f"{100 * np.mean(shares):.1f} %, of the area {100 * area:.1f} %"
             )
     return {
+        "version": VERSION,
         "images": images,
         "warnings": data_warnings(facts, data),
         "uniform_entropy": uniform_entropy,
@@ -155,8 +166,21 @@ def explicit_layers(model: VisionTransformer, images: Tensor) -> Iterator[tuple[
 
 
 def patch_shares(maps_BMNN: Tensor) -> Tensor:
-    """How the class token's absolute attention to the patches is shared out among them; each map's sum up to 1. [B, M, N - 1]"""
-    weights = maps_BMNN[:, :, 0, 1:].abs()
+    """The class token's absolute attention to each patch, as a share of that to all patches. [B, M, N - 1]"""
+    return _shares(maps_BMNN[:, :, 0, 1:].abs())
+
+
+def positive_shares(maps_BMNN: Tensor) -> Tensor:
+    """As patch_shares, of the maps' positive part. [B, M, N - 1]"""
+    return _shares(maps_BMNN[:, :, 0, 1:].clamp_min(0))
+
+
+def negative_mass(maps_BMNN: Tensor) -> Tensor:
+    """The share of the class token's absolute attention to the patches that is negative; 0 for a classic map. [B, M]"""
+    return (patch_shares(maps_BMNN) * (maps_BMNN[:, :, 0, 1:] < 0)).sum(dim=-1)
+
+
+def _shares(weights: Tensor) -> Tensor:
     # Not even a map that is all on the class token itself divides by zero.
     return weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
 
@@ -167,7 +191,7 @@ def share_entropy(shares: Tensor) -> Tensor:
 
 
 def box_overlap(boxes: Tensor, canvas: tuple[int, int], grid: int) -> Tensor:
-    """How much of each patch lies in the box, 0 to 1, rows of the grid one after another. [B, grid * grid]
+    """The share of each patch's area that lies in the box, row by row of the grid. [B, grid * grid]
 
     Args:
         boxes: [B, 4], top, left, bottom, right in canvas pixels, the last two just outside.
@@ -202,20 +226,26 @@ def cluttered(data: Dataset, background: str, rows: Sequence[int]) -> tuple[Tens
 
 
 def summary_lines(findings: Mapping[str, Any]) -> list[str]:
-    """What was found, a line a layer, for a person."""
-    names = ("layer", "lambda", "entropy", "noise", "images", "logit top1", "median", "hidden top1", "median")
-    widths = (7, 7, 8, 7, 7, 11, 7, 12, 7)
+    """A readable table of the findings, a line a layer."""
+    names = ("layer", "lambda", "entropy", "at start", "positive", "negative", "noise", "images", "logit top1", "median", "hidden top1",
+             "median")  # fmt: skip
+    widths = (7, 7, 8, 8, 8, 8, 7, 7, 11, 7, 12, 7)
     lines = [" ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
     for layer in findings["layers"]:
         subtracted = f"{layer['lambda']:.3f}" if layer["lambda"] is not None else ""
         shares = " ".join(f"{100 * layer['signal_share'][background]:>5.1f} %" for background in ("noise", "images"))
         logits, hidden = layer["attention_logits"], layer["hidden_states"]
         lines.append(
-            f"{layer['layer']:>7} {subtracted:>7} {layer['entropy']:>8.3f} {shares} {logits['top1']:>11.2f} {logits['median']:>7.3f} "
-            f"{hidden['top1']:>12.2f} {hidden['median']:>7.3f}"
+            f"{layer['layer']:>7} {subtracted:>7} {layer['entropy']:>8.3f} {layer['entropy_untrained']:>8.3f} "
+            f"{layer['entropy_positive']:>8.3f} {100 * layer['negative_mass']:>6.1f} % {shares} "
+            f"{logits['top1']:>11.2f} {logits['median']:>7.3f} {hidden['top1']:>12.2f} {hidden['median']:>7.3f}"
         )
     uniform = f"uniform attention: entropy {findings['uniform_entropy']:.3f} nats, {100 * findings['signal_area']:.1f} % on the object"
-    return [*lines, f"  {uniform}; {findings['images']} images; noise, images: share on the object in front of them"]
+    meanings = (
+        "at start: entropy before training; positive: entropy of the positive part; negative: its share of absolute attention; "
+        "noise, images: share on the object in front of them"
+    )
+    return [*lines, f"  {uniform}; {findings['images']} images", f"  {meanings}"]
 
 
 def picture_pixels(picture: Mapping[str, Any]) -> np.ndarray:
@@ -229,12 +259,16 @@ def picture_pixels(picture: Mapping[str, Any]) -> np.ndarray:
 
 
 def _clean_layers(model: VisionTransformer, prepare: Prepare, data: Dataset, batches: Sequence[range]) -> list[dict[str, Any]]:
-    """What unchanged images tell of every layer. Tensors are a number an image, so that batches leave no trace."""
+    """Measures of every layer on unchanged images. Each is one number an image, so that the batch size changes nothing."""
     values: list[dict[str, list[Tensor]]] = [{} for _ in model.blocks]
     for rows in batches:
         pixels = data.test.pixels[rows.start : rows.stop]
         for found, (attention, input_BND, maps_BMNN, hidden_BND) in zip(values, explicit_layers(model, prepare(pixels)), strict=True):
-            numbers = {"entropy": share_entropy(patch_shares(maps_BMNN)).mean(dim=1)}
+            numbers = {
+                "entropy": share_entropy(patch_shares(maps_BMNN)).mean(dim=1),
+                "entropy_positive": share_entropy(positive_shares(maps_BMNN)).mean(dim=1),
+                "negative_mass": negative_mass(maps_BMNN).mean(dim=1),
+            }
             lambdas = attention.lambdas(input_BND)
             if lambdas is not None:
                 numbers["lambda"] = lambdas.expand(len(rows)) if lambdas.ndim == 0 else lambdas.flatten(1).mean(dim=1)
@@ -249,7 +283,7 @@ def _clean_layers(model: VisionTransformer, prepare: Prepare, data: Dataset, bat
         {
             "layer": layer,
             "lambda": found["lambda"].mean().item() if "lambda" in found else None,
-            "entropy": found["entropy"].mean().item(),
+            **{name: found[name].mean().item() for name in ("entropy", "entropy_positive", "negative_mass")},
             "signal_share": {},
             **{
                 what: {"top1": found[f"{what}.top1"].max().item(), "median": found[f"{what}.median"].median().item()}
@@ -258,6 +292,15 @@ def _clean_layers(model: VisionTransformer, prepare: Prepare, data: Dataset, bat
         }
         for layer, found in enumerate(together)
     ]
+
+
+def _entropies(model: VisionTransformer, prepare: Prepare, data: Dataset, batches: Sequence[range]) -> list[float]:
+    """Every layer's entropy, mean over heads and images."""
+    totals = [0.0] * len(model.blocks)
+    for rows in batches:
+        for layer, (_, _, maps_BMNN, _) in enumerate(explicit_layers(model, prepare(data.test.pixels[rows.start : rows.stop]))):
+            totals[layer] += share_entropy(patch_shares(maps_BMNN)).mean(dim=1).double().sum().item()
+    return [total / sum(map(len, batches)) for total in totals]
 
 
 def _signal_shares(

@@ -1,4 +1,4 @@
-"""How a finished model stands up to noisy, blurred and cluttered test images.
+"""A finished model's accuracy on noisy, blurred and cluttered test images.
 
 Every model sees the same noise: it is drawn from the data and the condition, never from a run's seed, and for fixed blocks
 of rows of the test set, so that neither the batch size nor a limit changes an image.
@@ -47,14 +47,14 @@ _KEPT = record(
 
 
 def wrong_findings(found: Any) -> str | None:
-    """The check (see checks.py) of what evaluate_corruptions found, read from a file."""
+    """Check findings of evaluate_corruptions that were read from a file (see checks.py)."""
     if wrong := _KEPT(found):
         return wrong
     if [(each["corruption"], each["severity"]) for each in found["conditions"]] != list(CONDITIONS):
         return " has other conditions"
     packed = math.ceil(found["images"] / 8)
     if any(len(each["right"]) != 4 * math.ceil(packed / 3) for each in found["conditions"]):
-        return " does not say of each image whether it was answered rightly"
+        return " does not say of each image whether it was classified correctly"
     return None
 
 
@@ -67,15 +67,15 @@ def evaluate_corruptions(
     device: torch.device,
     on_progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """A checkpoint's accuracy and loss on its test set under each of CONDITIONS.
+    """Measure a checkpoint's accuracy and loss on its test set under each of CONDITIONS.
 
     Args:
         limit: the first so many test images only.
-        on_progress: hears a line after each condition.
+        on_progress: called with a line after each condition.
 
     Returns:
-        What JSON can hold: "version", "images", "warnings" and "conditions", each with its "corruption", "severity" (0 for clean images and
-        clutter), "accuracy", "loss" in nats, and "right": which images were answered rightly, for right_answers.
+        A dict that JSON can hold: "version", "images", "warnings" and "conditions", each with its "corruption", "severity" (0 for clean
+        images and clutter), "accuracy", "loss" in nats, and "right": which images were classified correctly, as right_answers reads it.
 
     Raises:
         UserError: the checkpoint or the data are missing or damaged.
@@ -112,7 +112,7 @@ def corrupted_test_set(data: Dataset, corruption: str, severity: int, limit: int
     rows = len(data.test) if limit is None else min(limit, len(data.test))
     blocks = []
     for first in range(0, rows, _BLOCK_ROWS):
-        # A whole block even where the limit cuts it: an image's noise depends on the shape of what it is drawn for.
+        # A whole block even where the limit cuts it: an image's noise depends on the shape that is drawn.
         pixels = data.test.pixels[first : first + _BLOCK_ROWS]
         generator = torch.Generator().manual_seed(stable_seed("corruption", data.fingerprint, corruption, severity, first))
         if corruption.startswith(_CLUTTER):
@@ -123,13 +123,13 @@ def corrupted_test_set(data: Dataset, corruption: str, severity: int, limit: int
 
 
 def right_answers(condition: Mapping[str, Any], images: int) -> np.ndarray:
-    """Which of the images a model answered rightly under a condition of evaluate_corruptions, bool [images]."""
+    """True for each image that a model classified correctly under a condition of evaluate_corruptions. bool [images]"""
     packed = np.frombuffer(base64.b64decode(condition["right"]), dtype=np.uint8)
     return np.unpackbits(packed, count=images).astype(bool)
 
 
 def summarise(findings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What evaluate_corruptions found, a row a corruption: clean, the five, their mean, and each kind of clutter.
+    """Summarise findings of evaluate_corruptions, a row a corruption: clean, the five, their mean, and each kind of clutter.
 
     Returns:
         Rows of "corruption"; "error", a share, and "loss" in nats, both means over severities; and "relative_error", the error over
@@ -155,7 +155,7 @@ def summarise(findings: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def summary_lines(findings: Mapping[str, Any]) -> list[str]:
-    """What was found, a line a corruption, for a person."""
+    """A readable table of the findings, a line a corruption."""
     lines = [f"  {'':<16} {'error':>8} {'loss':>8} {'relative':>9}"]
     for row in summarise(findings):
         relative = f"{row['relative_error']:.2f}" if row["relative_error"] is not None else ""

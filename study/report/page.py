@@ -17,6 +17,7 @@ from study.report import scaling, verdict
 from study.report.analysis import Analysis, Subject
 from study.report.document import Block, Code, Figures, Heading, Items, Paragraph, Table
 from study.report.figures import model_title, wilson
+from study.report.focus import focus_section
 from study.report.predictions import predictions_section
 from study.report.scaling import Cells, Estimate, Ratio
 from study.report.verdict import Comparison, percent
@@ -44,7 +45,7 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
     blocks += _tuning_section(analysis)
     blocks += _noise_section(analysis, figures)
-    blocks += _attention_section(analysis, figures)
+    blocks += [*_attention_section(analysis, figures), *focus_section(analysis)]
     blocks += [Heading("What this does not show"), Items(_limits(analysis))]
     blocks += [Heading("Reproduce"), Code(command), *_provenance(analysis.table)]
     return blocks
