@@ -120,7 +120,8 @@ _trained_with_options = options(
       for name, (kind, unit, _) in _OVERRIDES.items() if name != "--batch_size")
 )  # fmt: skip
 _of_grid_options = options(
-    click.option("--dataset", metavar="NAME", help="The data set of --grid noise, lr, controls or choices. [default: digits]"), _override_options["--epochs"]
+    click.option("--dataset", metavar="NAME", help="The data set of --grid noise, lr, controls or choices. [default: digits]"),
+    _override_options["--epochs"],
 )
 _seeds = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]")
 _which_runs = click.option(

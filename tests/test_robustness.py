@@ -12,7 +12,7 @@ import torch
 from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.dataset import ImageSet, load
 from diffvit.evaluation import evaluate_checkpoint
-from diffvit.findings.kept import add_evaluation, find_out, outdated, read_evaluations
+from diffvit.findings.kept import add_evaluation, findings_of, outdated, read_evaluations
 from diffvit.findings.robustness import CONDITIONS, corrupted_test_set, evaluate_corruptions, right_answers, summarise
 from diffvit.ledger.files import RunFiles, files_of_weights
 from diffvit.ledger.spec import RunSpec
@@ -103,7 +103,7 @@ def test_findings_of_another_version_are_kept_apart_and_found_anew(checkpoint: P
     assert read_evaluations(files) == {} and outdated(files) == ["corruptions"]
     left_out = analyse(run_table(files.checkpoints), files.checkpoints).left_out
     assert any("of another version of diffvit, evaluate again" in phrase for phrase in left_out)
-    assert find_out(files, ["corruptions"], device=CPU) == {"corruptions": findings}
+    assert findings_of(files, ["corruptions"], device=CPU) == {"corruptions": findings}
     assert read_evaluations(files) == {"corruptions": findings} and outdated(files) == []
     files.evaluations.unlink()
 
