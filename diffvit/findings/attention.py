@@ -121,9 +121,7 @@ def evaluate_attention(
     uniform_entropy = math.log(model.tokens - 1)
 
     layers = _clean_layers(model, prepare, data, batches)
-    untrained = build_model(facts["model"], facts["size"], facts["protocol"]).to(device).eval()
-    untrained.initialise(facts["seed"])
-    for layer, entropy in zip(layers, _entropies(untrained, prepare, data, batches), strict=True):
+    for layer, entropy in zip(layers, _entropies(_untrained(facts, device), prepare, data, batches), strict=True):
         layer["entropy_untrained"] = entropy
     if on_progress:
         entropy = np.mean([layer["entropy"] for layer in layers])
@@ -147,6 +145,13 @@ def evaluate_attention(
         "layers": layers,
         "pictures": _pictures(model, prepare, data, images),
     }
+
+
+def _untrained(facts: dict[str, Any], device: torch.device) -> VisionTransformer:
+    """The checkpoint's model before its first step."""
+    model = build_model(facts["model"], facts["size"], facts["protocol"]).to(device).eval()
+    model.initialise(facts["seed"])
+    return model
 
 
 def explicit_layers(model: VisionTransformer, images: Tensor) -> Iterator[tuple[AttentionLayer, Tensor, Tensor, Tensor]]:
