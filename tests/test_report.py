@@ -16,7 +16,7 @@ from tables import study_table
 
 from diffvit.train import train
 from study.grid import find_grid
-from study.report import verdict
+from study.report import sentences
 from study.report.analysis import analyse
 from study.report.document import Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
 from study.report.page import page
@@ -104,7 +104,7 @@ def test_both_forms_say_the_same_and_html_needs_nothing_else(tmp_path: Path) -> 
 
 
 def test_a_percentage_keeps_its_sign() -> None:
-    assert [verdict.percent(value) for value in (-0.0202, 0.0, 0.1)] == ["-2.0 %", "+0.0 %", "+10.5 %"]
+    assert [sentences.percent(value) for value in (-0.0202, 0.0, 0.1)] == ["-2.0 %", "+0.0 %", "+10.5 %"]
 
 
 @pytest.mark.slow

@@ -10,8 +10,11 @@ import pandas as pd
 import pytest
 from scipy import optimize, stats
 
-from bench.calibration import PARAMETERS, WORLDS, World, coverage, missed, one_seed, ratio_coverage, split_all_ways
-from study.report import scaling
+from bench import calibration
+from bench.control import split_all_ways
+from bench.images import one_seed
+from bench.worlds import PARAMETERS, World
+from study.report import curves, power, resampling, scaling
 from study.report.scaling import Cells, Estimate
 
 
@@ -46,17 +49,67 @@ def test_with_one_size_the_level_is_a_paired_t_test(logs: np.ndarray) -> None:
     assert level.interval == pytest.approx(tuple(expected.confidence_interval(0.95)))
 
 
-def test_contrasts_are_those_of_a_linear_model_with_a_mean_for_each_size(logs: np.ndarray) -> None:
+def _judged(parts: np.ndarray, seeds: np.ndarray) -> tuple[float, float, int]:
+    """Standard error and both degrees of freedom, written out from the variances of the parts. parts: [sizes]"""
+    df = seeds - 1
+    welch = parts.sum() ** 2 / sum(part**2 / (n + 2) for part, n in zip(parts, df, strict=True)) - 2
+    return math.sqrt(parts.sum()), min(max(welch, df.min()), len(df) * df.min()), df.min()
+
+
+def _p(t: float, df: float, least: int) -> float:
+    return float(2 * (0.83 * stats.t.sf(abs(t), df) + 0.17 * stats.t.sf(abs(t), least)))
+
+
+def test_each_size_has_a_variance_of_its_own(logs: np.ndarray) -> None:
     cells = _cells(_table(logs), "cross-entropy")
-    differences = (logs[1] - logs[0]).ravel()
-    design = np.repeat(np.eye(3), 4, axis=0)
-    means, residual, *_ = np.linalg.lstsq(design, differences, rcond=None)
-    variance = residual[0] / (12 - 3)
-    for name, estimate in (("level", scaling.level(cells)), ("trend", scaling.trend(cells))):
-        weights = scaling.level_weights(cells) if name == "level" else scaling.trend_weights(cells)
-        assert estimate.value == pytest.approx(weights @ means)
-        assert estimate.se == pytest.approx(math.sqrt(variance * weights @ weights / 4))
-        assert estimate.df == 9
+    differences = logs[1] - logs[0]
+    for estimate, weights in (
+        (scaling.level(cells), scaling.level_weights(cells)),
+        (scaling.trend(cells), scaling.trend_weights(cells)),
+    ):
+        assert estimate.value == pytest.approx(weights @ differences.mean(axis=1))
+        se, df, least = _judged(weights**2 * differences.var(axis=1, ddof=1) / 4, np.full(3, 4))
+        assert (estimate.se, estimate.df, estimate.least) == pytest.approx((se, df, least))
+        assert estimate.p == pytest.approx(_p(estimate.value / se, df, least))
+        low, high = estimate.interval
+        assert _p((high - estimate.value) / se, df, least) == pytest.approx(0.05) and estimate.value - low == pytest.approx(
+            high - estimate.value
+        )
+
+
+def test_many_studies_are_judged_as_each_alone() -> None:
+    cells = World(seeds=(5, 3, 2), spreads=(1, 2, 3)).draw(np.random.default_rng(1), 7)
+    for contrast in (scaling.level, scaling.trend):
+        together = contrast(cells)
+        for i in range(7):
+            alone = contrast(Cells(cells.log_costs, [cell[i] for cell in cells.logs]))
+            assert (together.value[i], together.p[i], together.interval[0][i]) == pytest.approx((alone.value, alone.p, alone.interval[0]))
+
+
+def test_a_size_with_one_pair_leaves_no_interval(logs: np.ndarray) -> None:
+    cells = Cells(np.log(PARAMETERS), [logs[:, 0], logs[:, 1], logs[:, 2, :1]])
+    for estimate in (scaling.level(cells), scaling.trend(cells), curves.line(cells, 0).slope):
+        assert math.isfinite(estimate.value) and not estimate.known and math.isnan(estimate.p)
+    assert scaling.why_no_interval(cells) == "1 pair only at 1 of 3 sizes"
+
+
+def test_whole_answers_on_few_images_are_no_proof() -> None:
+    # The classic arm makes no error of 132, the differential one exactly one, in every run: the trend is 0 up to rounding.
+    logs = np.log(np.asarray([1e-9, 1 / 132]))[:, None, None] + np.zeros((2, 3, 3))
+    trend = scaling.trend(_cells(_table(logs, images=132)))
+    assert abs(trend.value) < 1e-12 and trend.se > 0.1 and trend.p > 0.99
+    # Where there is a spread, the floor is far below it.
+    assert 0 < _cells(_table(0 * logs - 1, images=10_000)).rounding.max() < 1e-6
+
+
+def test_a_level_at_equal_cost_moves_along_the_slope() -> None:
+    x = np.log(PARAMETERS)
+    logs = (-0.2 * x)[:, :, None] + 1e-6 * np.random.default_rng(0).standard_normal((2, 3, 3)) + 2
+    table = _table(logs)
+    table.loc[table["model"] == "vit_differential", "forward_flops"] *= 1.169
+    level = scaling.level_at_equal_cost(_cells(table, "cross-entropy", "forward_flops"))
+    assert level is not None and level.value == pytest.approx(0.2 * math.log(1.169), abs=1e-3)
+    assert scaling.level_at_equal_cost(_cells(_table(-logs), "cross-entropy")) is None
 
 
 def test_a_trend_is_the_change_over_the_range_of_sizes() -> None:
@@ -66,7 +119,7 @@ def test_a_trend_is_the_change_over_the_range_of_sizes() -> None:
     logs[1] = change[:, None]
     cells = _cells(_table(logs - 1), "cross-entropy")
     assert scaling.trend(cells).value == pytest.approx(-0.1)
-    first, second = scaling.line(cells, 0), scaling.line(cells, 1)
+    first, second = curves.line(cells, 0), curves.line(cells, 1)
     assert first.slope.value == pytest.approx(0, abs=1e-12)
     assert second.slope.value == pytest.approx(0.1 / np.ptp(np.log(PARAMETERS[1])), rel=1e-3)
 
@@ -83,9 +136,9 @@ def test_runs_without_a_partner_are_left_out(logs: np.ndarray) -> None:
 
 def test_one_seed_gives_a_value_and_no_interval(logs: np.ndarray) -> None:
     level = scaling.level(_cells(_table(logs[:, :, :1])))
-    assert math.isfinite(level.value) and level.df == 0
+    assert math.isfinite(level.value) and not level.known
     assert all(math.isnan(value) for value in (*level.interval, level.p, level.detectable()))
-    assert scaling.effective_ratio(_cells(_table(logs[:, :, :1] - 0.2 * np.arange(3)[:, None]))).note == "no interval (1 seed)"
+    assert curves.effective_ratio(_cells(_table(logs[:, :, :1] - 0.2 * np.arange(3)[:, None]))).note == "no interval (1 seed)"
 
 
 def test_a_perfect_model_has_a_finite_log_error() -> None:
@@ -98,47 +151,47 @@ def test_the_ratio_is_exact_where_nothing_is_random(true_ratio: float) -> None:
     logs = -0.2 * np.stack([x[0], x[1] - math.log(true_ratio)])
     tiny = 1e-9 * np.random.default_rng(0).standard_normal((2, 3, 3))
     table = _table(logs[:, :, None] + tiny + 2)
-    ratio = scaling.effective_ratio(_cells(table, "cross-entropy"))
+    ratio = curves.effective_ratio(_cells(table, "cross-entropy"))
     assert ratio.value == pytest.approx(true_ratio, rel=1e-6) and ratio.low <= ratio.value <= ratio.high
     seconds = scaling.cells_of(
         scaling.pair_table(*(table[table["model"] == m] for m in ("vit_classic", "vit_differential")), "error", "forward_flops")
     )
-    assert scaling.effective_ratio(seconds).value == pytest.approx(true_ratio, rel=1e-2)
-    matched = scaling.equal_cost(_cells(table, "cross-entropy"), 1)
+    assert curves.effective_ratio(seconds).value == pytest.approx(true_ratio, rel=1e-2)
+    matched = curves.equal_cost(_cells(table, "cross-entropy"), 1)
     assert matched == pytest.approx(PARAMETERS[1, 1] / true_ratio, rel=1e-6)
 
 
 def test_the_ratio_says_why_there_is_none() -> None:
     x = np.log(PARAMETERS)
     far = np.stack([-0.2 * x[0], -0.2 * x[1] - 1.0])[:, :, None] + np.zeros((2, 3, 2))
-    assert "outside the measured range" in scaling.effective_ratio(_cells(_table(far + 2), "cross-entropy")).note
+    assert "outside the measured range" in curves.effective_ratio(_cells(_table(far + 2), "cross-entropy")).note
     flat = 0.05 * np.random.default_rng(1).standard_normal((2, 3, 3))
     flat += 0.005 * np.asarray([0, -1, -2])[:, None]  # a slope that noise drowns
-    ratio = scaling.effective_ratio(_cells(_table(flat - 1), "cross-entropy"))
+    ratio = curves.effective_ratio(_cells(_table(flat - 1), "cross-entropy"))
     assert "cannot be told from 0" in ratio.note and math.isnan(ratio.value)
     rising = np.stack([0.2 * x[0], 0.2 * x[1]])[:, :, None] + np.zeros((2, 3, 2))
-    assert "larger models are not better" in scaling.effective_ratio(_cells(_table(rising - 5), "cross-entropy")).note
-    assert scaling.equal_cost(_cells(_table(far + 2), "cross-entropy"), 2) is None
+    assert "larger models are not better" in curves.effective_ratio(_cells(_table(rising - 5), "cross-entropy")).note
+    assert curves.equal_cost(_cells(_table(far + 2), "cross-entropy"), 2) is None
 
 
 def test_a_power_law_is_found_again() -> None:
     x = np.log(PARAMETERS)
     middle = x.mean()
     true = 0.1 + np.stack([0.4 * np.exp(-0.5 * (x[0] - middle)), 0.3 * np.exp(-0.7 * (x[1] - middle))])
-    law = scaling.power_law(Cells(x, [np.log(true[:, i, None]) for i in range(3)]))
+    law = curves.power_law(Cells(x, [np.log(true[:, i, None]) for i in range(3)]))
     assert law is not None and law.df == 1
     assert law.floor == pytest.approx(0.1, rel=1e-2)
     assert law.exponents == pytest.approx((0.5, 0.7), rel=2e-2) and law.scales == pytest.approx((0.4, 0.3), rel=2e-2)
-    assert scaling.power_law(Cells(x[:, :2], [np.zeros((2, 1))] * 2)) is None
+    assert curves.power_law(Cells(x[:, :2], [np.zeros((2, 1))] * 2)) is None
 
 
 def test_sign_flips_count_all_ways_and_agree_with_draws() -> None:
     chance = np.random.default_rng(2)
     few = Cells(np.log(PARAMETERS[:, :1]), [np.stack([np.zeros(5), np.asarray([0.1, 0.2, 0.3, 0.4, 0.5])])])
-    assert scaling.sign_flips(few, np.ones(1)) == pytest.approx(2 / 32)
+    assert resampling.sign_flips(few, np.ones(1)) == pytest.approx(2 / 32)
     many = [chance.standard_normal((2, 5)) + np.asarray([[0.0], [0.3]]) for _ in range(3)]
     weights = np.full(3, 1 / 3)
-    drawn = scaling.sign_flips(Cells(np.log(PARAMETERS), many), weights)
+    drawn = resampling.sign_flips(Cells(np.log(PARAMETERS), many), weights)
     differences = np.concatenate([cell[1] - cell[0] for cell in many])
     exact = np.mean([abs(np.dot(s, differences)) >= abs(differences.sum()) - 1e-12 for s in itertools.product((1, -1), repeat=15)])
     assert drawn == pytest.approx(exact, abs=0.02)
@@ -148,7 +201,7 @@ def test_the_crossed_bootstrap_draws_seeds_as_pairs() -> None:
     # Every image of a run is answered alike, so that images add nothing; of two pairs a quarter of the draws takes one twice.
     shares = np.asarray([[0.4, 0.4], [0.2, 0.3]])
     answers = [np.repeat(shares[:, :, None], 50, axis=2)]
-    low, high = scaling.crossed_bootstrap(answers, np.ones(1))
+    low, high = resampling.crossed_bootstrap(answers, np.ones(1))
     logs = np.log((50 * shares + 0.5) / 51)
     assert (low, high) == pytest.approx(tuple(sorted(logs[1] - logs[0])), abs=1e-5)
 
@@ -157,11 +210,11 @@ def test_the_crossed_bootstrap_draws_the_same_images_for_all_runs_and_sizes() ->
     chance = np.random.default_rng(4)
     images, alike = (chance.random(300) < 0.3).astype(np.float32), np.full(300, 0.3, np.float32)
     one, other = np.stack([alike, images])[:, None], np.stack([images, alike])[:, None]
-    spread = scaling.crossed_bootstrap([one], np.ones(1))
+    spread = resampling.crossed_bootstrap([one], np.ones(1))
     assert spread[1] - spread[0] > 0.2
     # What an image does to one size, it does against the other.
-    assert scaling.crossed_bootstrap([one, other], np.full(2, 0.5)) == pytest.approx((0, 0), abs=1e-6)
-    assert scaling.crossed_bootstrap([one], np.ones(1), baseline=[one]) == pytest.approx((0, 0), abs=1e-6)
+    assert resampling.crossed_bootstrap([one, other], np.full(2, 0.5)) == pytest.approx((0, 0), abs=1e-6)
+    assert resampling.crossed_bootstrap([one], np.ones(1), baseline=[one]) == pytest.approx((0, 0), abs=1e-6)
 
 
 def test_the_interval_of_the_ratio_is_the_test_turned_round() -> None:
@@ -174,51 +227,58 @@ def test_the_interval_of_the_ratio_is_the_test_turned_round() -> None:
     weights = scaling.slope_weights(cells.x)
 
     def distance(log_ratio: float) -> float:
-        """|t| of "difference - slope log ratio" less its bound, from the residuals of this very contrast."""
+        """p of "difference - slope log ratio" less 0.05, from the residuals of this very contrast."""
         coefficients = [np.asarray([-1 / 3, 1 / 3]) + log_ratio * weights[i] * np.asarray([0.5, 0.5]) for i in range(3)]
-        value = sum(c @ log.mean(axis=1) for c, log in zip(coefficients, logs, strict=True))
-        residuals = np.concatenate([log - log.mean(axis=1, keepdims=True) for log in logs], axis=1)
-        covariance = residuals @ residuals.T / cells.df
-        variance = sum(c @ covariance @ c / log.shape[1] for c, log in zip(coefficients, logs, strict=True))
-        return abs(value) - stats.t.ppf(0.975, cells.df) * math.sqrt(variance)
+        sums = [c @ log for c, log in zip(coefficients, logs, strict=True)]
+        seeds = np.asarray([len(each) for each in sums])
+        se, df, least = _judged(np.asarray([each.var(ddof=1) for each in sums]) / seeds, seeds)
+        return _p(sum(each.mean() for each in sums) / se, df, least) - 0.05
 
-    ratio = scaling.effective_ratio(cells)
+    ratio = curves.effective_ratio(cells)
     shift = float((x[1] - x[0]).mean())
     middle = math.log(ratio.value) - shift
     low, high = (optimize.brentq(distance, middle, end) for end in (middle - 2, middle + 2))
     assert (ratio.low, ratio.high) == pytest.approx((math.exp(low + shift), math.exp(high + shift)), rel=1e-6)
 
 
-def test_power_is_what_simulation_says() -> None:
-    weights, spread, effect = np.full(3, 1 / 3), 0.02, 0.02
-    chance = np.random.default_rng(5)
-    found = 0
-    for _ in range(2000):
-        differences = effect + spread * chance.standard_normal((3, 3))
-        cells = Cells(np.log(PARAMETERS), [np.stack([np.zeros(3), row]) for row in differences])
-        found += scaling.level(cells).p < 0.05
-    assert scaling.power(effect, spread, weights, 3) == pytest.approx(found / 2000, abs=0.03)
-    assert math.isnan(scaling.power(effect, spread, weights, 1))
-    assert scaling.power(effect, 1e-9, weights, 2) == 1.0
-    level = Estimate(0.0, spread / 3, 6)
-    assert scaling.power(level.detectable(), spread, weights, 3) == pytest.approx(0.8, abs=0.02)
+def test_power_counts_holms_correction() -> None:
+    log_costs = np.log(PARAMETERS).mean(axis=0)
+    spread = 0.015 * math.sqrt(2 * (1 - 1 / 3))
+    alone, of_two, of_five = (power.power("level", math.log(0.98), spread, log_costs, 3, family) for family in (1, 2, 5))
+    assert of_five < of_two < alone
+    (row,) = [row for row in calibration.power(np.random.default_rng(0), 4000) if row.world.endswith("3,3,3")]
+    assert 100 * of_two == pytest.approx(row.share, abs=3)
+    assert power.power("noise", math.log(0.98), spread, log_costs, 3, 2) < of_two
+    assert power.assumed_spread("BACH") > math.sqrt(2) * 0.086 > power.assumed_spread("CIFAR-100")
 
 
-def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+def test_an_interval_finds_what_it_says_it_would() -> None:
+    level = Estimate(0.0, 0.01, 6.0, 2)
+    distance = level.detectable(alpha=0.025)
+    assert stats.nct.sf((level.interval_at(0.025)[1]) / 0.01, 6, distance / 0.01) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_no_effect_is_seldom_called_one() -> None:
+    for row in calibration.false_verdicts(np.random.default_rng(6), 4000):
+        assert row.share <= 7, row  # 6 % and three Monte-Carlo errors
+        assert row.share == 0 or ",1, spread" not in row.world
+    for row in calibration.noise_verdicts(np.random.default_rng(6), 1000):
+        assert row.share <= 6 if "false" in row.kind else row.share > 30, row
+
+
+def test_effects_are_found_and_intervals_cover() -> None:
     chance = np.random.default_rng(6)
-    for seeds in (3, 5):
-        for row in coverage(World(level=-0.02, trend=0.03), seeds, 600, chance):
-            assert 92.5 <= row["coverage"] <= 97.5
-    assert ratio_coverage(0.65, 200, 3, chance)["coverage"] >= 91
+    rows = [*calibration.power(chance, 3000), *calibration.equivalence(chance, 1000), *calibration.coverage(chance, 3000)]
+    assert not [row for row in rows if not (row.holds or abs(row.share - row.bar) < 3 * row.error)]
     assert one_seed(0.03, 300, 359, chance)["held"] >= 91
+    assert calibration.ratio_coverage(0.65, 60, 3, chance)[0].share >= 88
 
 
 def test_the_bars_of_the_calibration_can_be_missed() -> None:
-    row = {"contrast": "level", "seeds": 3, "coverage": 85.0, "excludes_0": 15.0}
-    worlds = {name: [row] for name in WORLDS}
-    outcome = {"no_effect": worlds, "effect": [{**row, "excludes_0": 50.0}], "ratio": [
-        {"true_ratio": 0.65, "seeds": 3, "bend": 0.0, "coverage": 80.0, "excludes_1": 99.0}]}  # fmt: skip
-    assert len(missed(outcome)) == len(WORLDS) * 2 + 1 + 1
+    row = calibration.counted("power", "", np.arange(10) < 5, 50.0, least=True)
+    assert row.holds and row.error == pytest.approx(math.sqrt(50 * 50 / 10))
+    assert not calibration.counted("power", "", np.arange(10) < 4, 50.0, least=True).holds
+    assert not calibration.counted("any false", "", np.arange(10) < 1, 6.0).holds
 
 
 def test_a_crippled_arm_is_found_and_an_equal_one_is_not() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.errors import UserError
 from diffvit.findings.kept import outdated, read_evaluations
 from diffvit.findings.robustness import right_answers, summarise
-from diffvit.protocol import ARMS
+from diffvit.protocol import ARMS, protocol_of
 from study.predictions import with_predictions
-from study.report import verdict
+from study.report import compare, verdict
+from study.report.caveats import at_chance, losses_left_out, same_images, with_remarks, with_sensitivity
+from study.report.compare import ArmComparison, WrongAnswers
 from study.report.figures import model_title
+from study.report.looks import count_looks
 from study.report.scaling import Estimate
-from study.report.verdict import Answer, Comparison, WrongAnswers
+from study.report.verdict import Answer
 from study.table import all_overrides, comparable, conditions, file_stem, files_of, wrong_answers
 
 
@@ -71,7 +75,7 @@ class Analysis:
 
     table: pd.DataFrame
     subjects: list[Subject]
-    comparisons: dict[str, Comparison]
+    comparisons: dict[str, ArmComparison]
     answers: list[Answer]
     noise_source: str
     other_noise: list[tuple[str, Answer]]
@@ -80,11 +84,12 @@ class Analysis:
     left_out: list[str]
 
 
-def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str] = ARMS) -> Analysis:
+def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str] = ARMS, looks: Path | None = None) -> Analysis:
     """Compare the arms of a run table's subjects and answer the questions.
 
     Args:
         checkpoints: the ledger, for predictions and for what `evaluate` found; None: the table only.
+        looks: the file that counts the looks at each question; None: this is the first one.
     """
     table, left_out = comparable(table)
     table = with_predictions(table, checkpoints)
@@ -92,21 +97,36 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
     left_out += more_left_out
     corrupted = pd.DataFrame([_errors_found(findings.get(run_id, {})) for run_id in table["run_id"]], table.index, _FOUND)
     table = pd.concat([table, corrupted], axis=1)
-    parts = subjects(table)
-    left_out += [f"{part.name}: {phrase}" for part in parts for phrase in verdict.left_out(part.table, arms)]
+    parts = []
+    for part in subjects(table):
+        kept, phrases = same_images(part.table)
+        parts.append(dataclasses.replace(part, table=kept))
+        left_out += [f"{part.name}: {phrase}" for phrase in [*phrases, *compare.left_out(kept, arms), *losses_left_out(kept)]]
     wrong_of = (lambda run: wrong_answers(checkpoints, run)) if checkpoints else None
-    comparisons = {part.name: found for part in parts if (found := verdict.compare(part.table, part.name, arms, wrong_of))}
-    family = [answer for part in parts if part.base and part.name in comparisons for answer in comparisons[part.name].answers]
+    comparisons = {part.name: found for part in parts if (found := compare.compare(part.table, part.name, arms, wrong_of))}
     confirmatory, exploratory = _noise_answers(parts, arms, wrong_of, findings)
     noise, more = confirmatory[:1], [*confirmatory[1:], *exploratory]
-    decided = verdict.decide([*family, *(answer for _, answer in noise)])
+    family = [answer for part in parts if part.base and part.name in comparisons for answer in comparisons[part.name].answers]
+    family += [answer for _, answer in noise]
+    if looks:
+        family = count_looks(looks, family)
+    tables = {part.name: part.table for part in parts}
+    decided = [with_remarks(answer, tables[answer.subject]) for answer in with_sensitivity(verdict.decide(family), _at_chance(parts, arms))]
     controls = []
     for part in parts:
         for model in part.table["model"].unique():
-            if model not in arms and (other := verdict.compare(part.table, part.name, (arms[0], model))):
+            if model not in arms and (other := compare.compare(part.table, part.name, (arms[0], model))):
                 title = f"{model_title(model)} against {model_title(arms[0])} on {part.name}"
                 controls.append((title, other.answers[0].estimate, other.answers[0].pairs))
     return Analysis(table, parts, comparisons, decided, noise[0][0] if noise else "", more, controls, findings, left_out)
+
+
+def _at_chance(parts: Sequence[Subject], arms: tuple[str, str]) -> list[Answer]:
+    """The family's answers where runs that diverged count as finished at chance level."""
+    parts = [dataclasses.replace(part, table=at_chance(part.table, protocol_of(part.dataset).classes)) for part in parts]
+    found = [compare.compare(part.table, part.name, arms) for part in parts if part.base]
+    noise, _ = _noise_answers(parts, arms, None, {})
+    return [answer for comparison in found if comparison for answer in comparison.answers] + [answer for _, answer in noise[:1]]
 
 
 def _findings(table: pd.DataFrame, checkpoints: Path | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -152,20 +172,20 @@ def _noise_answers(
     candidates: list[tuple[str, Answer | None]] = []
     for part in parts:
         if part.overrides == {"input_noise"} and not part.base:
-            answer = verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms, wrong=of_predictions)
+            answer = compare.noise_answer(base[part.dataset].table, part.table, part.name, arms, wrong=of_predictions)
             candidates.append((f"{part.name}: trained on noisy images, tested on clean ones", answer))
     for dataset, part in base.items():
         if twin := base.get(f"{dataset}-noisy"):
-            answer = verdict.noise_answer(part.table, twin.table, twin.name, arms, wrong=of_predictions)
+            answer = compare.noise_answer(part.table, twin.table, twin.name, arms, wrong=of_predictions)
             candidates.append((f"{twin.name}: noise in training and test images", answer))
     corrupted = tuple(_wrong_under(names, findings) for names in (["clean"], list(CORRUPTIONS)))
     for part in base.values():
         evaluated = part.table[part.table["corrupted_error"].notna()]
         measures = ("evaluated error", "corrupted error")
-        answer = verdict.noise_answer(evaluated, evaluated, part.name, arms, measures, (corrupted[0], corrupted[1]))
+        answer = compare.noise_answer(evaluated, evaluated, part.name, arms, measures, (corrupted[0], corrupted[1]) if wrong_of else None)
         candidates.append((f"{part.name}: test images under five corruptions", answer))
     others = [
-        (f"{part.name}: false training labels", verdict.noise_answer(base[part.dataset].table, part.table, part.name, arms))
+        (f"{part.name}: false training labels", compare.noise_answer(base[part.dataset].table, part.table, part.name, arms))
         for part in parts
         if part.overrides == {"label_noise"} and not part.base
     ]

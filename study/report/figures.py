@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, protocol_of
-from study.report import scaling
+from study.report import curves, scaling
 from study.table import all_overrides, comparable, file_stem
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
         return ""
     middle = (len(cells.logs) - 1) / 2
     for i in sorted(range(len(cells.logs)), key=lambda i: abs(i - middle)):
-        equal = scaling.equal_cost(cells, i)
+        equal = curves.equal_cost(cells, i)
         if equal is not None:
             parameters, accuracy = math.exp(cells.log_costs[1, i]), 100 * (1 - math.exp(cells.means[1, i]))
             axes.annotate("", (parameters / 1e6, accuracy), (equal / 1e6, accuracy), arrowprops={"arrowstyle": "->", "color": "#30363D"})

@@ -13,14 +13,16 @@ import pandas as pd
 from diffvit.findings.robustness import summarise
 from diffvit.ledger.spec import parse_overrides
 from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
-from study.report import scaling, verdict
+from study.report import compare, scaling, verdict
 from study.report.analysis import Analysis, Subject
+from study.report.compare import ArmComparison
+from study.report.curves import Ratio
 from study.report.document import Block, Code, Figures, Heading, Items, Paragraph, Table
 from study.report.figures import model_title, wilson
 from study.report.focus import focus_section
 from study.report.predictions import predictions_section
-from study.report.scaling import Cells, Estimate, Ratio
-from study.report.verdict import Comparison, percent
+from study.report.scaling import Cells, Estimate
+from study.report.sentences import p_value, percent, relative, sentence
 
 
 def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Block]:
@@ -30,7 +32,7 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
         figures: PNG files among these are shown, by the names that draw_figures gives.
     """
     blocks: list[Block] = [Heading("Does a Differential ViT scale better than a classic ViT, and does noise change it?", 1)]
-    blocks += [Paragraph(verdict.sentence(answer), lead=True, tag=answer.verdict) for answer in analysis.answers]
+    blocks += [Paragraph(sentence(answer), lead=True, tag=answer.verdict) for answer in analysis.answers]
     for part in analysis.subjects:
         if part.base and part.name not in analysis.comparisons:
             blocks.append(Paragraph(_nothing_to_compare(part), lead=True, tag="no answer"))
@@ -60,9 +62,12 @@ def _nothing_to_compare(part: Subject, arms: tuple[str, str] = ARMS) -> str:
 
 
 _RULE = (
-    "The rule, fixed before the data: better or worse if the 95 % interval excludes 0, also after Holm's correction over the questions; "
-    f"else equivalent if it lies within +-{100 * verdict.MARGIN:.0f} % relative error; else undecided. Negative numbers favour the "
-    "Differential ViT. Intervals are Student's, over pairs of runs that share a seed. Everything below is exploratory."
+    "The rule, fixed before the data: better or worse if p < 0.05 after Holm's correction over the questions; else equivalent if the 95 % "
+    f"interval lies within +-{100 * verdict.MARGIN:.0f} %; else undecided. Each size has its own spread between seeds, and a size with one "
+    "pair allows no verdict. Whether noise hits one harder is answered on log-odds of an error, and only where log error, log accuracy and "
+    "points agree. Runs that diverged are left out, and a verdict that counting them as chance level would change is none. A question that "
+    f"was looked at before, on fewer runs, may spend a part of {100 * verdict.LATER:.0f} % more: looks.json beside this page counts. "
+    "Negative numbers favour the Differential ViT. Intervals are over pairs of runs that share a seed. Everything below is exploratory."
 )
 _SCALING = (
     "Width is fixed by the protocol, so models scale by depth alone. Slopes are of log error (or cross-entropy) over log parameters, "
@@ -138,14 +143,14 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
     rows = [
         [name, cost, *(_ratio(each.ratios[measure, cost]) if (measure, cost) in each.ratios else "" for measure in _MEASURES)]
         for name, each in analysis.comparisons.items()
-        for cost in verdict.COSTS.values()
+        for cost in compare.COSTS.values()
     ]
     header = ["data set", "cost", "at equal error (95 % interval)", "at equal cross-entropy (95 % interval)"]
     blocks.append(Table(header, rows, "What the differential model costs, as a share of the classic one that is as good", left=2))
     for name, comparison in analysis.comparisons.items():
         blocks.append(Items([*_match_sentences(name, comparison), *_secondary(name, comparison)]))
     if analysis.controls:
-        rows = [[title, _relative(estimate), str(pairs)] for title, estimate, pairs in analysis.controls]
+        rows = [[title, relative(estimate), str(pairs)] for title, estimate, pairs in analysis.controls]
         blocks.append(Table(["control", "difference in error (95 % interval)", "pairs"], rows, "Other architectures"))
     return blocks
 
@@ -153,14 +158,14 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
 _MEASURES = ("error", "cross-entropy")
 
 
-def _quantities(comparison: Comparison, measure: str) -> dict[str, str]:
+def _quantities(comparison: ArmComparison, measure: str) -> dict[str, str]:
     """Name -> value with interval, of a measure; what too few runs have is not there."""
     if measure not in comparison.cells:
         return {}
     cells = comparison.cells[measure]
-    shown = {"level: differential / classic": _relative(scaling.level(cells))}
+    shown = {"level: differential / classic": relative(scaling.level(cells))}
     if measure in comparison.lines:
-        shown["trend: its change over the sizes"] = _relative(scaling.trend(cells))
+        shown["trend: its change over the sizes"] = relative(scaling.trend(cells))
         lines = [(model_title(arm), line) for arm, line in zip(comparison.arms, comparison.lines[measure], strict=True)]
         shown |= {f"line at {line.middle / 1e6:.3g} M, {title}": _at_middle(line.intercept, measure) for title, line in lines}
         shown |= {f"slope, {title}": _number(line.slope) for title, line in lines}
@@ -172,7 +177,7 @@ def _at_middle(intercept: Estimate, measure: str) -> str:
     """A line's value at the middle of the sizes: an error in percent, or nats."""
     factor, unit = (100, " %") if measure == "error" else (1, "")
     value, low, high = (factor * math.exp(each) for each in (intercept.value, *intercept.interval))
-    return f"{value:.3g}{unit} ({low:.3g} to {high:.3g})" if intercept.df else f"{value:.3g}{unit} (no interval, 1 seed)"
+    return f"{value:.3g}{unit} " + (f"({low:.3g} to {high:.3g})" if intercept.known else "(no interval)")
 
 
 def _slope_difference(cells: Cells) -> str:
@@ -180,7 +185,7 @@ def _slope_difference(cells: Cells) -> str:
     return _number(scaling.contrast(cells, -scaling.slope_weights(cells.x)))
 
 
-def _match_sentences(name: str, comparison: Comparison) -> list[str]:
+def _match_sentences(name: str, comparison: ArmComparison) -> list[str]:
     """Which classic size has a differential model's error, where larger classic models are always better."""
     sentences = []
     for parameters, equal in comparison.matches:
@@ -192,11 +197,11 @@ def _match_sentences(name: str, comparison: Comparison) -> list[str]:
     return sentences
 
 
-def _secondary(name: str, comparison: Comparison) -> list[str]:
+def _secondary(name: str, comparison: ArmComparison) -> list[str]:
     """Sign flips, the crossed bootstrap, the correlation within pairs and the power law, a sentence each."""
     sentences = []
     for answer in comparison.answers:
-        text = f"{name}, {answer.question}: sign flips over {answer.pairs} pairs give p {verdict.p_value(answer.flips)}"
+        text = f"{name}, {answer.question}: sign flips over {answer.pairs} pairs give p {p_value(answer.flips)}"
         if answer.new_images and answer.seeds > 1:
             text += f"; seeds and test images both resampled: {percent(answer.new_images[0])} to {percent(answer.new_images[1])}"
         elif answer.new_images:
@@ -217,9 +222,7 @@ def _secondary(name: str, comparison: Comparison) -> list[str]:
 def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
     blocks: list[Block] = []
     if analysis.other_noise:
-        rows = [
-            [what, _relative(answer.estimate), _interval(answer.new_images), str(answer.pairs)] for what, answer in analysis.other_noise
-        ]
+        rows = [[what, relative(answer.estimate), _interval(answer.new_images), str(answer.pairs)] for what, answer in analysis.other_noise]
         header = ["what is compared with clean", "change of the difference in error (95 % interval)", "seeds and images resampled", "pairs"]
         blocks.append(Table(header, rows, "Other noise, exploratory"))
     labels = analysis.table[analysis.table["memorised"].notna()] if "memorised" in analysis.table else analysis.table.iloc[:0]
@@ -243,9 +246,9 @@ def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
             found = [{row["corruption"]: row for row in summarise(evaluated[run_id])} for run_id in cell["run_id"]]
             errors = [100 * float(np.mean([each[name]["error"] for each in found])) for name in names]
             clean = errors[names.index("clean")]
-            relative = f"{errors[names.index('mean')] / clean:.2f}" if clean else ""
+            to_clean = f"{errors[names.index('mean')] / clean:.2f}" if clean else ""
             title = f"{model_title(model)}, {cell['parameters'].iloc[0] / 1e6:.3g} M"
-            rows.append([title, *(f"{error:.1f}" for error in errors), relative])
+            rows.append([title, *(f"{error:.1f}" for error in errors), to_clean])
         caption = (
             f"{part.name}: error in % on corrupted test images, mean over severities and seeds; the five's mean also relative to clean"
         )
@@ -322,8 +325,8 @@ def _tuning_section(analysis: Analysis, arms: tuple[str, str] = ARMS) -> list[Bl
         blocks.append(Table(["model", *names], rows, f"{dataset}: validation accuracy by learning rate (95 % Wilson), mean over seeds"))
         best = by_rate.idxmax(axis=1)
         chosen = runs[[best[model, size] == rate for model, size, rate in zip(runs["model"], runs["size"], runs["rate"], strict=True)]]
-        if tuned := verdict.compare(chosen, dataset, arms):
-            estimate = _relative(tuned.answers[0].estimate)
+        if tuned := compare.compare(chosen, dataset, arms):
+            estimate = relative(tuned.answers[0].estimate)
             text = f"Each at its own best of these, chosen on the validation split: difference in test error {estimate}."
             blocks.append(Paragraph(text))
     return [Heading("Learning rates"), *blocks] if blocks else []
@@ -391,12 +394,7 @@ def _with_wilson(accuracy: float, images: float) -> str:
 
 def _number(estimate: Estimate) -> str:
     low, high = estimate.interval
-    return f"{estimate.value:+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if estimate.df else " (no interval, 1 seed)")
-
-
-def _relative(estimate: Estimate) -> str:
-    low, high = estimate.interval
-    return percent(estimate.value) + (f" ({percent(low)} to {percent(high)})" if estimate.df else " (no interval, 1 seed)")
+    return f"{estimate.value:+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if estimate.known else " (no interval)")
 
 
 def _interval(ends: tuple[float, float] | None) -> str:

@@ -1,9 +1,9 @@
-"""How many seeds it takes to see a difference, from the spread measured so far."""
+"""How many seeds it takes to see a difference, from the spread measured so far: studies simulated and judged by the report's rule."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,33 @@ import numpy as np
 
 from diffvit.errors import UserError
 from diffvit.ledger.spec import RunSpec
-from diffvit.protocol import ARMS
+from diffvit.protocol import ARMS, protocol_of
 from study.plan import plan_runs
-from study.report import scaling, verdict
+from study.report import compare, scaling, verdict
 from study.report.analysis import subjects
+from study.report.scaling import Cells, Estimate
 from study.table import comparable, run_table
 
 SEEDS = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
 WANTED = 0.8
+_STUDIES = 4000
+# The error at which test images are assumed to add to the spread where no run says it.
+_ASSUMED_ERROR = 0.5
 
 
 def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -> list[dict[str, Any]]:
-    """For each data set of a grid and each question, the probability that the interval excludes 0, by number of seeds.
+    """For each data set of a grid and each question, the probability of a verdict "better" or "worse", by number of seeds.
+
+    The family is level and trend of each data set, and noise once, of which only the row's own question has an effect.
 
     Args:
-        difference: relative, of the error: 0.02 is 2 %; for the trend, of what changes from the smallest to the largest size.
+        difference: relative, of the error: 0.02 is 2 %; for the trend, of what changes from the smallest to the largest size; for noise,
+            of the odds of an error.
 
     Returns:
         Rows of "dataset", "spread" (standard deviation of a pair's log ratio), "pairs" (that it was measured on; 0: it is assumed),
-        "question", "power" (seeds -> probability) and "needed" (the fewest seeds that give 80 %; None beyond 50).
+        "question", "questions" (in the family), "power" (seeds -> probability) and "needed" (the fewest seeds that give 80 %; None
+        beyond 50).
 
     Raises:
         UserError: a difference that is none, or a grid without the two architectures.
@@ -39,35 +47,71 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
     if not any(spec.model in ARMS for spec in specs):
         raise UserError("the grid has neither of the two architectures that are compared.", f"name {' or '.join(ARMS)} in its models.")
     table, _ = comparable(run_table(checkpoints, specs))
-    measured = {part.dataset: verdict.compare(part.table, part.name) for part in subjects(table) if part.base}
+    measured = {part.dataset: compare.compare(part.table, part.name) for part in subjects(table) if part.base}
+    datasets = list(dict.fromkeys(spec.dataset for spec in specs))
+    costs = {dataset: _log_parameters([spec for spec in specs if spec.dataset == dataset], checkpoints) for dataset in datasets}
+    questions = {dataset: ["level", *(["trend"] if len(costs[dataset]) > 1 else [])] for dataset in datasets}
+    questions[max(datasets, key=lambda dataset: protocol_of(dataset).images[2])].append("noise")
+    family = sum(map(len, questions.values()))
     rows = []
-    for dataset in dict.fromkeys(spec.dataset for spec in specs):
+    for dataset in datasets:
         comparison = measured.get(dataset)
-        cells = comparison.cells["error"] if comparison and comparison.cells["error"].df else None
-        spread = cells.pair_spread() if cells else verdict.ASSUMED_SPREAD
-        x = _log_parameters([spec for spec in specs if spec.dataset == dataset], checkpoints)
-        weights = {"level": np.full(len(x), 1 / len(x))}
-        if len(x) > 1:
-            weights["trend"] = scaling.slope_weights(x) * np.ptp(x)
-        for question, each in weights.items():
-            chance = {seeds: scaling.power(-math.log1p(-difference), spread, each, seeds) for seeds in range(2, max(SEEDS) + 1)}
+        cells = comparison.cells["error"] if comparison and (comparison.cells["error"].counts > 1).any() else None
+        spread = cells.pair_spread() if cells else assumed_spread(dataset)
+        for question in questions[dataset]:
+            chance = _by_seeds(question, math.log1p(-difference), spread, costs[dataset], family)
+            needed = next((seeds for seeds, probability in chance.items() if probability >= WANTED), None)
             rows.append(
                 {
-                    "dataset": dataset,
-                    "spread": spread,
-                    "pairs": int(cells.counts.sum()) if cells else 0,
-                    "question": question,
-                    "power": {seeds: chance[seeds] for seeds in SEEDS},
-                    "needed": next((seeds for seeds, probability in chance.items() if probability >= WANTED), None),
+                    "dataset": dataset, "spread": spread, "pairs": int(cells.counts.sum()) if cells else 0, "question": question,
+                    "questions": family, "power": {seeds: chance[seeds] for seeds in SEEDS}, "needed": needed,
                 }
-            )
+            )  # fmt: skip
     return rows
+
+
+def assumed_spread(dataset: str) -> float:
+    """What a pair's log ratio scatters by where no cell has two seeds: unpaired runs, and chance over the data set's test images."""
+    of_images = (1 - _ASSUMED_ERROR) / (_ASSUMED_ERROR * protocol_of(dataset).images[2])
+    return math.sqrt(2 * (verdict.ASSUMED_RUN_SPREAD**2 + of_images))
+
+
+def _by_seeds(question: str, effect: float, spread: float, log_costs: np.ndarray, family: int) -> dict[int, float]:
+    """Power for 2 to 50 seeds; between the numbers of SEEDS, only up to the first that suffices is simulated, and others are left out."""
+    chance = {seeds: power(question, effect, spread, log_costs, seeds, family) for seeds in SEEDS}
+    enough = next((seeds for seeds in SEEDS if chance[seeds] >= WANTED), None)
+    if enough is not None:
+        fewer = max((seeds for seeds in SEEDS if seeds < enough), default=enough)
+        for seeds in range(fewer + 1, enough):
+            chance[seeds] = power(question, effect, spread, log_costs, seeds, family)
+    return dict(sorted(chance.items()))
+
+
+def power(question: str, effect: float, spread: float, log_costs: np.ndarray, seeds: int, family: int) -> float:
+    """The probability of "better" or "worse", if a question's true value is `effect` and those of the others are 0.
+
+    Noise is judged on log-odds alone, of pairs whose two conditions scatter independently; that other scales must agree costs more.
+
+    Args:
+        effect: on the log scale. spread: standard deviation of a pair's log ratio. log_costs: [sizes]. family: how many questions.
+    """
+    chance = np.random.default_rng(seeds)
+    along = (log_costs - log_costs.mean()) / np.ptp(log_costs) if question == "trend" else np.ones_like(log_costs)
+    scatter = spread * (math.sqrt(2) if question == "noise" else 1)
+    draws = scatter * chance.standard_normal((len(log_costs), _STUDIES, seeds)) + (effect * along)[:, None, None]
+    cells = Cells(np.stack([log_costs, log_costs]), [np.stack([np.zeros_like(each), each], axis=1) for each in draws])
+    own = {"level": scaling.level, "noise": scaling.level, "trend": scaling.trend}[question](cells)
+    others: list[Mapping[str, Estimate]] = [
+        {question: Estimate(chance.standard_normal(_STUDIES), np.ones(_STUDIES), np.full(_STUDIES, 1e6))} for _ in range(family - 1)
+    ]
+    _, words = verdict.verdicts([{question: own}, *others])
+    return float(np.isin(words[0], ["better", "worse"]).mean())
 
 
 def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
     """The rows for a person."""
-    lines = [f"probability in % that the 95 % interval excludes 0, if the true difference is {100 * difference:g} %"]
-    lines += ["(for one question alone; Holm's correction over several asks for a little more)", ""]
+    lines = [f"probability in % of a verdict, if the true difference is {100 * difference:g} %"]
+    lines += [f"(Holm's correction over {rows[0]['questions']} questions counted; noise: of the odds of an error, on log-odds alone)", ""]
     lines.append(f"{'data set':<14} {'question':<8} " + " ".join(f"{seeds:>4}" for seeds in SEEDS) + "  seeds; for 80 %")
     for row in rows:
         needed = f"{row['needed']}" if row["needed"] else f"more than {max(SEEDS)}"

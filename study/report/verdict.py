@@ -1,41 +1,46 @@
-"""What is asked, by what rule it is answered, and the answer in a sentence. The rule was written down before any data were there.
+"""What is asked, and by what rule it is answered. The rule was written down before any data were there.
 
 Three questions, on the test error, each with one number (see scaling.py):
 
     level   is one architecture better at the sizes measured?
     trend   does one scale better with depth?
-    noise   does noise change the difference of the two?
+    noise   does noise change the difference of the two? On log-odds, and on every other scale of scaling.SCALES too
 
-    better / worse   the 95 % interval excludes 0, and so does Holm's correction over all questions of the report
-    equivalent       else, if the interval lies within +-2 % relative error
-    undecided        else; the sentence says what would have been found
-    no interval      one seed: the sentence says what no effect at all would produce
+    better / worse         p < 0.05 after Holm's correction over all questions of the report; noise: on every scale, in one direction
+    equivalent             else, if the 95 % interval lies within +-2 %
+    depends on the scale   else, if p < 0.05 on log-odds alone
+    undecided              else; the sentence says what would have been found
+    no interval            a size with one pair: the sentence says what no effect at all would produce
+    no verdict             a size at which an arm has no finished run says nothing of a trend
 
-Cross-entropy, ratios, slopes, power laws and everything else are exploratory: shown with intervals, and no verdict.
+Runs that diverged are an outcome: where a verdict changes when they count as chance level, it is "undecided: runs diverged". A second
+look at more seeds spends a part of 1 % more (looks.py). Cross-entropy, ratios, slopes, power laws and everything else are exploratory:
+shown with intervals, and no verdict.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import pandas as pd
 
-from diffvit.protocol import ARMS, MODEL_TITLES
 from study.report import scaling
-from study.report.scaling import Cells, Estimate, Line, PowerLaw, Ratio
+from study.report.scaling import Cells, Estimate
 
 # Relative error within which two architectures count as equivalent.
 MARGIN = 0.02
 ALPHA = 1 - scaling.LEVEL
+# What all looks after the first one may spend together.
+LATER = 0.01
 
-# What a pair's log ratio scatters by where nothing in the ledger says it: 3 % a run, unpaired.
-ASSUMED_SPREAD = 0.03 * math.sqrt(2)
+# What a run's log error scatters by where nothing in the ledger says it, and a pair's, unpaired.
+ASSUMED_RUN_SPREAD = 0.03
+ASSUMED_SPREAD = ASSUMED_RUN_SPREAD * math.sqrt(2)
+
+DIVERGED = "undecided: runs diverged"
 
 
 @dataclass(frozen=True)
@@ -43,12 +48,15 @@ class Answer:
     """One question's number and verdict.
 
     Attributes:
-        question: "level", "trend" or "noise".
-        subject: the data set, with the condition where there are several.
-        p_holm: corrected over the family; nan with one seed. questions: how many that family has.
-        flips: p of the sign-flip test.
-        new_images: interval of the crossed bootstrap, where predictions are there.
-        null_half, null_source: with one seed, half of the range that no effect would produce, and where its spread comes from.
+        question: "level", "trend" or "noise". subject: the data set, with the condition where there are several.
+        estimate: on log error; noise: on log-odds. scales: noise: on the other scales.
+        unknown: why there is no interval. blocked: why there can be no verdict.
+        runs: the run_ids that it rests on. look: which look at the question this is.
+        p_holm: corrected over the family and for the look; nan without an interval. questions: how many that family has.
+        flips: p of the sign-flip test. new_images: interval of the crossed bootstrap, where predictions are there.
+        null_half, null_source: without an interval, half of the range that no effect would produce, and where its spread comes from.
+        beside: what the sentence says beside its number. remarks: sentences on what else decides how to take it.
+        with_diverged: the number where diverged runs count as chance level.
     """
 
     question: str
@@ -57,6 +65,11 @@ class Answer:
     estimate: Estimate
     pairs: int
     seeds: int
+    scales: dict[str, Estimate] = field(default_factory=dict)
+    unknown: str = ""
+    blocked: str = ""
+    runs: tuple[str, ...] = ()
+    look: int = 1
     verdict: str = ""
     p_holm: float = math.nan
     questions: int = 1
@@ -64,136 +77,89 @@ class Answer:
     new_images: tuple[float, float] | None = None
     null_half: float = math.nan
     null_source: str = ""
+    beside: str = ""
+    remarks: tuple[str, ...] = ()
+    with_diverged: Estimate | None = None
+
+    @property
+    def alpha(self) -> float:
+        """What this look may spend."""
+        return alpha_of(self.look)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Both architectures on one data set: the answers and all that is exploratory.
-
-    Attributes:
-        lines: of both arms, by measure. ratios: by measure and cost. laws: power laws, by measure.
-    """
-
-    subject: str
-    arms: tuple[str, str]
-    cells: dict[str, Cells]
-    answers: list[Answer]
-    lines: dict[str, tuple[Line, Line]]
-    ratios: dict[tuple[str, str], Ratio]
-    matches: list[tuple[float, float | None]]
-    laws: dict[str, PowerLaw | None]
-    correlation: float
-
-
-COSTS = {"parameters": "parameters", "forward_flops": "FLOPs", "seconds": "training time"}
-
-
-# A row of a run table -> for each test image 1 if its answer was wrong, else 0, or a share if it was asked several times. [images]
-WrongAnswers = Callable[[Any], np.ndarray]
-
-
-def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, wrong_of: WrongAnswers | None = None) -> Comparison | None:
-    """Compare two architectures on the runs of one data set and one condition; None where they share no size and seed.
-
-    Args:
-        wrong_of: what runs answered wrongly, for the secondary interval; None leaves it out.
-    """
-    first, second = (table[table["model"] == arm] for arm in arms)
-    pairs = scaling.pair_table(first, second)
-    if pairs.empty:
-        return None
-    tables = {measure: scaling.pair_table(first, second, measure) for measure in ("error", "cross-entropy")}
-    by_measure = {measure: scaling.cells_of(each) for measure, each in tables.items() if len(each)}
-    cells = by_measure["error"]
-    wrong = _wrong_answers(wrong_of, first, second, pairs) if wrong_of else None
-    spread, source = null_spread(cells, wrong)
-    several = len(cells.logs) > 1
-    questions = {"level": scaling.level_weights(cells), **({"trend": scaling.trend_weights(cells)} if several else {})}
-    answers = [
-        Answer(
-            question, subject, arms, scaling.contrast(cells, weights), int(cells.counts.sum()), int(cells.counts.max()),
-            flips=scaling.sign_flips(cells, weights), new_images=scaling.crossed_bootstrap(wrong, weights) if wrong else None,
-            null_half=scaling.null_range(weights, cells.counts, spread), null_source=source,
-        )
-        for question, weights in questions.items()
-    ]  # fmt: skip
-    return Comparison(
-        subject, arms, by_measure, answers,
-        lines={name: (scaling.line(each, 0), scaling.line(each, 1)) for name, each in by_measure.items() if len(each.logs) > 1},
-        ratios={(measure, name): scaling.effective_ratio(scaling.cells_of(scaling.pair_table(first, second, measure, cost)))
-                for measure in by_measure for cost, name in COSTS.items()},
-        matches=[(math.exp(cells.log_costs[1, i]), scaling.equal_cost(cells, i)) for i in range(len(cells.logs))],
-        laws={name: scaling.power_law(each) for name, each in by_measure.items()},
-        correlation=cells.correlation(),
-    )  # fmt: skip
-
-
-def noise_answer(
-    clean: pd.DataFrame,
-    noisy: pd.DataFrame,
-    subject: str,
-    arms: tuple[str, str] = ARMS,
-    measures: tuple[str, str] = ("error", "error"),
-    wrong: tuple[WrongAnswers, WrongAnswers] | None = None,
-) -> Answer | None:
-    """How much noise changes the log ratio of the arms' errors: below 0, the second arm suffers less. None without common pairs.
-
-    Args:
-        clean, noisy: run tables of the two conditions.
-        measures: of the two, as pair_table takes them.
-        wrong: what runs of the clean and of the noisy table answered wrongly, for the secondary interval.
-    """
-    (clean_0, clean_1), (noisy_0, noisy_1) = ([table[table["model"] == arm] for arm in arms] for table in (clean, noisy))
-    of_clean, of_noisy = scaling.pair_table(clean_0, clean_1, measures[0]), scaling.pair_table(noisy_0, noisy_1, measures[1])
-    pairs = scaling.interaction_pairs(of_clean, of_noisy)
-    if pairs.empty:
-        return None
-    cells = scaling.cells_of(pairs)
-    weights = scaling.level_weights(cells)
-    baseline = _wrong_answers(wrong[0], clean_0, clean_1, pairs) if wrong else None
-    answers = _wrong_answers(wrong[1], noisy_0, noisy_1, pairs) if wrong else None
-    new_images = None
-    if baseline and answers and all(one.shape == other.shape for one, other in zip(baseline, answers, strict=True)):
-        new_images = scaling.crossed_bootstrap(answers, weights, baseline)
-    spreads = [null_spread(scaling.cells_of(each), stack) for each, stack in ((of_clean, baseline), (of_noisy, answers))]
-    return Answer(
-        "noise", subject, arms, scaling.contrast(cells, weights), int(cells.counts.sum()), int(cells.counts.max()),
-        flips=scaling.sign_flips(cells, weights), new_images=new_images,
-        null_half=scaling.null_range(weights, cells.counts, math.hypot(*(spread for spread, _ in spreads))), null_source=spreads[0][1],
-    )  # fmt: skip
+def alpha_of(look: int) -> float:
+    """What a look at a question may spend: 5 % the first, half of what is left of one per cent each later one."""
+    return ALPHA if look == 1 else LATER / 2 ** (look - 1)
 
 
 def decide(answers: Sequence[Answer]) -> list[Answer]:
     """The verdicts of a family of answers, with Holm's correction over it."""
-    corrected = holm([answer.estimate.p for answer in answers])
-    asked = sum(not math.isnan(p) for p in corrected)
-    pairs = zip(answers, corrected, strict=True)
-    return [dataclasses.replace(answer, p_holm=p, questions=asked, verdict=_verdict(answer.estimate, p)) for answer, p in pairs]
+    families = [{"primary": answer.estimate, **answer.scales} for answer in answers]
+    corrected, words = verdicts(families, [answer.alpha for answer in answers], [bool(answer.blocked) for answer in answers])
+    asked = int((~np.isnan(corrected)).sum())
+    return [
+        dataclasses.replace(answer, p_holm=float(p), questions=asked, verdict=str(word))
+        for answer, p, word in zip(answers, corrected, words, strict=True)
+    ]
 
 
-def _verdict(estimate: Estimate, p_holm: float) -> str:
-    if not estimate.df:
-        return "no interval"
-    if p_holm < ALPHA:
-        return "better" if estimate.value < 0 else "worse"
-    low, high = estimate.interval
-    return "equivalent" if estimate.se and math.log(1 - MARGIN) < low and high < math.log(1 + MARGIN) else "undecided"
+def verdicts(
+    questions: Sequence[Mapping[str, Estimate]], alphas: Sequence[float] | None = None, blocked: Sequence[bool] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Corrected p values, and verdicts, of a family of questions; or of many families at once. [questions, ...]
+
+    Args:
+        questions: for each the primary estimate, then the same on other scales, all of which must agree.
+        alphas: what the look at each may spend. blocked: which have no verdict whatever the numbers say.
+    """
+    alphas = alphas or [ALPHA] * len(questions)
+    blocked = blocked or [False] * len(questions)
+    shape = np.broadcast_shapes(*(np.shape(next(iter(scales.values())).value) for scales in questions), ())
+    weights = [ALPHA / alpha for alpha in alphas]
+    agreed, alone = (
+        holm(np.stack([np.broadcast_to(1.0 if no else np.minimum(1, weight * p(scales)), shape)
+                       for scales, weight, no in zip(questions, weights, blocked, strict=True)]))
+        for p in (_p_on_all, lambda scales: next(iter(scales.values())).p)
+    ) if questions else (np.empty(0), np.empty(0))  # fmt: skip
+    words = []
+    for scales, alpha, no, p, p_alone in zip(questions, alphas, blocked, agreed, alone, strict=True):
+        primary = next(iter(scales.values()))
+        rules = [(no, "no verdict"), (not primary.known, "no interval"), ((p < ALPHA) & (np.asarray(primary.value) < 0), "better"),
+                 (p < ALPHA, "worse"), (_equivalent(scales, alpha), "equivalent"), (p_alone < ALPHA, "depends on the scale")]  # fmt: skip
+        words.append(np.select([np.broadcast_to(holds, shape) for holds, _ in rules], [word for _, word in rules], "undecided"))
+    return agreed, np.asarray(words)
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's step-down correction; nan stays nan and is not counted."""
-    known = sorted((p, i) for i, p in enumerate(ps) if not math.isnan(p))
-    corrected = [math.nan] * len(ps)
-    highest = 0.0
-    for rank, (p, i) in enumerate(known):
-        highest = max(highest, min(1.0, (len(known) - rank) * p))
-        corrected[i] = highest
+def _p_on_all(scales: Mapping[str, Estimate]) -> np.ndarray:
+    """The largest p over the scales, an intersection-union test; 1 where they differ in direction."""
+    ps = np.max([each.p for each in scales.values()], axis=0)
+    signs = np.sign([each.value for each in scales.values()])
+    return np.where((signs == signs[0]).all(axis=0) | np.isnan(ps), ps, 1.0)
+
+
+def _equivalent(scales: Mapping[str, Estimate], alpha: float) -> np.ndarray:
+    """Whether the intervals on all relative scales lie within the margin: both of its ends are rejected, from within."""
+    low, high = math.log(1 - MARGIN), math.log(1 + MARGIN)
+    relative = [each for name, each in scales.items() if name != "points"]
+    return np.all(
+        [(low < each.value) & (each.value < high) & (each.p_of(low) < alpha) & (each.p_of(high) < alpha) for each in relative], axis=0
+    )
+
+
+def holm(ps: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction along the first dimension; nan stays nan and is not counted. [questions, ...]"""
+    order = np.argsort(ps, axis=0)
+    known = (~np.isnan(ps)).sum(axis=0)
+    ranks = np.arange(len(ps)).reshape(-1, *[1] * (ps.ndim - 1))
+    ordered = np.minimum(1, np.take_along_axis(ps, order, axis=0) * np.maximum(known - ranks, 1))
+    corrected = np.empty_like(ps)
+    np.put_along_axis(corrected, order, np.maximum.accumulate(ordered, axis=0), axis=0)
     return corrected
 
 
-# ----------------------------------------------------------------------------------------------------------- one seed
+# ------------------------------------------------------------------------------------------------------ without an interval
 
-_ASSUMED = f"assuming that a run's error scatters by {100 * ASSUMED_SPREAD / math.sqrt(2):.0f} % from seed to seed"
+_ASSUMED = f"assuming that a run's error scatters by {100 * ASSUMED_RUN_SPREAD:.0f} % from seed to seed"
 
 
 def null_spread(cells: Cells, wrong: list[np.ndarray] | None) -> tuple[float, str]:
@@ -202,7 +168,7 @@ def null_spread(cells: Cells, wrong: list[np.ndarray] | None) -> tuple[float, st
     With one seed two parts add up: chance over the test images on which the two disagree, as in McNemar's test, where predictions are
     there; and an assumed scatter of whole runs.
     """
-    if cells.df:
+    if (cells.counts > 1).any():
         return cells.pair_spread(), "from the spread between seeds"
     if wrong is None:
         return ASSUMED_SPREAD, _ASSUMED
@@ -211,90 +177,3 @@ def null_spread(cells: Cells, wrong: list[np.ndarray] | None) -> tuple[float, st
         disagreed = float((abs(cell[1] - cell[0]) ** 2).sum(axis=-1).mean())
         variances.append((disagreed + 1) / max(1.0, float(cell.sum(axis=-1).mean())) ** 2)
     return math.sqrt(float(np.mean(variances)) + ASSUMED_SPREAD**2), f"{_ASSUMED}, and that chance decides images on which the two disagree"
-
-
-def _wrong_answers(of_run: WrongAnswers, first: pd.DataFrame, second: pd.DataFrame, pairs: pd.DataFrame) -> list[np.ndarray] | None:
-    """For each size, smallest first: what was wrong of each test image's answers. [2, seeds, images]
-
-    None where runs were tested on different numbers of images.
-    """
-    runs = [{(run.size, run.seed): run for run in arm[arm["status"] == "done"].itertuples()} for arm in (first, second)]
-    sizes = pairs.groupby("size")["cost_0"].mean().sort_values().index
-    by_size = {size: [pair for pair in pairs.index if pair[0] == size] for size in sizes}
-    answers = {size: [[of_run(arm[pair]) for pair in of_size] for arm in runs] for size, of_size in by_size.items()}
-    if len({len(each) for of_size in answers.values() for arm in of_size for each in arm}) > 1:
-        return None
-    return [np.stack([np.stack(arm) for arm in of_size]) for of_size in answers.values()]
-
-
-def left_out(table: pd.DataFrame, arms: tuple[str, str] = ARMS) -> list[str]:
-    """Runs of two arms that enter no pair, and why; also those that are not there although others of their size or seed are."""
-    table = table[table["model"].isin(arms)]
-    done = {(run.model, run.size, run.seed) for run in table.itertuples() if run.status == "done"}
-    there = {(run.model, run.size, run.seed): run.status for run in table.itertuples()}
-    phrases = []
-    for size, seed, arm in itertools.product(dict.fromkeys(table["size"]), dict.fromkeys(sorted(table["seed"])), arms):
-        name = f"{MODEL_TITLES.get(arm, arm)} {size} seed {seed}"
-        partner = arms[1 - arms.index(arm)]
-        if (arm, size, seed) not in there:
-            phrases.append(f"{name} failed or was not trained")
-        elif there[arm, size, seed] != "done":
-            phrases.append(f"{name} {there[arm, size, seed]}")
-        elif (partner, size, seed) not in done:
-            phrases.append(f"{name} has no partner")
-    return phrases
-
-
-# ---------------------------------------------------------------------------------------------------------- sentences
-
-
-def sentence(answer: Answer) -> str:
-    """The answer for a person: verdict, number, interval, and what else decides how to take it."""
-    first, second = (MODEL_TITLES.get(arm, arm) for arm in answer.arms)
-    better = {"level": f"{second} has a lower error than {first} at these sizes",
-              "trend": f"{second} scales better with depth than {first}",
-              "noise": f"{second} is better suited to noise than {first}"}[answer.question]  # fmt: skip
-    worse = {"level": f"{second} has a higher error than {first} at these sizes",
-             "trend": f"{second} scales worse with depth than {first}",
-             "noise": f"{second} is worse suited to noise than {first}"}[answer.question]  # fmt: skip
-    same = {"level": f"{second} and {first} are equivalent at these sizes", "trend": f"{second} and {first} scale alike with depth",
-            "noise": f"noise hits {second} and {first} alike"}[answer.question]  # fmt: skip
-    undecided = {"level": f"whether {second} or {first} has the lower error is undecided",
-                 "trend": f"whether {second} scales better than {first} is undecided",
-                 "noise": f"whether {second} is better suited to noise than {first} is undecided"}[answer.question]  # fmt: skip
-    claim = {"better": better, "worse": worse, "equivalent": same}.get(answer.verdict, undecided)
-    number = f"{_WHAT[answer.question]} {percent(answer.estimate.value)}"
-    if answer.verdict == "no interval":
-        low, high = percent(-answer.null_half), percent(answer.null_half)
-        return (
-            f"On {answer.subject}, {claim}: {number}, no interval (1 seed). No effect at all would produce {low} to {high}, "
-            f"{answer.null_source}."
-        )
-    low, high = (percent(end) for end in answer.estimate.interval)
-    test = f"p {p_value(answer.p_holm)} after Holm, {answer.pairs} pairs"
-    text = f"On {answer.subject}, {claim}: {number} (95 % interval {low} to {high}; {test})."
-    if answer.verdict == "equivalent":
-        text += f" The interval lies within +-{100 * MARGIN:.0f} %."
-    if answer.verdict == "undecided":
-        less, more = (percent(sign * answer.estimate.detectable(questions=answer.questions)) for sign in (-1, 1))
-        text += f" True values of {less} or {more} would have been found with a probability of 80 %."
-        if answer.estimate.p < ALPHA:
-            text += " Taken alone the interval excludes 0; as one of several questions it does not suffice."
-    if answer.verdict in ("better", "worse") and answer.new_images and answer.new_images[0] <= 0 <= answer.new_images[1]:
-        low, high = (percent(end) for end in answer.new_images)
-        text += f" This holds for these test images; for new ones too it is not certain ({low} to {high})."
-    return text
-
-
-_WHAT = {"level": "difference in error", "trend": "change of the difference from the smallest to the largest size",
-         "noise": "change of the difference under noise"}  # fmt: skip
-
-
-def percent(log_ratio: float) -> str:
-    """A log ratio as a relative change: -0.02 -> "-2.0 %"."""
-    return f"{100 * math.expm1(log_ratio):+.1f} %"
-
-
-def p_value(p: float) -> str:
-    """Two digits, and never 0: "= 0.012", "< 0.001"."""
-    return "unknown" if math.isnan(p) else f"= {p:.2g}" if p >= 1e-3 else "< 0.001"

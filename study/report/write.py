@@ -21,15 +21,15 @@ from study.table import step_table
 
 
 def write_report(checkpoints: Path, table: pd.DataFrame, out: Path, commands: Sequence[str]) -> list[Path]:
-    """Analyse finished runs, draw their figures and write report.html and report.md.
+    """Analyse finished runs, draw their figures and write report.html, report.md and looks.json, which counts the looks.
 
     Args:
         table: a run table that is not empty. out: a folder. commands: lines that reproduce its runs.
 
     Returns:
-        The two files.
+        The page in both forms.
     """
-    analysis = analyse(table, checkpoints)
+    analysis = analyse(table, checkpoints, looks=out / "looks.json")
     figures = draw_figures(table, step_table(checkpoints, table), out / "figures") + _draw_findings(analysis, out / "figures")
     blocks = page(analysis, figures, "\n".join(commands))
     html, markdown = out / "report.html", out / "report.md"

@@ -1,0 +1,100 @@
+"""What a reader must know beside a number: runs that diverged, arms trained differently, numbers that could not be used."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import pandas as pd
+
+from diffvit.protocol import MODEL_TITLES
+from study.report.verdict import DIVERGED, Answer, decide
+
+# What should be alike for both arms of a pair, in words.
+_ALIKE = {"device_name": "devices", "precision": "precisions", "micro_batch": "micro-batches"}
+
+
+def at_chance(table: pd.DataFrame, classes: int) -> pd.DataFrame:
+    """A run table in which runs that diverged have finished at chance level, clean and corrupted."""
+    table = table.copy()
+    gone = table["status"] == "diverged"
+    found = {"test_images": None, "evaluated_images": None, "corrupted_error": 1 - 1 / classes, "evaluated_error": 1 - 1 / classes}
+    for column, value in {"status": "done", "test_accuracy": 1 / classes, **found}.items():
+        known = table[column].dropna()
+        if gone.any() and len(known):
+            table.loc[gone, column] = known.max() if value is None else value
+    return table
+
+
+def with_sensitivity(answers: Sequence[Answer], at_chance_level: Sequence[Answer]) -> list[Answer]:
+    """Decided answers; a verdict that counting diverged runs as chance level would change is none.
+
+    Args:
+        at_chance_level: the answers of the same family with these runs, not decided.
+    """
+    looks = {(answer.question, answer.subject): answer.look for answer in answers}
+    others = [dataclasses.replace(each, look=looks.get((each.question, each.subject), 1)) for each in at_chance_level]
+    by_question = {(each.question, each.subject): each for each in decide(others)}
+    checked = []
+    for answer in answers:
+        other = by_question.get((answer.question, answer.subject))
+        if other is not None and other.pairs != answer.pairs:
+            changed = answer.verdict in ("better", "worse", "equivalent") and other.verdict != answer.verdict
+            verdict = DIVERGED if changed else answer.verdict
+            answer = dataclasses.replace(answer, with_diverged=other.estimate, verdict=verdict)
+        checked.append(answer)
+    return checked
+
+
+def with_remarks(answer: Answer, table: pd.DataFrame) -> Answer:
+    """The answer with what its sentence says of the runs of its table: how many diverged, and what differed between the arms."""
+    beside = [phrase for phrase in (answer.beside, _diverged(table, answer.arms), _arms_differ(table, answer.arms)) if phrase]
+    return dataclasses.replace(answer, beside="; ".join(beside))
+
+
+def _diverged(table: pd.DataFrame, arms: tuple[str, str]) -> str:
+    runs = [table[table["model"] == arm] for arm in arms]
+    if not any((of_arm["status"] == "diverged").any() for of_arm in runs):
+        return ""
+    phrases = []
+    for arm, of_arm in zip(arms, runs, strict=True):
+        gone = of_arm[of_arm["status"] == "diverged"].groupby("size", sort=False).size()
+        where = " (" + ", ".join(f"{count} at {size}" for size, count in gone.items()) + ")" if len(gone) else ""
+        phrases.append(f"{gone.sum()} of {len(of_arm)} runs of {MODEL_TITLES.get(arm, arm)}{where}")
+    return f"diverged: {' and '.join(phrases)}"
+
+
+def _arms_differ(table: pd.DataFrame, arms: tuple[str, str]) -> str:
+    """In which devices, precisions or micro-batches the runs of a pair differ."""
+    done = table[(table["status"] == "done") & table["model"].isin(arms)]
+    first, second = (done[done["model"] == arm].set_index(["size", "seed"])[list(_ALIKE)] for arm in arms)
+    first, second = first.align(second, join="inner", axis=0)
+    phrases = []
+    for column, name in _ALIKE.items():
+        one, other = (each[column].dropna().astype(str) for each in (first, second))
+        one, other = one.align(other, join="inner")
+        if differ := int((one != other).sum()):
+            values = " and ".join(dict.fromkeys([*one[one != other], *other[one != other]]))
+            phrases.append(f"the arms of {differ} of {len(first)} pairs had different {name} ({values})")
+    return "; ".join(phrases)
+
+
+def same_images(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """The runs that were tested on as many images as most, with those that diverged; and a phrase for the others."""
+    counts = table["test_images"].dropna()
+    if counts.nunique() < 2:
+        return table, []
+    usual = counts.mode().max()
+    other = table["test_images"].notna() & (table["test_images"] != usual)
+    return table[~other], [f"{int(other.sum())} runs that were not tested on {int(usual):,} images as most were"]
+
+
+def losses_left_out(table: pd.DataFrame) -> list[str]:
+    """A phrase for each finished run whose test loss has no logarithm."""
+    done = table[table["status"] == "done"]
+    losses = done["test_loss"].astype(float)
+    runs = done[(losses <= 0) | losses.isin([float("inf")])].itertuples()
+    return [
+        f"test loss {run.test_loss:g} of {MODEL_TITLES.get(run.model, run.model)} {run.size} seed {run.seed} (not its error)"
+        for run in runs
+    ]

@@ -1,0 +1,117 @@
+"""Answers in words: verdict, number, interval, and what else decides how to take them."""
+
+from __future__ import annotations
+
+import math
+
+from diffvit.protocol import MODEL_TITLES
+from study.report.scaling import Estimate
+from study.report.verdict import ALPHA, LATER, MARGIN, Answer
+
+_CLAIMS = {
+    "level": {
+        "better": "{second} has a lower error than {first} at these sizes",
+        "worse": "{second} has a higher error than {first} at these sizes",
+        "equivalent": "{second} and {first} are equivalent at these sizes",
+        "": "whether {second} or {first} has the lower error is undecided",
+    },
+    "trend": {
+        "better": "{second} scales better with depth than {first}",
+        "worse": "{second} scales worse with depth than {first}",
+        "equivalent": "{second} and {first} scale alike with depth",
+        "no verdict": "whether {second} scales better than {first} cannot be said",
+        "": "whether {second} scales better than {first} is undecided",
+    },
+    "noise": {
+        "better": "{second} loses less by noise than {first}",
+        "worse": "{second} loses more by noise than {first}",
+        "equivalent": "{second} and {first} lose alike by noise",
+        "depends on the scale": "whether {second} loses less by noise than {first} depends on the scale",
+        "": "whether {second} loses less by noise than {first} is undecided",
+    },
+}
+_NUMBERS = {
+    "level": "difference in error",
+    "trend": "change of the difference from the smallest to the largest size",
+    "noise": "change of the difference in the odds of an error under noise",
+}
+
+
+def sentence(answer: Answer) -> str:
+    """The answer for a person: the verdict first."""
+    first, second = (MODEL_TITLES.get(arm, arm) for arm in answer.arms)
+    claims = _CLAIMS[answer.question]
+    claim = claims.get(answer.verdict, claims[""]).format(first=first, second=second)
+    if answer.verdict in ("better", "worse") and _within_margin(answer):
+        claim += f", by less than the margin of {100 * MARGIN:.0f} %"
+    reason = f" ({answer.blocked})" if answer.blocked else ""
+    text = f"On {answer.subject}, {claim}{reason}: {_NUMBERS[answer.question]} {percent(answer.estimate.value)}{_certainty(answer)}"
+    text += f"; {answer.beside}." if answer.beside else "."
+    return " ".join([text, *_consequences(answer), *answer.remarks])
+
+
+def _within_margin(answer: Answer) -> bool:
+    low, high = answer.estimate.interval_at(answer.alpha)
+    return math.log(1 - MARGIN) < low and high < math.log(1 + MARGIN)
+
+
+def _certainty(answer: Answer) -> str:
+    """Interval and p value, or why there is none."""
+    if not answer.estimate.known:
+        return f", no interval ({answer.unknown})"
+    low, high = (percent(end) for end in answer.estimate.interval_at(answer.alpha))
+    look = f" and for look {answer.look}" if answer.look > 1 else ""
+    level = f"{100 * (1 - answer.alpha):.4g} % interval {low} to {high}"
+    return f" ({level}; p {p_value(answer.p_holm)} after Holm{look}, {answer.pairs} pairs)"
+
+
+def _consequences(answer: Answer) -> list[str]:
+    """What follows from the verdict, a sentence each."""
+    if not answer.estimate.known:
+        low, high = percent(-answer.null_half), percent(answer.null_half)
+        where = "inside" if abs(answer.estimate.value) <= answer.null_half else "outside"
+        return [f"No effect at all would produce {low} to {high}, {answer.null_source}; the value lies {where}."]
+    said = []
+    if answer.verdict == "equivalent":
+        said.append(f"The interval lies within +-{100 * MARGIN:.0f} %.")
+    if answer.verdict == "undecided":
+        distance = answer.estimate.detectable(alpha=answer.alpha / answer.questions)
+        if distance >= 0.0005:
+            said.append(f"True values of {percent(-distance)} or {percent(distance)} would have been found with a probability of 80 %.")
+        if answer.estimate.p < ALPHA:
+            said.append("Taken alone the 95 % interval excludes 0; as one of several questions or looks it does not suffice.")
+    if answer.verdict == "depends on the scale":
+        others = ", ".join(f"{name} {_on_scale(name, each.value)} (p {p_value(each.p)})" for name, each in answer.scales.items())
+        said.append(f"On other scales: {others}.")
+    if answer.verdict in ("better", "worse") and answer.new_images and answer.new_images[0] <= 0 <= answer.new_images[1]:
+        low, high = (percent(end) for end in answer.new_images)
+        said.append(f"This holds for these test images; for new ones too it is not certain ({low} to {high}).")
+    if answer.with_diverged:
+        low, high = (percent(end) for end in answer.with_diverged.interval_at(answer.alpha))
+        said.append(f"With diverged runs counted at chance level: {percent(answer.with_diverged.value)} ({low} to {high}).")
+    if answer.look > 1:
+        said.append(f"This is look {answer.look} at this question: it may spend {100 * answer.alpha:.3g} % where the first one "
+                    f"had {100 * ALPHA:.0f}, and all later ones have {100 * LATER:.0f} together.")  # fmt: skip
+    return said
+
+
+def _on_scale(name: str, value: float) -> str:
+    return f"{100 * value:+.2f}" if name == "points" else percent(value)
+
+
+def percent(log_ratio: float) -> str:
+    """A log ratio as a relative change: -0.02 -> "-2.0 %"."""
+    return f"{100 * math.expm1(log_ratio):+.1f} %"
+
+
+def relative(estimate: Estimate) -> str:
+    """A relative change with its 95 % interval."""
+    if not estimate.known:
+        return f"{percent(estimate.value)} (no interval)"
+    low, high = estimate.interval
+    return f"{percent(estimate.value)} ({percent(low)} to {percent(high)})"
+
+
+def p_value(p: float) -> str:
+    """Two digits, and never 0: "= 0.012", "< 0.001"."""
+    return "unknown" if math.isnan(p) else f"= {p:.2g}" if p >= 1e-3 else "< 0.001"

@@ -1,0 +1,46 @@
+"""The count of looks at a question: what a report read again must pay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tables import study_table
+
+from diffvit.errors import UserError
+from study.report import sentences, verdict
+from study.report.analysis import analyse
+
+
+def test_a_second_look_at_more_seeds_pays_and_a_second_report_of_the_same_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "report" / "looks.json"
+    path.parent.mkdir()
+    table = study_table(level=-0.05, spread=0.012, seeds=5)
+    few = table[table["seed"] < 3]
+    # One seed has no interval, and so is no look.
+    assert [answer.look for answer in analyse(table[table["seed"] < 1], None, looks=path).answers] == [1, 1] and not path.exists()
+    first, again, second = (analyse(each, None, looks=path).answers[0] for each in (few, few, table))
+    assert first.look == again.look == 1 and first.verdict == again.verdict == "better" and first.p_holm == again.p_holm
+    assert second.look == 2 and second.alpha == verdict.LATER / 2
+    alone = analyse(table, None).answers[0]
+    assert second.p_holm == pytest.approx(10 * alone.p_holm) and second.estimate == alone.estimate
+    text = sentences.sentence(second)
+    assert "99.5 % interval" in text and "This is look 2 at this question: it may spend 0.5 % where the first one had 5" in text
+    kept = json.loads(path.read_text())
+    assert [(look["pairs"], look["seeds"]) for look in kept["level on CIFAR-100"]] == [(9, 3), (15, 5)]
+    assert list(kept) == ["level on CIFAR-100", "trend on CIFAR-100"]
+
+
+def test_all_looks_together_spend_six_per_cent() -> None:
+    assert verdict.alpha_of(1) == pytest.approx(0.05)
+    assert sum(verdict.alpha_of(look) for look in range(1, 60)) == pytest.approx(0.06)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"level on CIFAR-100": [{"pairs": 9}]}', '{"level on CIFAR-100": 3}', "\ud800"])
+def test_a_damaged_count_is_an_error_and_stays_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "looks.json"
+    path.write_bytes(content.encode(errors="surrogatepass"))
+    with pytest.raises(UserError, match=r"looks\.json is damaged"):
+        analyse(study_table(), None, looks=path)
+    assert path.read_bytes() == content.encode(errors="surrogatepass")
