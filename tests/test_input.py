@@ -289,7 +289,7 @@ def texts() -> list[str]:
     return [text for text in found if OPTION.search(text) and "<style>" not in text and "{--" not in text]
 
 
-FOREIGN = {"always", "dirty", "abbrev", "exclude", "force"}  # git's, in a call of it; upload's and download's own
+FOREIGN = {"always", "dirty", "abbrev", "exclude", "extra", "force"}  # git's and uv's, in calls of them; upload's and download's own
 
 
 def test_every_option_and_command_that_a_text_names_exists() -> None:
