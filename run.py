@@ -359,6 +359,25 @@ def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, probe: bool
 
 
 @cli.command()
+@_which_runs
+@click.option("--dataset", metavar="NAME", help="The data set of --grid noise, lr, controls or choices. [default: digits]")
+@click.option("--images", type=click.IntRange(min=1), metavar="N", default=4, show_default=True, help="How many images they are shown.")
+@click.option("--quick", is_flag=True, help="Images of at most 8 x 8 patches, and photographs for data on the hub.")
+@_json
+@_data
+def untrained(grid: str, dataset: str | None, images: int, quick: bool, as_json: bool, data_root: str | None) -> None:
+    """Look at a grid's models before their first step: do the architectures start alike?
+
+    How alike an image's tokens are after the last block (cosine), what attention and MLP add in the first, middle and last layer (root
+    mean square), and the entropy of the class token's attention. Seconds on a CPU; a minute for the largest models.
+    """
+    from study.report.start import start_rows, start_text
+
+    rows = start_rows(find_grid(grid, dataset).runs(seeds=1), images, data_root, quick)
+    click.echo(json.dumps(rows, indent=1) if as_json else start_text(rows))
+
+
+@cli.command()
 @click.option("--grid", metavar=_GRIDS, help=f"Which runs to draw. {_BY_DEFAULT}")
 @_of_grid_options
 @click.option("--out", type=FOLDER, metavar="DIR", help="[default: figures in the checkpoints folder]")

@@ -24,6 +24,18 @@ from study.report.page import page
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
+@pytest.fixture(autouse=True)
+def _starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What large models do before their first step takes seconds to find out."""
+    layer = {"layer": 0, "attention_rms": 0.1, "mlp_rms": 0.1, "entropy": 3.0}
+
+    def rows(specs: list, quick: bool) -> list[dict]:
+        return [{"model": spec.model, "size": spec.size, "dataset": spec.dataset, "overrides": {}, "uniform_entropy": 4.0, "layers": 3 * [layer],
+                 "cosine": 0.96 if spec.model == "vit_classic" else 0.64} for spec in specs]  # fmt: skip
+
+    monkeypatch.setattr("study.report.start.start_rows", rows)
+
+
 def _text(page_html: str) -> str:
     """What a person reads."""
     body = re.sub(r"<style>.*?</style>", "", page_html, flags=re.DOTALL)
@@ -60,6 +72,8 @@ def test_the_page_names_what_it_does_not_show() -> None:
     assert "BACH: warm-up (500 steps) is not shorter than the run (400 steps)" in limits
     assert re.search(r"with 132 test images a single accuracy near \d+ % is uncertain by 8\.\d points", limits)
     assert "BACH: 2 seeds for each model and size." in limits
+    assert "differential attention has 3 heads here" in limits
+    assert "do not start alike, in: BACH 10B (0.32)" in text
     assert "differ in device_name: a / b" in limits and "--grid lr" in limits
     assert "Classic ViT 10B seed 0 diverged" in text and "(+1 diverged)" in text
 

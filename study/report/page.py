@@ -23,6 +23,7 @@ from study.report.focus import focus_section
 from study.report.predictions import predictions_section
 from study.report.scaling import Cells, Estimate
 from study.report.sentences import p_value, percent, relative, sentence
+from study.report.start import start_section
 
 
 def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Block]:
@@ -47,7 +48,7 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
     blocks += _tuning_section(analysis)
     blocks += _noise_section(analysis, figures)
-    blocks += [*_attention_section(analysis, figures), *focus_section(analysis)]
+    blocks += [*_attention_section(analysis, figures), *focus_section(analysis), *start_section(analysis)]
     blocks += [Heading("What this does not show"), Items(_limits(analysis))]
     blocks += [Heading("Reproduce"), Code(command), *_provenance(analysis.table)]
     return blocks

@@ -1,0 +1,72 @@
+"""The start of training, as text and as a section of the report: what the models are like before their first step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffvit.errors import UserError
+from diffvit.findings.start import start_rows
+from diffvit.ledger.spec import RunSpec, overrides_text, parse_overrides
+from diffvit.protocol import ARMS
+from study.report.analysis import Analysis
+from study.report.document import Block, Heading, Paragraph, Table
+from study.report.figures import model_title
+from study.text import columns
+
+_HEADER = (
+    "model", "size", "data set", "cosine", "attention: first", "middle", "last", "MLP: first", "middle", "last",
+    "entropy: first", "middle", "last", "at most",
+)  # fmt: skip
+
+# Further apart than this, the arms do not start alike, and a difference between them may be one of their starts.
+MOST_APART = 0.1
+
+
+def start_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of findings/start.py for a terminal."""
+    looked_at = dict.fromkeys(f"{row['dataset']}: {row['images']} images ({row['of']}) of {row['tokens']} tokens" for row in rows)
+    return "\n".join([columns([_HEADER, *map(_cells, rows)], range(3, len(_HEADER))), "", *looked_at, *start_gaps(rows)])
+
+
+def start_section(analysis: Analysis) -> list[Block]:
+    """A table of every cell that has a run, and whether the arms start alike."""
+    specs = []
+    for run in analysis.table.drop_duplicates(["model", "size", "dataset", "overrides"]).itertuples():
+        with contextlib.suppress(UserError, ValueError):  # a run of another version may have what is unknown here
+            specs.append(RunSpec.of(run.model, run.size, run.dataset, run.seed, overrides=parse_overrides(run.overrides)))
+    rows = start_rows(specs, quick=True)
+    if not rows:
+        return []
+    text = " ".join([_START, *start_gaps(rows)])
+    table = Table(_HEADER, [*map(_cells, rows)], "Models with their initial weights", left=3, closed=True)
+    return [Heading("Before the first step"), Paragraph(text), table]
+
+
+_START = (
+    "Whether the architectures start alike: the cosine between an image's tokens after the last block, the root mean square of what "
+    "attention and MLP add in the first, middle and last layer, and the entropy of the class token's attention over the patches in nats. "
+    "Means over four images, of at most 8 x 8 patches; photographs stand in for data on the hub, and `run.py untrained` shows whole "
+    "images. Tokens that are nearly alike before the first step train slowly, whatever the attention (arXiv 2206.03126)."
+)
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    of_layers = [f"{layer[what]:.2f}" for what in ("attention_rms", "mlp_rms", "entropy") for layer in row["layers"]]
+    dataset = " ".join(filter(None, (row["dataset"], overrides_text(row["overrides"]))))
+    return model_title(row["model"]), row["size"], dataset, f"{row['cosine']:.2f}", *of_layers, f"{row['uniform_entropy']:.2f}"
+
+
+def start_gaps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How far apart the arms' cosines are at most, and a sentence that names the cells in which that is too far."""
+    cosines: dict[str, dict[str, float]] = {}
+    for row in rows:
+        cell = " ".join(filter(None, (row["dataset"], row["size"], overrides_text(row["overrides"]))))
+        cosines.setdefault(cell, {})[row["model"]] = row["cosine"]
+    gaps = {cell: abs(of[ARMS[0]] - of[ARMS[1]]) for cell, of in cosines.items() if set(ARMS) <= set(of)}
+    if not gaps:
+        return []
+    far = ", ".join(f"{cell} ({gap:.2f})" for cell, gap in gaps.items() if gap > MOST_APART)
+    sentence = f"The two arms' cosines differ by at most {max(gaps.values()):.2f}."
+    return [sentence, *([f"They differ by more than {MOST_APART:g}, so the arms do not start alike, in: {far}."] if far else [])]
