@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffvit.data.batches import Prepare, make_loader
+from diffvit.data.near_duplicates import near_duplicates
 from diffvit.dataset import Dataset, ImageSet, load
 from diffvit.errors import UserError
 from diffvit.ledger.disk import listed
@@ -35,6 +36,7 @@ class Evaluation:
     Attributes:
         losses: cross-entropy in nats. probabilities: of the true label. confidences: of the predicted label.
         briers: squared distance of all probabilities to the true label's 1 and the others' 0, from 0 to 2 (Brier 1950).
+        duplicates: True where the image has a near-duplicate among the training images (see data/near_duplicates.py).
     """
 
     labels: Tensor
@@ -43,10 +45,11 @@ class Evaluation:
     probabilities: Tensor
     confidences: Tensor
     briers: Tensor
+    duplicates: Tensor
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers, 0 to 1."""
+        """Share of images classified correctly, 0 to 1."""
         return (self.labels == self.predicted).double().mean().item()
 
     @property
@@ -80,9 +83,11 @@ class Evaluation:
     def to_csv(self) -> str:
         """One row an image, in the split's order."""
         numbers = torch.stack([self.losses, self.probabilities, self.confidences, self.briers], dim=1).tolist()
-        answers = zip(self.labels.tolist(), self.predicted.tolist(), numbers, strict=True)
-        rows = (f"{i},{label},{guess},{','.join(f'{n:.9g}' for n in row)}\n" for i, (label, guess, row) in enumerate(answers))
-        return "image,label,predicted,loss,probability,confidence,brier\n" + "".join(rows)
+        answers = zip(self.labels.tolist(), self.predicted.tolist(), numbers, self.duplicates.int().tolist(), strict=True)
+        rows = (
+            f"{i},{label},{guess},{','.join(f'{n:.9g}' for n in row)},{double}\n" for i, (label, guess, row, double) in enumerate(answers)
+        )
+        return "image,label,predicted,loss,probability,confidence,brier,near_duplicate\n" + "".join(rows)
 
 
 def balanced_accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
@@ -104,12 +109,13 @@ def evaluate(
     batch_size: int,
     precision: str = "fp32",
 ) -> Evaluation:
-    """The model's answers for all images, on the device that the model is on."""
+    """Classify all images on the model's device. Whether the model was in training mode is left as it was."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    parts = []
+    parts, duplicates = [], []
     for pixels, labels in make_loader(images, batch_size=batch_size):
+        duplicates.append(near_duplicates(pixels))
         labels = labels.to(device)
         with autocast(device, precision):
             logits = model(prepare(pixels)).float()
@@ -119,8 +125,8 @@ def evaluate(
         columns = (labels, logits.argmax(1), losses, (-losses).exp(), shares.amax(1), briers)
         parts.append(torch.stack([column.double() for column in columns]).cpu())
     model.train(was_training)
-    labels, predicted, *numbers = torch.cat(parts, dim=1)
-    return Evaluation(labels.long(), predicted.long(), *numbers)
+    labels, predicted, losses, probabilities, confidences, briers = torch.cat(parts, dim=1)
+    return Evaluation(labels.long(), predicted.long(), losses, probabilities, confidences, briers, torch.cat(duplicates))
 
 
 class _Candidate(NamedTuple):
@@ -150,44 +156,45 @@ def find_checkpoint(
     checkpoints: Path, model: str | None, size: str | None, dataset: str | None, *, run_id: str | None = None, seed: int | None = None,
     overrides: Mapping[str, Any] | None = None, on_choice: Callable[[str], None] = lambda text: None,
 ) -> Path:  # fmt: skip
-    """The weights of the run that is meant: of several, the one without further overrides, and then the one with seed 0.
+    """Find the weights of one run. Of several that match, prefer those without further overrides, and of these seed 0.
 
     Args:
-        overrides: protocol values that it was trained with. Of these and all others, None is any.
-        on_choice: called with a sentence where several match, which says which was taken.
+        overrides: protocol values that it was trained with. Here and for all other arguments None matches anything.
+        on_choice: called with a sentence where one of several was chosen.
 
     Raises:
-        UserError: there is none, or there are several that this does not tell apart.
+        UserError: no run matches, or several are equally good.
     """
     name = f"model_{escape(run_id or '') or '*'}_{size or '*'}_{dataset or '*'}.safetensors"
     folders = [folder for folder in model_folders(checkpoints) if model in (None, folder.name)]
     paths = [path for folder in folders for path in listed(folder) if path.match(name)]
-    there, damaged = [], []
+    candidates, damaged = [], []
     for path in paths:
         try:
-            there.append(_Candidate(path, read_header(path)))
+            candidates.append(_Candidate(path, read_header(path)))
         except UserError as error:  # another one may be meant
             damaged.append(error)
     given = {key: value for key, value in (overrides or {}).items() if value is not None}
-    found = [
-        each for each in there
-        if seed in (None, each.facts["seed"]) and all(getattr(each.facts["protocol"], key) == value for key, value in given.items())
+    matches = [
+        candidate for candidate in candidates
+        if seed in (None, candidate.facts["seed"])
+        and all(getattr(candidate.facts["protocol"], key) == value for key, value in given.items())
     ]  # fmt: skip
     asked = {"run_id": run_id, "seed": seed, **given}
     which = " ".join([*filter(None, (model, size, dataset)), *(f"{key} {value}" for key, value in asked.items() if value is not None)])
-    if damaged and not found:
+    if damaged and not matches:
         raise damaged[0]
-    if not found:
-        hint = "`run.py list` shows the runs there are." if not there else "\n  ".join(["there are:", *map(str, there)])
+    if not matches:
+        hint = "`run.py list` shows the runs there are." if not candidates else "\n  ".join(["there are:", *map(str, candidates)])
         raise UserError(f"there is no checkpoint of {which} in {checkpoints}.", hint)
-    best = [each for each in found if each.overrides.keys() <= given.keys()] or found
+    best = [each for each in matches if each.overrides.keys() <= given.keys()] or matches
     if len({overrides_text(each.overrides) for each in best}) == 1:
         best = [each for each in best if each.facts["seed"] == 0] or best
     if len(best) > 1:
-        candidates = "\n  ".join(map(str, best))
-        raise UserError(f"{len(best)} runs of {which} match.", f"choose one by its seed, its overrides or its --run_id:\n  {candidates}")
-    if len(found) > 1:
-        on_choice(f"of {len(found)} runs that match, {best[0]}")
+        listing = "\n  ".join(map(str, best))
+        raise UserError(f"{len(best)} runs of {which} match.", f"choose one by its seed, its overrides or its --run_id:\n  {listing}")
+    if len(matches) > 1:
+        on_choice(f"of {len(matches)} runs that match, {best[0]}")
     return best[0].path
 
 
@@ -197,7 +204,7 @@ _COST_FIELDS = ("image_size", "patch_size", "channels", "classes", "d_model", "h
 def open_checkpoint(
     path: Path, data_root: str | Path | None, device: torch.device
 ) -> tuple[VisionTransformer, dict[str, Any], Dataset, Prepare]:
-    """A checkpoint's model on the device, its header's facts, the data it was trained on, and how it wants images. Raises UserError."""
+    """Load a checkpoint: the model on the device, its header's facts, its data set, and how images are prepared. Raises UserError."""
     model, facts = load_weights(path)
     data = load(facts["dataset"], data_root)
     # What decides the cost of an image. A header's numbers may fit its tensors and still ask for anything.
@@ -215,7 +222,7 @@ def evaluate_checkpoint(
     batch_size: int = 64,
     device: torch.device,
 ) -> dict[str, Any]:
-    """A checkpoint's accuracy, loss and per-class figures on its test set. Its header says all else.
+    """Measure a checkpoint's accuracy, loss and per-class figures on its test set.
 
     Raises:
         UserError: the checkpoint or the data are missing or damaged.
@@ -236,7 +243,7 @@ def evaluate_checkpoint(
 
 
 def data_warnings(facts: Mapping[str, Any], data: Dataset) -> list[str]:
-    """What to know of testing a model on these data, given its checkpoint's header."""
+    """Warnings about testing a model on these data, given its checkpoint's header."""
     if data.fingerprint == facts["fingerprint"]:
         return []
     return ["these data are not those that the model was trained on: test images may have been seen in training"]

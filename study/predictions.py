@@ -12,8 +12,11 @@ from diffvit.evaluation import balanced_accuracy, majority_share
 from diffvit.findings.calibration import calibrate
 from study.table import prediction_table
 
-# Shares, but for brier. Those from ece on need predictions with confidences.
-COLUMNS = ("balanced_accuracy", "majority_answer", "ece", "ece_low", "ece_high", "ece_by_chance", "brier")
+_CALIBRATION = ("ece", "ece_low", "ece_high", "ece_by_chance")
+
+# Shares, but for brier and near_duplicates, a number of test images, of which distinct_accuracy is without. Only the first two are
+# there for predictions of older versions.
+COLUMNS = ("balanced_accuracy", "majority_answer", *_CALIBRATION, "brier", "near_duplicates", "distinct_accuracy")
 
 
 def with_predictions(table: pd.DataFrame, checkpoints: Path | None) -> pd.DataFrame:
@@ -36,7 +39,10 @@ def _measure(checkpoints: Path, run: pd.DataFrame) -> dict[str, Any]:
             confidences, briers = (predictions[name].to_numpy(float) for name in ("confidence", "brier"))
             if ((confidences >= 0) & (confidences <= 1)).all():
                 calibration = calibrate((labels == predicted).astype(float), confidences)
-                found |= dict(zip(COLUMNS[2:6], calibration, strict=True)) | {"brier": float(briers.mean())}
+                found |= dict(zip(_CALIBRATION, calibration, strict=True)) | {"brier": float(briers.mean())}
+        if "near_duplicate" in predictions:
+            distinct = predictions["near_duplicate"].to_numpy(int) == 0
+            found |= {"near_duplicates": int((~distinct).sum()), "distinct_accuracy": float((labels == predicted)[distinct].mean())}
         return found
     except (UserError, KeyError, ValueError, TypeError, OverflowError):  # `list --verify` names what is damaged
         return {}

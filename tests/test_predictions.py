@@ -12,6 +12,7 @@ import torch
 from tables import study_table
 
 from diffvit.data.batches import Prepare
+from diffvit.data.near_duplicates import LIST, digest, near_duplicates
 from diffvit.dataset import ImageSet
 from diffvit.evaluation import balanced_accuracy, evaluate, majority_share
 from diffvit.findings.calibration import calibrate, calibration_error
@@ -70,12 +71,32 @@ def test_an_ended_run_has_all_columns_and_an_older_one_the_balanced_accuracy(tmp
     table = with_predictions(runs, tmp_path)
     assert table[list(COLUMNS)].notna().all(axis=None) and table["ece_low"][0] <= table["ece_high"][0]
     path = files_of(tmp_path, next(table.itertuples())).predictions
-    old = pd.read_csv(path).drop(columns=["confidence", "brier"])
+    old = pd.read_csv(path).drop(columns=["confidence", "brier", "near_duplicate"])
     old.to_csv(path, index=False)
     older = with_predictions(runs, tmp_path).iloc[0]
     assert older["balanced_accuracy"] == table["balanced_accuracy"][0] and older[["ece", "brier"]].isna().all()
     path.unlink()
     assert with_predictions(runs, tmp_path)[list(COLUMNS)].isna().all(axis=None)
+
+
+def test_near_duplicates_are_known_by_their_pixels_and_left_out_of_the_second_error(tmp_path: Path, monkeypatch) -> None:
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert not near_duplicates(pixels).any() and not near_duplicates(pixels[..., :8]).any()
+    monkeypatch.setattr("diffvit.data.near_duplicates._listed", lambda: frozenset([digest(pixels[2])]))
+    assert near_duplicates(pixels[[3, 2, 1]]).tolist() == [False, True, False]  # whatever the order
+    spec = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 2})
+    train(spec, tmp_path, device="cpu")
+    path = files_of(tmp_path, next(run_table(tmp_path).itertuples())).predictions
+    answers = pd.read_csv(path)
+    answers["near_duplicate"] = (answers["label"] == answers["predicted"]).astype(int)
+    answers.to_csv(path, index=False)
+    table = with_predictions(run_table(tmp_path), tmp_path).iloc[0]
+    assert table["near_duplicates"] == answers["near_duplicate"].sum() > 0 and table["distinct_accuracy"] == 0
+
+
+def test_the_list_has_as_many_images_as_are_said() -> None:
+    digests = LIST.read_text().split()
+    assert len(digests) == len(set(digests)) == 823 and {len(each) for each in digests} == {12} and digests == sorted(digests)
 
 
 def _section(table: pd.DataFrame, **columns: float) -> str:
@@ -85,7 +106,16 @@ def _section(table: pd.DataFrame, **columns: float) -> str:
     return to_markdown(predictions_section(analysis), Path())
 
 
-MEASURED = {"majority_answer": 48 / 132, "ece": 0.1, "ece_low": 0.05, "ece_high": 0.15, "ece_by_chance": 0.04, "brier": 0.6}
+MEASURED = {
+    "majority_answer": 48 / 132,
+    "near_duplicates": 0,
+    "distinct_accuracy": 0.3,
+    "ece": 0.1,
+    "ece_low": 0.05,
+    "ece_high": 0.15,
+    "ece_by_chance": 0.04,
+    "brier": 0.6,
+}
 
 
 def test_what_learnt_nothing_is_said_to() -> None:
@@ -103,4 +133,6 @@ def test_accuracies_beyond_the_plausible_are_doubted() -> None:
     assert "35 to 50 % in the literature" in _section(table, balanced_accuracy=0.5, **MEASURED)
     assert "above 60 %" not in _section(table, balanced_accuracy=0.5, **MEASURED)
     assert "above 60 %, which this protocol should not reach" in _section(table, test_accuracy=0.61, **MEASURED)
-    assert _section(study_table(dataset="digits")) == "\n"
+    twice = _section(table, test_accuracy=0.5, balanced_accuracy=0.5, **{**MEASURED, "near_duplicates": 823, "distinct_accuracy": 0.45})
+    assert "| 50.0 % | 55.0 % | 50.0 % |" in twice and "823 test images have near-duplicates" in twice
+    assert "891 test images" in _section(table) and _section(study_table(dataset="digits")) == "\n"
