@@ -9,7 +9,7 @@ import hashlib
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -19,6 +19,7 @@ import yaml
 
 # A new repository of the real hub begins with such a file, too.
 LFS_ENDINGS = ["bin", "bz2", "ckpt", "gz", "npy", "npz", "onnx", "parquet", "pkl", "pt", "pth", "safetensors", "tar", "tgz", "xz", "zip"]
+LFS_THRESHOLD = 10_000_000  # longer files have to be LFS
 ATTRIBUTES = "".join(f"*.{ending} filter=lfs diff=lfs merge=lfs -text\n" for ending in LFS_ENDINGS).encode()
 
 
@@ -103,18 +104,14 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository: branches and tags lead to commits, which never change."""
+    """A repository: branches lead to commits, which never change."""
 
-    kind: str
     name: str
     user: str
     private: bool = False
-    lfs_threshold: int = 10_000_000
     branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     announced: dict[str, int] = field(default_factory=dict)
-    parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
@@ -160,9 +157,9 @@ class Repo:
     # What the server asks.
 
     def resolve(self, revision: str) -> Commit:
-        """The commit of a branch, a tag, or (the beginning of) an id."""
+        """The commit of a branch, or of (the beginning of) an id."""
         with self.lock:
-            oid = self.branches.get(revision) or self.tags.get(revision)
+            oid = self.branches.get(revision)
             if oid is None and re.fullmatch("[0-9a-f]{7,40}", revision):
                 oid = next((each for each in self._commits if each.startswith(revision)), None)
             if oid is None:
@@ -180,15 +177,6 @@ class Repo:
         file, lie = commit.files.get(path), self._lies.get(path)
         return _entry(path, file, lie) if file or lie else None
 
-    def last_change(self, commit: Commit, touches: Callable[[str], bool]) -> Commit:
-        """The newest commit that changed a path that `touches` accepts."""
-        for each in _with_ancestors(commit):
-            before = each.parent.files if each.parent else {}
-            changed = (path for path in each.files.keys() | before.keys() if each.files.get(path) != before.get(path))
-            if any(touches(path) for path in changed):
-                return each
-        return commit
-
     def is_lfs(self, path: str, sample: bytes, size: int, branch: str = "main") -> bool:
         """Whether a file has to be LFS: by .gitattributes, by its size, or because it is no text."""
         attributes = self.resolve(branch).files.get(".gitattributes")
@@ -196,7 +184,7 @@ class Repo:
         patterns = [line.split()[0] for line in lines if "filter=lfs" in line.split()]
         name = path.rsplit("/", 1)[-1]
         named = any(fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(path, pattern) for pattern in patterns)
-        return size > 0 and (named or size > self.lfs_threshold or b"\0" in sample)
+        return size > 0 and (named or size > LFS_THRESHOLD or b"\0" in sample)
 
     # What the server does.
 
@@ -220,24 +208,11 @@ class Repo:
         if key == "header":
             return
         path = value["path"]
-        if key == "deletedFolder":
-            check_path(path.removesuffix("/"))
-            inside = [each for each in files if each.startswith(path.removesuffix("/") + "/")]
-            if not inside:
-                raise HubError(404, f"A folder with this name doesn't exist: {path}", "EntryNotFound")
-            for each in inside:
-                del files[each]
-            return
         check_path(path)
         if key == "file":
             files[path] = self._regular_file(path, value)
         elif key == "lfsFile":
             files[path] = self._lfs_file(path, value)
-        elif key == "copyFile":
-            source = self.resolve(value["srcRevision"]).files if value.get("srcRevision") else files
-            if value["srcPath"] not in source:
-                raise missing_entry(value["srcPath"])
-            files[path] = source[value["srcPath"]]
         elif key == "deletedFile":
             if path not in files:
                 raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
@@ -252,7 +227,7 @@ class Repo:
             content = base64.b64decode(value["content"], validate=True) if value.get("encoding") == "base64" else value["content"].encode()
         except binascii.Error as error:
             raise HubError(400, f"The content of {path} is not base64") from error
-        if len(content) > self.lfs_threshold:
+        if len(content) > LFS_THRESHOLD:
             raise HubError(400, f"{path} is too large for a regular file: send it as LFS")
         if path == "README.md":
             errors, _ = check_card(content.decode(errors="replace"))
@@ -293,31 +268,11 @@ class Repo:
                 raise HubError(409, f"Reference already exists: {branch}")
             self.branches[branch] = self.resolve(start or "main").oid
 
-    def delete_branch(self, branch: str) -> None:
-        with self.lock:
-            if branch == "main":
-                raise HubError(403, "The branch main cannot be deleted")
-            self._head(branch)
-            del self.branches[branch]
-
-    def create_tag(self, tag: str, revision: str) -> None:
-        with self.lock:
-            if tag in self.tags:
-                raise HubError(409, f"Tag already exists: {tag}")
-            self.tags[tag] = self.resolve(revision).oid
-
-    def delete_tag(self, tag: str) -> None:
-        with self.lock:
-            if self.tags.pop(tag, None) is None:
-                raise missing_revision(tag)
-
     def squash(self, branch: str, message: str) -> None:
         """Make one commit of a branch; commits that no reference leads to any more are gone."""
         with self.lock:
-            if branch in self.tags:
-                raise HubError(400, "Cannot squash a tag")
             self._append(branch, self._head(branch).files, message, root=True)
-            heads = [self._commits[oid] for oid in {*self.branches.values(), *self.tags.values()}]
+            heads = [self._commits[oid] for oid in set(self.branches.values())]
             self._commits = {each.oid: each for head in heads for each in _with_ancestors(head)}
 
     def _head(self, branch: str) -> Commit:

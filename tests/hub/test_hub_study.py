@@ -34,20 +34,8 @@ def box(parent: Path, name: str) -> Path:
 
 def table(folder: Path) -> pd.DataFrame:
     columns = [
-        "run_id",
-        "status",
-        "model",
-        "size",
-        "dataset",
-        "seed",
-        "overrides",
-        "parameters",
-        "steps",
-        "train_loss",
-        "val_loss",
-        "test_loss",
-        "test_accuracy",
-    ]
+        "run_id", "status", "model", "size", "dataset", "seed", "overrides", "parameters", "steps", "train_loss", "val_loss", "test_loss", "test_accuracy",
+    ]  # fmt: skip
     return pd.read_csv(folder / "checkpoints/grid_runs.csv")[columns]
 
 

@@ -11,14 +11,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 from hub.server import Fault, HubServer, Repo
-from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    BadRequestError,
-    HfHubHTTPError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import BadRequestError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
 NAME = "user/study"
 
@@ -42,7 +36,6 @@ def post(hub: HubServer, path: str, **more: Any):
 
 
 def test_a_small_and_a_large_file_make_the_round_trip(hub: HubServer, api: HfApi, tmp_path: Path):
-    assert api.whoami()["name"] == "user"
     url = api.create_repo(NAME, private=True)
     assert (url.repo_id, api.create_repo(NAME, private=True, exist_ok=True)) == (NAME, url)
     with pytest.raises(HfHubHTTPError, match="already created"):
@@ -59,7 +52,6 @@ def test_a_small_and_a_large_file_make_the_round_trip(hub: HubServer, api: HfApi
     told = {each.rfilename: each for each in info.siblings}
     assert told["weights.bin"].lfs.sha256 == hashlib.sha256(large).hexdigest()
     assert told["logs/a.csv"].blob_id == hashlib.sha1(b"blob 10\0step,loss\n").hexdigest()
-    assert [each.path for each in api.get_paths_info(NAME, ["logs", "weights.bin", "missing"])] == ["logs", "weights.bin"]
     assert api.file_exists(NAME, "weights.bin") and not api.file_exists(NAME, "missing")
     for path, content in {"weights.bin": large, "logs/a.csv": b"step,loss\n"}.items():
         assert Path(hf_hub_download(NAME, path)).read_bytes() == content
@@ -89,60 +81,31 @@ def test_folders_go_up_and_come_down(hub: HubServer, repo: Repo, api: HfApi, tmp
         "no text",
     }
 
+    told = {each.path: each for each in api.list_repo_tree(NAME, recursive=True)}
+    assert {path: each.size for path, each in told.items() if path in files} == {path: len(content) for path, content in files.items()}
+    assert set(told) - set(files) == {"runs", "runs/1", "runs/2"}
+    assert [each.path for each in api.list_repo_tree(NAME, "runs")] == ["runs/1", "runs/2"]
+    assert {path: Path(hf_hub_download(NAME, path)).read_bytes() for path in files} == files
+
     api.upload_folder(repo_id=NAME, folder_path=tmp_path / "up")
     assert len(repo.history()) == 2 and len(hub.asked("PUT", "")) == 3  # nothing is new
-    down = Path(snapshot_download(NAME, local_dir=tmp_path / "down"))
-    assert {
-        str(path.relative_to(down)): path.read_bytes() for path in down.rglob("*") if path.is_file() and ".cache" not in path.parts
-    } == files
-
     api.delete_file("a.txt", repo_id=NAME)
-    api.delete_files(repo_id=NAME, delete_patterns=["runs/1/*.csv"])
-    api.delete_folder("runs/2", repo_id=NAME)
-    assert set(repo.files()) == {".gitattributes", "runs/1/weights.safetensors", "no text"}
+    assert "a.txt" not in repo.files()
     with pytest.raises(RemoteEntryNotFoundError):
         api.delete_file("a.txt", repo_id=NAME)
-
-
-def test_large_objects_go_in_parts(hub: HubServer, repo: Repo, api: HfApi):
-    hub.part_size = 1_000_000
-    content = noise(2_500_000)
-    api.upload_file(path_or_fileobj=content, path_in_repo="weights.bin", repo_id=NAME)
-    assert repo.files()["weights.bin"] == content
-    assert [each.received for each in hub.asked("PUT", r"^/storage/upload/.*/\d$")] == [1_000_000, 1_000_000, 500_000]
-
-
-def test_copies(repo: Repo, api: HfApi):
-    repo.commit({"a.bin": b"large", "a.txt": b"small"})
-    copies = [CommitOperationCopy("a.bin", "copies/b.bin"), CommitOperationCopy("a.txt", "copies/b.txt")]
-    api.create_commit(NAME, [*copies, CommitOperationDelete("a.bin")], commit_message="copies")
-    assert {path: repo.files().get(path) for path in ("a.bin", "copies/b.bin", "copies/b.txt")} == {
-        "a.bin": None,
-        "copies/b.bin": b"large",
-        "copies/b.txt": b"small",
-    }
 
 
 def test_revisions(repo: Repo, api: HfApi):
     first = repo.commit({"a": b"1"}, "first")
     api.create_branch(NAME, branch="runs/1")
     api.create_branch(NAME, branch="runs/1", exist_ok=True)
-    api.create_tag(NAME, tag="v1", revision=first)
     second = api.upload_file(path_or_fileobj=b"2", path_in_repo="a", repo_id=NAME, revision="runs/1", commit_message="second").oid
-    refs = api.list_repo_refs(NAME)
-    assert {each.name: each.target_commit for each in [*refs.branches, *refs.tags]} == {"main": first, "runs/1": second, "v1": first}
-    assert [each.title for each in api.list_repo_commits(NAME, revision="runs/1")] == ["second", "first", "initial commit"]
-    for revision, content in {"runs/1": b"2", "v1": b"1", second: b"2", second[:8]: b"2"}.items():
+    assert repo.branches == {"main": first, "runs/1": second}
+    for revision, content in {"runs/1": b"2", "main": b"1", second: b"2", second[:8]: b"2"}.items():
         assert Path(hf_hub_download(NAME, "a", revision=revision)).read_bytes() == content
-
     api.super_squash_history(NAME, branch="runs/1", commit_message="one")
-    assert [each.title for each in api.list_repo_commits(NAME, revision="runs/1")] == ["one"] and repo.files("runs/1")["a"] == b"2"
+    assert [each.title for each in repo.history("runs/1")] == ["one"] and repo.files("runs/1")["a"] == b"2"
     assert api.revision_exists(NAME, first) and not api.revision_exists(NAME, second)
-    api.delete_branch(NAME, branch="runs/1")
-    api.delete_tag(NAME, tag="v1")
-    assert not api.revision_exists(NAME, "runs/1") and not api.revision_exists(NAME, "v1")
-    with pytest.raises(HfHubHTTPError, match="cannot be deleted"):
-        api.delete_branch(NAME, branch="main")
 
 
 def test_a_commit_on_an_old_parent_is_refused(repo: Repo, api: HfApi):
@@ -160,11 +123,7 @@ def test_who_may_do_what(hub: HubServer, repo: Repo, api: HfApi):
         each.commit({"a": b"1"})
     reads, wrong, nobody = (HfApi(token=token) for token in ("hf_read", "hf_wrong", False))
     assert reads.file_exists(NAME, "a") and nobody.file_exists("user/open", "a")
-    for private in (
-        lambda: nobody.repo_info(NAME),
-        lambda: nobody.list_repo_files(NAME),
-        lambda: nobody.list_repo_refs(NAME),
-    ):
+    for private in (lambda: nobody.repo_info(NAME), lambda: nobody.list_repo_files(NAME)):
         with pytest.raises(RepositoryNotFoundError) as missing:
             private()
         assert missing.value.response.status_code == 401
@@ -176,12 +135,7 @@ def test_who_may_do_what(hub: HubServer, repo: Repo, api: HfApi):
 
     assert [upload(each, "user/open") for each in (reads, wrong, nobody)] == [403, 401, 401]
     assert [upload(each, NAME) for each in (reads, wrong, nobody)] == [403, 401, 401]
-    for refused in (
-        lambda: wrong.whoami(),
-        lambda: wrong.repo_info("user/open"),
-        lambda: reads.create_repo("user/new"),
-        lambda: api.create_repo("other/new"),
-    ):
+    for refused in (lambda: wrong.repo_info("user/open"), lambda: reads.create_repo("user/new"), lambda: api.create_repo("other/new")):
         with pytest.raises(HfHubHTTPError) as error:
             refused()
         assert error.value.response.status_code in (401, 403)
@@ -199,22 +153,7 @@ def test_what_is_missing_says_so(repo: Repo, api: HfApi):
         hf_hub_download(NAME, "missing")
     with pytest.raises(RemoteEntryNotFoundError):
         list(api.list_repo_tree(NAME, "missing"))
-    api.delete_repo(NAME)
-    assert not api.repo_exists(NAME)
-
-
-def test_lists_come_in_pages(hub: HubServer, repo: Repo, api: HfApi):
-    for number in range(5):
-        repo.commit({f"runs/{number}.csv": b"%d" % number, "last.bin": b"%d" % number}, f"commit {number}")
-    hub.page_size = 2
-    files = {each.path: each for each in api.list_repo_tree(NAME, recursive=True, expand=True)}
-    assert list(files) == [".gitattributes", "last.bin", "runs", *(f"runs/{number}.csv" for number in range(5))]
-    assert [files[path].last_commit.title for path in ("runs", "runs/3.csv", "last.bin")] == ["commit 4", "commit 3", "commit 4"]
-    assert (files["last.bin"].size, files["last.bin"].lfs.sha256) == (1, hashlib.sha256(b"4").hexdigest())
-    assert [each.path for each in api.list_repo_tree(NAME)] == [".gitattributes", "last.bin", "runs"]
-    assert [each.path for each in api.list_repo_tree(NAME, "runs")] == [f"runs/{number}.csv" for number in range(5)]
-    assert len(hub.asked("GET", "/tree/")) == 4 + 2 + 3
-    assert len(api.list_repo_commits(NAME)) == 6
+    assert not api.repo_exists("user/missing")
 
 
 @pytest.mark.parametrize("path", ["../evil", "/etc/passwd", "a/../b", "a//b", ".git/config", "a\\b", ""])
@@ -269,25 +208,6 @@ def test_the_metadata_of_a_card_are_checked(repo: Repo, api: HfApi):
         )
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "what"),
-    [
-        ("PUT", "^/storage/", {"status": 503}),
-        ("POST", "/preupload/", {"status": 429, "headers": {"Retry-After": "7"}}),
-        ("POST", "objects/batch", {"lose": True}),
-        ("PUT", "^/storage/", {"cut_request": 100_000}),
-        ("PUT", "^/storage/", {"cut_request": 100_000, "reset": True}),
-        ("POST", "verify", {"cut": 0}),
-    ],
-)
-def test_an_upload_survives_a_fault_that_passes(hub: HubServer, repo: Repo, api: HfApi, method: str, path: str, what: dict[str, Any]):
-    fault = hub.faults.add(method, path, times=2, **what)
-    content = noise(2_000_000)
-    api.upload_file(path_or_fileobj=content, path_in_repo="weights.bin", repo_id=NAME)
-    assert (fault.hits, fault.seen) == (2, 3)
-    assert repo.files()["weights.bin"] == content and len(repo.history()) == 2
-
-
 def test_a_cut_download_goes_on_where_it_was_cut(hub: HubServer, repo: Repo, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 16)  # less than a whole chunk is thrown away
     content = noise(3_000_000)
@@ -307,14 +227,6 @@ def test_ranges(hub: HubServer, repo: Repo):
             assert (answer.status_code, answer.content) == (206, content)
         answer = huggingface_hub.get_session().get(url, headers={"Authorization": "Bearer hf_read", "Range": "bytes=10-"})
         assert (answer.status_code, answer.headers["Content-Range"]) == (416, "bytes */10")
-
-
-def test_a_download_can_be_corrupt(hub: HubServer, repo: Repo):
-    content = noise(100_000)
-    repo.commit({"weights.bin": content})
-    hub.faults.add("GET", "^/storage/", corrupt=50_000, slow=0.01)
-    got = Path(hf_hub_download(NAME, "weights.bin")).read_bytes()
-    assert [place for place in range(100_000) if got[place] != content[place]] == [50_000]
 
 
 def test_a_commit_can_be_done_without_an_answer(hub: HubServer, repo: Repo, api: HfApi):
@@ -340,7 +252,6 @@ def test_which_requests_a_fault_hits():
         return [number for number in range(1, 11) if fault.strikes("GET", "/a/b")]
 
     assert (hits(times=2), hits(after=7), hits(every=4), hits(every=2, after=3, times=2)) == ([1, 2], [8, 9, 10], [4, 8], [5, 7])
-    assert hits(probability=0.5, seed=1) == hits(probability=0.5, seed=1) != hits(probability=0.5, seed=2)
     fault = Fault("PUT", "^/storage/.*bin$")
     assert [fault.strikes(*each) for each in (("GET", "/storage/a.bin"), ("PUT", "/a.bin"), ("PUT", "/storage/a.bin"))] == [
         False,
@@ -367,16 +278,6 @@ def test_lies(repo: Repo, api: HfApi):
     assert set(api.list_repo_files(NAME)) == {".gitattributes", "log.csv", "weights.bin"}
 
 
-def test_a_hub_that_goes_and_comes_back(hub: HubServer, repo: Repo, api: HfApi):
-    repo.commit({"a": b"1"})
-    assert api.file_exists(NAME, "a")
-    hub.stop()
-    with pytest.raises(Exception, match="refused"):
-        api.file_exists(NAME, "a")
-    hub.start()
-    assert api.file_exists(NAME, "a")
-
-
 def test_many_commits_at_once(hub: HubServer, repo: Repo, api: HfApi):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -393,11 +294,3 @@ def test_a_child_process_finds_the_hub(repo: Repo):
     code = f"from huggingface_hub import upload_file; upload_file(path_or_fileobj=b'1', path_in_repo='a.bin', repo_id='{NAME}')"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "HF_HUB_DISABLE_XET": "1"})
     assert repo.files()["a.bin"] == b"1"
-
-
-def test_data_sets_have_addresses_of_their_own(hub: HubServer, api: HfApi):
-    url = api.create_repo("user/images", repo_type="dataset")
-    assert (url.repo_type, url.url) == ("dataset", f"{hub.url}/datasets/user/images")
-    api.upload_file(path_or_fileobj=b"1", path_in_repo="a.bin", repo_id="user/images", repo_type="dataset")
-    assert Path(hf_hub_download("user/images", "a.bin", repo_type="dataset")).read_bytes() == b"1"
-    assert hub.repo("user/images", "dataset").files()["a.bin"] == b"1" and not api.repo_exists("user/images")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import random
 import re
 import socket
 import socketserver
@@ -36,7 +35,6 @@ class Fault:
         times: So many requests, then no more.
         after: Lets the first so many pass.
         every: Hits one request in so many.
-        probability: Hits with this probability, by a generator with the seed `seed`.
         status: Answers this, instead of doing what is asked.
         headers: Sent with that status.
         hang: Does not answer for so many seconds, then closes the connection.
@@ -45,7 +43,6 @@ class Fault:
         lose: Does what is asked, and closes the connection without an answer.
         reset: Cuts, if they are to, are resets of the connection.
         corrupt: Flips a bit of this byte of the body of the answer; -1: the last.
-        slow: Waits so many seconds before every 64 KiB, of a request or an answer.
     """
 
     method: str
@@ -53,8 +50,6 @@ class Fault:
     times: int | None = None
     after: int = 0
     every: int = 1
-    probability: float = 1.0
-    seed: int = 0
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
     hang: float = 0.0
@@ -63,12 +58,8 @@ class Fault:
     lose: bool = False
     reset: bool = False
     corrupt: int | None = None
-    slow: float = 0.0
     seen: int = 0
     hits: int = 0
-
-    def __post_init__(self) -> None:
-        self._random = random.Random(self.seed)
 
     def strikes(self, method: str, path: str) -> bool:
         """Whether it is this request's turn; counts it."""
@@ -77,7 +68,7 @@ class Fault:
         self.seen += 1
         spent = self.times is not None and self.hits >= self.times
         turn = self.seen > self.after and (self.seen - self.after) % self.every == 0
-        if spent or not turn or self._random.random() >= self.probability:
+        if spent or not turn:
             return False
         self.hits += 1
         return True
@@ -163,11 +154,6 @@ class Call:
             return json.loads(self.body)
         except ValueError as error:
             raise HubError(400, "The body is not JSON") from error
-
-    def form(self) -> dict[str, list[str]]:
-        if "json" not in self.headers.get("content-type", ""):
-            return parse_qs(self.body.decode())
-        return {key: value if isinstance(value, list) else [str(value)] for key, value in self.json().items()}
 
 
 def ranged(call: Call, content: bytes, headers: dict[str, str]) -> Answer:
@@ -279,8 +265,6 @@ class _Handler(BaseHTTPRequestHandler):
             while size > 0:
                 if left == 0:
                     raise CutError
-                if fault.slow:
-                    self.server.hub.stopping.wait(fault.slow)
                 piece = self.rfile.read(min(size, CHUNK) if left is None else min(size, CHUNK, left))
                 if not piece:
                     raise CutError  # by the client
@@ -317,11 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
             changed = bytearray(body)
             changed[fault.corrupt] ^= 1
             body = bytes(changed)
-        view = memoryview(body)[: fault.cut]
-        for start in range(0, len(view), CHUNK):
-            if fault.slow:
-                self.server.hub.stopping.wait(fault.slow)
-            self.wfile.write(view[start : start + CHUNK])
+        self.wfile.write(memoryview(body)[: fault.cut])
         if fault.cut is not None:
             raise CutError
 
