@@ -40,6 +40,12 @@ def _run(folder: Path, model: str = "vit_differential", overrides: dict | None =
     return RunFiles.of(folder, spec, result.run_id)
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
+    """A run of twelve steps, to be looked at."""
+    return _run(tmp_path_factory.mktemp("short"))
+
+
 def test_a_run_leaves_its_four_files_and_learns(tmp_path: Path) -> None:
     files = _run(tmp_path, overrides={"epochs": 4, "lr": 2e-3})
     assert {path.name for path in files.weights.parent.iterdir()} == {
@@ -58,14 +64,13 @@ def test_a_run_leaves_its_four_files_and_learns(tmp_path: Path) -> None:
     assert predictions["label"].tolist() == load("digits").test.labels.tolist()
 
 
-def test_the_saved_model_gives_the_recorded_accuracy(tmp_path: Path) -> None:
+def test_the_saved_model_gives_the_recorded_accuracy(short: RunFiles) -> None:
     from diffvit.evaluation import evaluate_checkpoint
 
-    files = _run(tmp_path)
-    result = read_result(files.result)
+    result = read_result(short.result)
     assert result is not None
-    report = evaluate_checkpoint(files.weights, device=torch.device("cpu"), batch_size=50)
-    limited = evaluate_checkpoint(files.weights, device=torch.device("cpu"), limit=result.test_images)
+    report = evaluate_checkpoint(short.weights, device=torch.device("cpu"), batch_size=50)
+    limited = evaluate_checkpoint(short.weights, device=torch.device("cpu"), limit=result.test_images)
     assert limited["accuracy"] == pytest.approx(result.test_accuracy)
     assert limited["loss"] == pytest.approx(result.test_loss, rel=1e-5)
     assert report["images"] == 359
@@ -80,76 +85,66 @@ def test_same_seed_same_bytes(tmp_path: Path, model: str) -> None:
     pd.testing.assert_frame_equal(_losses(first), _losses(second), check_exact=True)
 
 
-def test_another_seed_another_run(tmp_path: Path) -> None:
-    first = _run(tmp_path)
+def test_another_seed_another_run(tmp_path: Path, short: RunFiles) -> None:
     spec = RunSpec.of("vit_differential", "0.1M", "digits", seed=1, overrides=SHORT)
     result = train(spec, tmp_path, device="cpu")
-    assert result.run_id not in first.weights.name
-    assert first.weights.read_bytes() != RunFiles.of(tmp_path, spec, result.run_id).weights.read_bytes()
+    assert result.run_id not in short.weights.name
+    assert short.weights.read_bytes() != RunFiles.of(tmp_path, spec, result.run_id).weights.read_bytes()
 
 
-def test_micro_batches_do_not_change_the_losses(tmp_path: Path) -> None:
-    whole, split = _run(tmp_path / "whole"), _run(tmp_path / "split", compute=Compute(micro_batch=5))
-    assert whole.weights.name == split.weights.name  # the same work, so the same run_id
-    pd.testing.assert_frame_equal(_losses(whole), _losses(split), rtol=2e-4, atol=1e-5)
+def test_micro_batches_change_neither_losses_nor_norms(tmp_path: Path, short: RunFiles) -> None:
+    split = _run(tmp_path, compute=Compute(micro_batch=5))
+    assert short.weights.name == split.weights.name  # the same work, so the same run_id
+    pd.testing.assert_frame_equal(_losses(short), _losses(split), rtol=2e-4, atol=1e-5)
+    pd.testing.assert_series_equal(read_log(short.log)["grad_norm"], read_log(split.log)["grad_norm"], rtol=1e-3)
     assert json.loads(split.result.read_text())["micro_batch"] == 5
 
 
-def _worker(rank: int, workers: int, folder: str, overrides: dict) -> None:
+def _in_a_group(rank: int, folder: str, rounds: list[tuple[dict, bool]]) -> None:
+    """One of two processes trains in each round, of which the second process alone may be asked to stop; notes how each ended."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
-    train(RunSpec.of("vit_differential", "0.1M", "digits", overrides=overrides), Path(folder), device="cpu")
-    dist.destroy_process_group()
+    for number, (overrides, stops) in enumerate(rounds):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{number}", rank=rank, world_size=2)
+        asked, outcome = iter(range(1, 1000)), "ended"
+        try:
+            spec = RunSpec.of("vit_differential", "0.1M", "digits", overrides=overrides)
+            train(spec, Path(folder), device="cpu", should_stop=lambda: stops and rank == 1 and next(asked) >= 10)  # noqa: B023
+        except Stopped as stopped:
+            outcome = f"stopped after {stopped.step}"
+        Path(folder, f"outcome{number}-{rank}").write_text(outcome)
+        dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("batch_size", [32, 1257])  # 1257 leaves a last batch of one image: a worker without any
-def test_two_workers_give_the_losses_of_one(tmp_path: Path, batch_size: int) -> None:
+def test_groups_of_workers(tmp_path: Path) -> None:
+    """They give the losses of one worker, and stop, resume and diverge together."""
     # AdamW hides a wrong scale of the gradient; clipping some of the steps does not.
-    overrides = {"max_steps": 3 if batch_size > 32 else 10, "batch_size": batch_size, "clip_norm": 11.0}
-    alone = _run(tmp_path / "alone", overrides=overrides)
-    mp.start_processes(_worker, args=(2, str(tmp_path), overrides), nprocs=2, start_method="spawn")
-    together = RunFiles(tmp_path, "vit_differential", alone.stem.split("_")[1], "0.1M", "digits")
-    pd.testing.assert_frame_equal(_losses(alone), _losses(together), rtol=2e-4, atol=1e-5)
-    result = read_result(together.result)
-    assert result is not None
-    assert result.workers == 2
+    compared = [
+        {"max_steps": 10, "batch_size": 32, "clip_norm": 11.0},
+        {"max_steps": 3, "batch_size": 1257, "clip_norm": 11.0},  # the last batch is one image: a worker without any
+    ]
+    interrupted, diverges = {"epochs": 1}, {"epochs": 1, "lr": 1e8}
+    rounds = [*((each, False) for each in compared), (interrupted, True), (interrupted, False), (diverges, False)]
+    mp.start_processes(_in_a_group, args=(str(tmp_path), rounds), nprocs=2, start_method="spawn")
+    outcomes = [{(tmp_path / f"outcome{number}-{rank}").read_text() for rank in (0, 1)} for number in range(len(rounds))]
+    assert outcomes == [{"ended"}, {"ended"}, {"stopped after 11"}, {"ended"}, {"ended"}]
 
-
-def _interrupted_worker(rank: int, workers: int, folder: str, round_: int) -> None:
-    """Trains in a group whose second process alone is asked to stop, or whose training diverges in the third round."""
-    torch.set_num_threads(1)
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{round_}", rank=rank, world_size=workers)
-    asked = iter(range(1, 1000))
-    overrides = {"epochs": 1, "lr": 1e8} if round_ == 2 else {"epochs": 1}
-    outcome = "ended"
-    try:
-        spec = RunSpec.of("vit_differential", "0.1M", "digits", overrides=overrides)
-        train(spec, Path(folder), device="cpu", should_stop=lambda: round_ == 0 and rank == 1 and next(asked) >= 10)
-    except Stopped as stopped:
-        outcome = f"stopped after {stopped.step}"
-    Path(folder, f"outcome{round_}-{rank}").write_text(outcome)
-    dist.destroy_process_group()
-
-
-def test_a_group_stops_resumes_and_diverges_together(tmp_path: Path) -> None:
-    for round_ in range(3):
-        mp.start_processes(_interrupted_worker, args=(2, str(tmp_path), round_), nprocs=2, start_method="spawn")
-    outcomes = [[(tmp_path / f"outcome{round_}-{rank}").read_text() for rank in (0, 1)] for round_ in range(3)]
-    assert outcomes == [["stopped after 11"] * 2, ["ended"] * 2, ["ended"] * 2]
-    statuses = {result.status: result for result in read_results(tmp_path)}
+    for overrides in compared:
+        alone = _run(tmp_path / "alone", overrides=overrides)
+        together = RunFiles(tmp_path, "vit_differential", alone.stem.split("_")[1], "0.1M", "digits")
+        pd.testing.assert_frame_equal(_losses(alone), _losses(together), rtol=2e-4, atol=1e-5)
+    results = read_results(tmp_path)
+    assert [result.workers for result in results] == [2] * 4
+    statuses = {result.status: result for result in results if "epochs" in result.overrides}
     assert set(statuses) == {"done", "diverged"}
     log = RunFiles(tmp_path, "vit_differential", statuses["done"].run_id, "0.1M", "digits").log
     assert "# resumed after step 11;" in log.read_text() and read_log(log)["step"].tolist() == list(range(1, 41))
 
 
-def test_the_norm_in_the_log_is_the_gradients(tmp_path: Path) -> None:
-    one, two = (read_log(_run(tmp_path / str(micro), compute=Compute(micro_batch=micro)).log)["grad_norm"] for micro in (None, 5))
+def test_the_norm_in_the_log_is_the_gradients(short: RunFiles) -> None:
+    one = read_log(short.log)["grad_norm"]
     assert (one > 0).all()
-    pd.testing.assert_series_equal(one, two, rtol=1e-3)
     spec = RunSpec.of("vit_differential", "0.1M", "digits", overrides=SHORT)
     data, model = load("digits"), build_model(spec.model, spec.size, spec.protocol)
     model.initialise(0)
@@ -283,17 +278,15 @@ def test_the_log_says_what_a_reader_must_know(tmp_path: Path) -> None:
     assert any("warm-up" in note for note in result.notes)
 
 
-def test_clipping_is_an_option(tmp_path: Path) -> None:
-    free = _losses(_run(tmp_path))
+def test_clipping_is_an_option(tmp_path: Path, short: RunFiles) -> None:
     clipped_files = _run(tmp_path, overrides={**SHORT, "clip_norm": 1e-3})
-    assert not free.equals(_losses(clipped_files))
+    assert not _losses(short).equals(_losses(clipped_files))
     assert json.loads(clipped_files.result.read_text())["identity"]["protocol"]["clip_norm"] == 1e-3
 
 
-def test_the_header_rebuilds_the_model(tmp_path: Path) -> None:
-    files = _run(tmp_path)
-    model, facts = load_weights(files.weights)
-    assert facts["run_id"] in files.weights.name
+def test_the_header_rebuilds_the_model(short: RunFiles) -> None:
+    model, facts = load_weights(short.weights)
+    assert facts["run_id"] in short.weights.name
     assert facts["protocol"].with_overrides({}) == PROTOCOLS["digits"].with_overrides(SHORT)
     assert model.count_parameters() == 102_410
 
