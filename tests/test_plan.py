@@ -1,10 +1,9 @@
-"""What a study will need, known before it starts: memory, time and money; and what a rehearsal finds."""
+"""What a study will need, known before it starts: memory, time and money."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from faults.processes import finish, run_py, study
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import load
-from diffvit.keeping.saving import Saving
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import was_interrupted
 from diffvit.ledger.spec import RunSpec
@@ -25,12 +23,9 @@ from diffvit.memory import Peak, activation_bytes, evaluation_bytes, even_split,
 from diffvit.protocol import MODELS, PROTOCOLS
 from diffvit.train import train
 from diffvit.vit import VisionTransformer, build_model
-from study.cluster.connect import connect
-from study.cluster.runner import Settings
 from study.cost.devices import SHEETS, CellRate, Machine, find_machine, find_sheet, how, keep_machine, measurements_file, sheet_of
 from study.cost.forecast import Rate, cell_of, forecast_study, forecast_text, makespan, measured_fleet, run_seconds, sheet_fleet
 from study.cost.probe import measure_cell
-from study.cost.rehearsal import Rehearsed, cells, rehearse
 from study.cost.truth import compare, comparison_lines, seconds_taken
 from study.grid import GRIDS, Grid
 from study.plan import load_fingerprints, plan_runs
@@ -350,52 +345,6 @@ def test_a_cell_is_measured_by_real_steps(tmp_path: Path, monkeypatch: pytest.Mo
     found = measure_cell(spec, load("digits"), torch.device("cpu"), Compute(micro_batch=16), 0.5)
     assert found["images"] in (1, 4, 16, 32) and found["train"] > 0 and found["evaluate"] > 0 and found["start"] > 0
     assert not list(tmp_path.iterdir())
-
-
-# -------------------------------------------------------------------------------------------------------------- rehearsal
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with connect("local", dashboard=False) as connected:
-        yield connected
-
-
-def test_a_rehearsal_leaves_nothing_and_names_what_fails(cluster, tmp_path: Path) -> None:
-    breaks = {"lr": 9e8, "warmup_steps": 0}
-    chosen = cells(Grid("some", ("digits",), models=("vit_classic",), sizes=("small",), seeds=(0, 1), conditions=({}, breaks)).runs())
-    assert [spec.overrides for spec in chosen] == [{"max_steps": 2}, {**breaks, "max_steps": 2}]
-    (tmp_path / "storage").mkdir()
-    settings = Settings(checkpoints=tmp_path / "checkpoints", saving=Saving(storage=str(tmp_path / "storage")))
-    heard: list[Rehearsed] = []
-    found = rehearse(chosen, settings, heard.append)
-    assert len(heard) == 2 and {each.title for each in heard} == {each.title for each in found}
-    whole, broken = found
-    assert whole.title == "vit_classic 0.1M digits" and broken.title == "vit_classic 0.1M digits lr=900000000.0 warmup_steps=0"
-    assert whole.parts == (
-        "stopped and saved after a step", "resumed to step 2", "tested on 64 images", "read back", "stored and brought back")  # fmt: skip
-    assert whole.fault == "" and whole.seconds > 0 and whole.memory is not None and whole.memory > 50 * 2**20
-    assert whole.line().startswith("ok ") and "diverged" in broken.fault and broken.line().startswith("FAILED")
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["storage"]
-
-
-def test_a_rehearsal_keeps_what_was_there(cluster, tmp_path: Path) -> None:
-    specs = Grid("one", ("digits",), models=("vit_classic",), sizes=("small",), overrides={"max_steps": 2}).runs()
-    train(specs[0], tmp_path, device="cpu")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    (outcome,) = rehearse(cells(specs), Settings(tmp_path), lambda each: None)
-    assert not outcome.fault and "stored and brought back" not in outcome.parts
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert not list((tmp_path / ".state").iterdir())
-
-
-def test_a_process_that_dies_in_a_rehearsal_is_named(cluster, tmp_path: Path) -> None:
-    import ray
-
-    from study.cost.rehearsal import _outcome
-
-    died = _outcome(ray.remote(max_retries=0)(lambda: os._exit(3)).remote(), "some cell")
-    assert died.title == "some cell" and "process died" in died.fault and "FAILED  some cell" in died.line()
 
 
 @pytest.mark.slow

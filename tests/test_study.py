@@ -1,4 +1,4 @@
-"""Studies over a real local Ray: all runs done, reports that agree with the table, failures that stay alone."""
+"""Studies over a real local Ray: all runs done, reports that agree with the table, failures that stay alone; and rehearsals."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -18,9 +19,9 @@ import pandas as pd
 import pytest
 
 from diffvit.errors import UserError
+from diffvit.keeping.saving import Saving
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import Step, TrainingLog, read_log
-from diffvit.ledger.results import read_results
 from diffvit.ledger.spec import RunSpec
 from diffvit.protocol import ARMS, MODELS, PROTOCOLS
 from diffvit.train import train
@@ -28,14 +29,15 @@ from study.cluster.address import find_address
 from study.cluster.connect import Cluster, connect
 from study.cluster.display import StudyDisplay
 from study.cluster.runner import Settings, run_all
+from study.cost.rehearsal import Rehearsed, cells, rehearse
 from study.grid import GRIDS, Grid, find_grid
 from study.placement import Placement
-from study.plan import load_fingerprints, plan_runs
+from study.plan import PlannedRun, load_fingerprints, plan_runs
 from study.table import conditions, files_of, prediction_table, run_table, step_table, write_step_csv
 
 ROOT = Path(__file__).resolve().parents[1]
-EIGHT = Grid("eight", datasets=("digits", "digits-noisy"), sizes=("small", "medium"), overrides={"max_steps": 4})
-TINY = Grid("tiny", datasets=("digits",), sizes=("small",), overrides={"max_steps": 4})
+FOUR = Grid("four", datasets=("digits", "digits-noisy"), sizes=("small",), overrides={"max_steps": 4})
+ONE = Grid("one", datasets=("digits",), models=("vit_classic",), sizes=("small",), seeds=(1,), overrides={"max_steps": 4})
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,7 @@ def _plan(grid: Grid, folder: Path):
     return plan_runs(specs, folder, load_fingerprints(specs, None, required=True))
 
 
-def _study(grid: Grid, folder: Path, cluster: Cluster, **placement):
-    runs = _plan(grid, folder)
+def _study(runs: list[PlannedRun], folder: Path, cluster: Cluster, **placement):
     with StudyDisplay(runs) as display:
         return run_all(runs, Settings(folder, placement=Placement(**placement)), cluster, display)[0]
 
@@ -67,27 +68,38 @@ def test_the_dashboard_answers(cluster: Cluster) -> None:
 
 @pytest.fixture(scope="module")
 def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory):
-    """A finished study of eight runs: its folder and what Tune says of it."""
+    """A study of four runs that end and one that fails: its folder, and what Tune says of those that ended and of the other."""
     folder = tmp_path_factory.mktemp("study")
-    return folder, _study(EIGHT, folder, cluster)
+    (fails,) = _plan(ONE, folder)
+    # A folder where its log has to go: a fault that only this run meets, and only when it starts.
+    RunFiles.of(folder, fails.spec, str(fails.run_id)).log.mkdir(parents=True)
+    reports = _study([fails, *_plan(FOUR, folder)], folder, cluster)
+    return folder, reports, reports.pop(str(fails.run_id))
+
+
+def test_a_run_that_fails_does_not_stop_the_others(finished) -> None:
+    _, reports, failed = finished
+    assert len(reports) == 4 and not any("failed" in report for report in reports.values())
+    assert "IsADirectoryError" in failed["failed"] and "3 times" in failed["failed"]
 
 
 def test_tunes_results_and_the_table_agree(finished) -> None:
-    folder, reports = finished
-    assert not any("failed" in report for report in reports.values())
+    folder, reports, failed = finished
     ours = run_table(folder).set_index("run_id")
     tunes = pd.DataFrame(reports.values()).set_index("run_id")
-    assert len(ours) == 8
+    assert len(ours) == 4
     assert set(ours.index) == set(tunes.index)
     for column in ("test_accuracy", "test_loss", "val_loss", "train_loss", "steps", "parameters", "seconds"):
         pd.testing.assert_series_equal(ours[column].sort_index(), tunes[column].sort_index(), check_dtype=False)
     assert (ours["threads"] == 1).all()
     assert (ours["flags"] == "").all()
-    assert not list((folder / ".state").iterdir())  # neither Tune's record nor states of finished runs are kept
+    assert [path.name for path in (folder / ".state").iterdir()] == [
+        failed["run_id"]
+    ]  # neither Tune's record nor states of finished runs are kept
 
 
 def test_long_forms_have_a_row_a_step_and_a_row_an_image(finished) -> None:
-    folder, _ = finished
+    folder, *_ = finished
     table = run_table(folder)
     steps = step_table(folder, table)
     assert steps.groupby("run_id")["step"].apply(list).map(lambda s: s == [1, 2, 3, 4]).all()
@@ -160,18 +172,16 @@ def test_a_finished_run_with_a_damaged_log_is_named(tmp_path: Path, damage, said
 def test_a_trial_trains_as_a_plain_process_does(finished, tmp_path: Path) -> None:
     import torch
 
-    from diffvit.train import train
-
-    folder, _ = finished
+    folder, *_ = finished
     torch.set_num_threads(1)
-    for run in _plan(EIGHT, tmp_path)[:2]:
+    for run in _plan(FOUR, tmp_path)[:2]:
         train(run.spec, tmp_path, device="cpu")
         ours, theirs = (RunFiles.of(place, run.spec, str(run.run_id)).weights for place in (tmp_path, folder))
         assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_flags_name_what_differs(finished, tmp_path: Path) -> None:
-    folder, _ = finished
+    folder, *_ = finished
     shutil.copytree(folder, tmp_path / "copy")
     path = next((tmp_path / "copy/vit_classic").glob("*_0.1M_digits_result.json"))
     path.write_text(json.dumps({**json.loads(path.read_text()), "device_name": "another CPU", "micro_batch": 7}))
@@ -184,9 +194,9 @@ def test_flags_name_what_differs(finished, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_worker_group_gives_the_losses_of_one_worker(cluster: Cluster, tmp_path: Path) -> None:
-    grid = dataclasses.replace(TINY, models=("vit_differential",))
+    grid = dataclasses.replace(ONE, models=("vit_differential",))
     train(grid.runs()[0], tmp_path / "one", device="cpu")
-    reports = _study(grid, tmp_path / "two", cluster, workers=2)
+    reports = _study(_plan(grid, tmp_path / "two"), tmp_path / "two", cluster, workers=2)
     one, two = (run_table(tmp_path / folder).iloc[0] for folder in ("one", "two"))
     assert (one.workers, two.workers) == (1, 2) and one.run_id == two.run_id
     assert [report["test_accuracy"] for report in reports.values()] == [two.test_accuracy]
@@ -195,16 +205,41 @@ def test_a_worker_group_gives_the_losses_of_one_worker(cluster: Cluster, tmp_pat
     pd.testing.assert_frame_equal(*logs, rtol=2e-4, atol=1e-5)
 
 
-def test_a_run_that_fails_does_not_stop_the_others(cluster: Cluster, tmp_path: Path) -> None:
-    broken = _plan(TINY, tmp_path)[0]
-    # A folder where its log has to go: a fault that only this run meets, and only when it starts.
-    RunFiles.of(tmp_path, broken.spec, str(broken.run_id)).log.mkdir(parents=True)
-    reports = _study(TINY, tmp_path, cluster)
-    failed = [report["failed"] for report in reports.values() if "failed" in report]
-    assert len(failed) == 1
-    assert "IsADirectoryError" in failed[0]
-    assert "3 times" in failed[0]
-    assert [result.model for result in read_results(tmp_path)] == ["vit_differential"]
+def test_a_rehearsal_leaves_nothing_and_names_what_fails(cluster, tmp_path: Path) -> None:
+    breaks = {"lr": 9e8, "warmup_steps": 0}
+    chosen = cells(Grid("some", ("digits",), models=("vit_classic",), sizes=("small",), seeds=(0, 1), conditions=({}, breaks)).runs())
+    assert [spec.overrides for spec in chosen] == [{"max_steps": 2}, {**breaks, "max_steps": 2}]
+    (tmp_path / "storage").mkdir()
+    settings = Settings(checkpoints=tmp_path / "checkpoints", saving=Saving(storage=str(tmp_path / "storage")))
+    heard: list[Rehearsed] = []
+    found = rehearse(chosen, settings, heard.append)
+    assert len(heard) == 2 and {each.title for each in heard} == {each.title for each in found}
+    whole, broken = found
+    assert whole.title == "vit_classic 0.1M digits" and broken.title == "vit_classic 0.1M digits lr=900000000.0 warmup_steps=0"
+    assert whole.parts == (
+        "stopped and saved after a step", "resumed to step 2", "tested on 64 images", "read back", "stored and brought back")  # fmt: skip
+    assert whole.fault == "" and whole.seconds > 0 and whole.memory is not None and whole.memory > 50 * 2**20
+    assert whole.line().startswith("ok ") and "diverged" in broken.fault and broken.line().startswith("FAILED")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["storage"]
+
+
+def test_a_rehearsal_keeps_what_was_there(cluster, tmp_path: Path) -> None:
+    specs = Grid("one", ("digits",), models=("vit_classic",), sizes=("small",), overrides={"max_steps": 2}).runs()
+    train(specs[0], tmp_path, device="cpu")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    (outcome,) = rehearse(cells(specs), Settings(tmp_path), lambda each: None)
+    assert not outcome.fault and "stored and brought back" not in outcome.parts
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not list((tmp_path / ".state").iterdir())
+
+
+def test_a_process_that_dies_in_a_rehearsal_is_named(cluster, tmp_path: Path) -> None:
+    import ray
+
+    from study.cost.rehearsal import _outcome
+
+    died = _outcome(ray.remote(max_retries=0)(lambda: os._exit(3)).remote(), "some cell")
+    assert died.title == "some cell" and "process died" in died.fault and "FAILED  some cell" in died.line()
 
 
 def test_slots() -> None:
@@ -309,16 +344,6 @@ def test_grid_files_with_conditions_for_all(tmp_path: Path) -> None:
     assert sum(spec.overrides == {"label_noise": 0.2} for spec in specs) == len(specs) / 2
 
 
-def _noise_ledger(folder: Path) -> list[RunSpec]:
-    """Both arms of one size, plain and with false labels, trained for a few steps."""
-    from diffvit.train import train
-
-    specs = Grid("some", ("digits",), sizes=("small",), overrides={"max_steps": 3}, conditions=({}, {"label_noise": 0.2})).runs()
-    for spec in specs:
-        train(spec, folder, device="cpu")
-    return specs
-
-
 def test_conditions_are_told_apart_in_tables_display_and_figures(tmp_path: Path) -> None:
     from rich.console import Console
 
@@ -326,7 +351,9 @@ def test_conditions_are_told_apart_in_tables_display_and_figures(tmp_path: Path)
     from study.report.figures import draw_figures
     from study.results import table_text
 
-    specs = _noise_ledger(tmp_path)
+    specs = Grid("some", ("digits",), sizes=("small",), overrides={"max_steps": 3}, conditions=({}, {"label_noise": 0.2})).runs()
+    for spec in specs:
+        train(spec, tmp_path, device="cpu")
     table = run_table(tmp_path, specs)
     assert table["overrides"].tolist() == ["max_steps=3"] * 2 + ["max_steps=3 label_noise=0.2"] * 2
     assert table["false_labels"].isna().tolist() == [True, True, False, False] and table["false_labels"].max() == 252
@@ -348,15 +375,13 @@ def test_conditions_are_told_apart_in_tables_display_and_figures(tmp_path: Path)
     assert len(names) == 28 and len(plain) == 14 and "digits_max_steps-3_scaling_overlay.png" in plain
     assert names - plain == {name.replace("digits_", "digits_label_noise-0.2_") for name in plain}
 
-
-def test_results_from_before_label_noise_still_load(tmp_path: Path) -> None:
-    specs = _noise_ledger(tmp_path)[:1]
+    # A result from before there was label noise still loads.
     path = next(tmp_path.glob("vit_classic/*_result.json"))
     content = json.loads(path.read_text())
     old = {key: value for key, value in content.items() if key not in ("false_labels", "memorised", "recovered")}
     path.write_text(json.dumps(old))
     table = run_table(tmp_path)
-    assert len(content) - len(old) == 3 and len(table) == 4 and len(specs) == 1
+    assert len(content) - len(old) == 3 and len(table) == 4
     assert table.set_index("run_id").loc[old["run_id"], ["false_labels", "memorised", "recovered"]].isna().all()
 
 
