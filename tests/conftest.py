@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
+
+if sys.dont_write_bytecode:
+    # Every process of the tests, of which there are hundreds, would compile torch and Ray anew: 3 s of CPU time each.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = str(Path(__file__).resolve().parents[1] / ".pytest_cache/bytecode")
+    os.environ.update(PYTHONDONTWRITEBYTECODE="", PYTHONPYCACHEPREFIX=sys.pycache_prefix)
 
 import pytest
 import torch
@@ -27,13 +34,22 @@ needs_cifar = pytest.mark.skipif(
 needs_tissue = pytest.mark.skipif(not (SHARED / "data/breakhis").is_dir(), reason="real tissue images are not at ../shared/data/breakhis")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """All quick tests run in two processes; a few of them start sooner in this one, and slow ones take all cores themselves."""
+    option, is_worker = config.option, hasattr(config, "workerinput")
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not option.keyword and option.markexpr == "not slow"
+    if whole and not is_worker and not option.usepdb and getattr(option, "numprocesses", 0) is None:
+        option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
+
+
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No cluster, account or data folder of the user's; always the same number of threads."""
     for name in ("RAY_ADDRESS", "HF_TOKEN", "HF_REPOSITORY", "DIFFVIT_DATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # such small models are no faster with two
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +123,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
         yield server
         huggingface_hub.close_session()
     assert not server.errors, "\n".join(server.errors)
+
+
+@pytest.fixture
+def sessions() -> Iterator[Path]:
+    """Where Ray keeps its sessions: short, for sockets lie in it."""
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        yield Path(folder)
 
 
 class Outcome:

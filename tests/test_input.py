@@ -104,26 +104,8 @@ def test_what_is_on_or_off_is_true_or_false() -> None:
 
 # What YAML 1.1 reads otherwise than a person does: as another number, as a truth, a date or a text.
 ODD = [
-    "010",
-    "08",
-    "0o10",
-    "0x10",
-    "0b11",
-    "1:30",
-    "1_000",
-    "yes",
-    "no",
-    "on",
-    "off",
-    "true",
-    "2024-01-01",
-    "3,5",
-    "1e",
-    ".inf",
-    ".nan",
-    "'1_0'",
-    "'nan'",
-]
+    "010", "08", "0o10", "0x10", "0b11", "1:30", "1_000", "yes", "no", "on", "off", "true", "2024-01-01", "3,5", "1e", ".inf", ".nan", "'1_0'", "'nan'",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("written", ODD)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -134,13 +133,6 @@ def _exported(session: Path) -> str:
                 texts.append(answer.read().decode())
         return "\n".join(texts)
     return ""
-
-
-@pytest.fixture
-def sessions() -> Iterator[Path]:
-    """Where Ray keeps its sessions: short, for sockets lie in it."""
-    with tempfile.TemporaryDirectory(prefix="rm") as folder:
-        yield Path(folder)
 
 
 @pytest.mark.slow

@@ -123,13 +123,6 @@ def test_the_first_line_says_why_a_dashboard_is_missing() -> None:
     assert Cluster("a:1", True, 1, 2, 0, "127.0.0.1:8266").sentence().endswith("; dashboard http://127.0.0.1:8266")
 
 
-@pytest.fixture
-def sessions() -> Iterator[Path]:
-    """Where Ray keeps its sessions: short, for sockets lie in it."""
-    with tempfile.TemporaryDirectory(prefix="rd", dir="/tmp") as folder:
-        yield Path(folder)
-
-
 def _listening(process: subprocess.Popen) -> set[int]:
     """The ports that a study's processes listen on."""
     ports = set()
