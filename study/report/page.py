@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.findings.robustness import summarise
 from diffvit.ledger.spec import parse_overrides
 from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
@@ -242,21 +243,35 @@ def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
         if runs.empty:
             continue
         names = [row["corruption"] for row in summarise(next(iter(evaluated.values())))]
+        lost = {key: _lost([evaluated[run_id] for run_id in cell["run_id"]]) for key, cell in runs.groupby(["size", "model"])}
         rows = []
         for (_, model), cell in runs.groupby(["parameters", "model"]):
+            size = cell["size"].iloc[0]
+            relative_mce = (
+                f"{np.mean(lost[size, model] / lost[size, ARMS[0]]):.2f}"
+                if (size, ARMS[0]) in lost and (lost[size, ARMS[0]] > 0).all()
+                else ""
+            )
             found = [{row["corruption"]: row for row in summarise(evaluated[run_id])} for run_id in cell["run_id"]]
             errors = [100 * float(np.mean([each[name]["error"] for each in found])) for name in names]
             clean = errors[names.index("clean")]
             to_clean = f"{errors[names.index('mean')] / clean:.2f}" if clean else ""
             title = f"{model_title(model)}, {cell['parameters'].iloc[0] / 1e6:.3g} M"
-            rows.append([title, *(f"{error:.1f}" for error in errors), to_clean])
+            rows.append([title, *(f"{error:.1f}" for error in errors), to_clean, relative_mce])
         caption = (
-            f"{part.name}: error in % on corrupted test images, mean over severities and seeds; the five's mean also relative to clean"
+            f"{part.name}: error in % on corrupted test images, mean over severities and seeds; the five's mean also relative to clean; "
+            "relative mCE: what the five add to the clean error, over what they add for the classic model (Hendrycks and Dietterich 2019)"
         )
-        blocks.append(Table(["model", *names, "mean / clean"], rows, caption))
+        blocks.append(Table(["model", *names, "mean / clean", "relative mCE"], rows, caption))
         drawn = [path for path in figures if path.name == f"{part.stem}_noise.png"]
         blocks += [Figures([(path, f"{part.name}: error under corruption, by severity") for path in drawn])] if drawn else []
     return [Heading("Noise"), Paragraph(_NOISE_AXES), *blocks] if blocks else []
+
+
+def _lost(evaluations: Sequence[dict[str, Any]]) -> np.ndarray:
+    """What each of the five corruptions adds to the clean error, mean over runs. [5]"""
+    by_run = [{row["corruption"]: row["error"] for row in summarise(each)} for each in evaluations]
+    return np.mean([[errors[name] - errors["clean"] for name in CORRUPTIONS] for errors in by_run], axis=0)
 
 
 _NOISE_AXES = (
