@@ -33,7 +33,9 @@ def _measure(checkpoints: Path, run: pd.DataFrame) -> dict[str, Any]:
     """The columns' values for a table of one run."""
     try:
         predictions = prediction_table(checkpoints, run)
-        labels, predicted = (predictions[name].to_numpy(int) for name in ("label", "predicted"))
+        if len(predictions) != run["test_images"].iloc[0]:
+            return {}
+        labels, predicted = (predictions[name].astype(int).to_numpy() for name in ("label", "predicted"))  # fails on gaps
         found = {"balanced_accuracy": balanced_accuracy(labels, predicted), "majority_answer": majority_share(labels)}
         if "confidence" in predictions:
             confidences, briers = (predictions[name].to_numpy(float) for name in ("confidence", "brier"))
@@ -41,8 +43,10 @@ def _measure(checkpoints: Path, run: pd.DataFrame) -> dict[str, Any]:
                 calibration = calibrate((labels == predicted).astype(float), confidences)
                 found |= dict(zip(_CALIBRATION, calibration, strict=True)) | {"brier": float(briers.mean())}
         if "near_duplicate" in predictions:
-            distinct = predictions["near_duplicate"].to_numpy(int) == 0
-            found |= {"near_duplicates": int((~distinct).sum()), "distinct_accuracy": float((labels == predicted)[distinct].mean())}
+            distinct = predictions["near_duplicate"].astype(int).to_numpy() == 0
+            found["near_duplicates"] = int((~distinct).sum())
+            if distinct.any():
+                found["distinct_accuracy"] = float((labels == predicted)[distinct].mean())
         return found
     except (UserError, KeyError, ValueError, TypeError, OverflowError):  # `list --verify` names what is damaged
         return {}

@@ -75,6 +75,9 @@ def test_an_ended_run_has_all_columns_and_an_older_one_the_balanced_accuracy(tmp
     old.to_csv(path, index=False)
     older = with_predictions(runs, tmp_path).iloc[0]
     assert older["balanced_accuracy"] == table["balanced_accuracy"][0] and older[["ece", "brier"]].isna().all()
+    for damaged in (old.assign(predicted=old["predicted"].where(old.index > 0)), old[1:]):  # a gap, a row that is gone
+        damaged.to_csv(path, index=False)
+        assert with_predictions(runs, tmp_path)[list(COLUMNS)].isna().all(axis=None)
     path.unlink()
     assert with_predictions(runs, tmp_path)[list(COLUMNS)].isna().all(axis=None)
 
