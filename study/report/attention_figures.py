@@ -115,7 +115,7 @@ def attention_curves(runs: Sequence[tuple[str, str, Mapping[str, Any]]], dataset
         axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
     lines = {line.get_label(): line for axes in cells.flat for line in axes.lines if not str(line.get_label()).startswith("_")}
     # The title is the legend's: constrained layout would put a legend outside on top of a title of the figure.
-    legend = figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=3, frameon=False, handlelength=3, fontsize=9,
+    legend = figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=2, frameon=False, handlelength=3, fontsize=9,
                            title=f"Attention of the class token on {subject or dataset}", alignment="left")  # fmt: skip
     legend.get_title().set(fontsize=11.5, fontweight="bold")
     images = min(findings["images"] for _, _, findings in runs)
