@@ -108,11 +108,15 @@ FALSE_WORLDS = {
     "seeds 5,5,1, spread 1:1:3": World(seeds=(5, 5, 1), spreads=(1, 1, 3)),
     "seeds 5,5,2, spread 1:1:3": World(seeds=(5, 5, 2), spreads=(1, 1, 3)),
     "seeds 5,5,2, spread 1:1:5": World(seeds=(5, 5, 2), spreads=(1, 1, 5)),
+    "seeds 10,10,2, spread 1:1:5": World(seeds=(10, 10, 2), spreads=(1, 1, 5)),
     "seeds 5,3,2, spread 1:2:3": World(seeds=(5, 3, 2), spreads=(1, 2, 3)),
     "seeds 3,3,2, spread 1:1:3": World(seeds=(3, 3, 2), spreads=(1, 1, 3)),
     "seeds 5,5,3, spread 1:1:3": World(seeds=(5, 5, 3), spreads=(1, 1, 3)),
     "seeds 10,10,3, spread 1:1:5": World(seeds=(10, 10, 3), spreads=(1, 1, 5)),
 }
+
+# Shown without a bar: how far the rule bends where a size of two seeds scatters most by far.
+BEYOND = ("seeds 5,5,2, spread 1:1:5", "seeds 10,10,2, spread 1:1:5")
 
 
 def false_verdicts(chance: np.random.Generator, studies: int) -> list[Row]:
@@ -120,7 +124,8 @@ def false_verdicts(chance: np.random.Generator, studies: int) -> list[Row]:
     kind = "any false better or worse"
     rows = []
     for name, world in FALSE_WORLDS.items():
-        rows.append(counted(kind, name, claims(level_and_trend(world.draw(chance, studies))).max(axis=0), FALSE))
+        bar = math.nan if name in BEYOND else FALSE
+        rows.append(counted(kind, name, claims(level_and_trend(world.draw(chance, studies))).max(axis=0), bar))
     for name in ("3 seeds", "3 seeds, spread 1:1:5", "5 seeds, spread 1:1:5", "seeds 5,5,2, spread 1:1:3"):
         first, second, noisy = (FALSE_WORLDS[name].draw(chance, studies) for _ in range(3))
         noise = {"noise": scaling.level(interaction(first, noisy))}
@@ -254,16 +259,19 @@ def percentile_bootstrap(seeds: int, studies: int, chance: np.random.Generator, 
 def simulate(studies: int, seed: int) -> dict[str, Any]:
     """All simulations; slow ones of fewer studies."""
     chance = np.random.default_rng(seed)
-    few = max(10, studies // 100)
+    few = max(10, studies // 800)
     parts: list[Callable[[np.random.Generator, int], list[Row]]] = [false_verdicts, noise_verdicts, equivalence, power, coverage]
-    rows = [row for part in parts for row in part(chance, studies)]
+    rows: list[Row] = []
+    for part in parts:
+        rows += part(chance, studies)
+        click.echo(f"{part.__name__}: done", err=True)
     rows += divergence(chance, few)
-    rows += [row for seeds in (3, 5) for row in ratio_coverage(0.65, few, seeds, chance)]
+    rows += [row for seeds in (3, 5) for row in ratio_coverage(0.65, 4 * few, seeds, chance)]
     rows += [percentile_bootstrap(seeds, few, chance) for seeds in (3, 5)]
     return {
         "rows": rows,
         "one_seed": [one_seed(scatter, few, images, chance) for images in (359, 2000) for scatter in (0.03, 0.1)],
-        "new_images": [bootstrap_coverage(seeds, few // 4, images, chance) for images in (2000, 132) for seeds in (3, 5)],
+        "new_images": [bootstrap_coverage(seeds, few // 2, images, chance) for images in (2000, 132) for seeds in (3, 5)],
     }
 
 
@@ -298,7 +306,7 @@ def _print_control(outcome: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option("--studies", type=click.IntRange(min=100), default=20_000, show_default=True, help="A row; slow rows have a hundredth.")
+@click.option("--studies", type=click.IntRange(min=100), default=40_000, show_default=True, help="A row; slow rows have an 800th.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--control", "with_control", is_flag=True, help="Also train ten seeds of one architecture and split them (minutes).")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where these runs are kept. [default: a temporary folder]")

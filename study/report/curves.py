@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize
 
-from study.report.scaling import LEVEL, Cells, Estimate, combine, level_weights, slope_weights, why_no_interval
+from study.report.scaling import Cells, Estimate, combine, level_weights, slope_weights, why_no_interval
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def effective_ratio(cells: Cells) -> Ratio:
 def _fieller(cells: Cells, log_ratio: float) -> tuple[float, float] | None:
     """All r around log_ratio at which "difference - slope r" is not rejected; None where they have no end: the slope may be 0."""
     equal, weights = level_weights(cells), slope_weights(cells.x)
-    if combine(cells, np.stack([weights, weights]) / 2).p >= 1 - LEVEL:
+    if combine(cells, np.stack([weights, weights]) / 2).interval[1] >= 0:
         return None
 
     def margin(r: float) -> float:
