@@ -33,7 +33,7 @@ _MODEL_STYLES: dict[str, dict[str, Any]] = {
     "vit_classic": {"color": "#1F3A6E", "marker": "o", "linestyle": "-"},
     "vit_differential": {"color": "#E07B39", "marker": "s", "linestyle": (0, (5, 1.5))},
     "vit_classic_wide_heads": {"color": "#8DB6DB", "marker": "^", "linestyle": (0, (6, 1.5, 1, 1.5))},
-    "vit_classic_sub_norm": {"color": "#4F86BF", "marker": "P", "linestyle": (0, (1, 1.2))},
+    "vit_classic_sub_norm": {"color": "#0B1A38", "marker": "P", "linestyle": (0, (1, 1.2))},
     "vit_differential_v2": {"color": "#B0413E", "marker": "v", "linestyle": (0, (2, 1))},
 }
 _OTHER_STYLE: dict[str, Any] = {"color": "#6B7A89", "marker": "D", "linestyle": ":"}
