@@ -203,7 +203,7 @@ def test_a_finished_run_without_its_weights_is_told_of(account: HubServer, cli) 
 
 def test_a_rate_limit_at_the_end_does_not_hold_the_run_up(account: HubServer, cli, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("diffvit.hub.client.time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("diffvit.repeat.time", SimpleNamespace(sleep=slept.append))
     account.faults.add("POST", "commit/main", status=429, headers={"Retry-After": "3600"})
     outcome = cli(*TRAIN, "--upload", "true")
     assert outcome.code == 0 and "is finished here" in outcome.err

@@ -354,7 +354,7 @@ def test_the_commands(hub: HubServer, cli, folder: Path, monkeypatch: pytest.Mon
 def test_the_hub_is_not_waited_for_longer_than_that(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may ask for an hour, before which the client's own attempts would wait too."""
     slept: list[float] = []
-    monkeypatch.setattr("diffvit.hub.client.time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr("diffvit.repeat.time", SimpleNamespace(sleep=slept.append))
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=slept.append))
     hub.faults.add("*", "api", status=429, headers={"Retry-After": "3600", "RateLimit": '"api";r=0;t=1800'})
     with pytest.raises(StorageError):
