@@ -55,7 +55,7 @@ def cli() -> None:
 
 _SIZES = "10B, 25B or 50B (about 10, 25, 50 million parameters); small, medium, large."
 _DATASETS = "CIFAR-100, BACH, digits or digits-noisy"
-_GRIDS = "digits|full|full-plus|noise|lr|controls|choices|FILE"
+_GRIDS = "digits|pilot|full|full-plus|noise|lr|controls|choices|FILE"
 _BY_DEFAULT = "[default: the built-in grids that have finished runs]"
 
 _checkpoints = click.option(

@@ -305,6 +305,18 @@ def test_grids_of_controls_and_choices(dataset: str, heads: int) -> None:
     assert {spec.model for spec in choices} == set(ARMS)
 
 
+def test_the_pilot_is_the_full_study_of_cifar_with_fewer_tokens() -> None:
+    pilot, full = find_grid("pilot").runs(), [spec for spec in find_grid("full").runs(seeds=3) if spec.dataset == "CIFAR-100"]
+    for few, many in zip(pilot, full, strict=True):
+        assert (few.model, few.size, few.seed) == (many.model, many.size, many.seed)
+        assert (
+            dataclasses.replace(few.protocol, patch_size=8) == many.protocol
+            and (few.protocol.image_size // few.protocol.patch_size) ** 2 == 64
+        )
+    cost, whole = (sum(run.train_flops for run in plan_runs(specs, Path("nowhere"), {})) for specs in (pilot, full))
+    assert cost < whole / 10
+
+
 def test_full_plus_has_more_of_bach() -> None:
     counts = pd.Series([(spec.dataset, str(spec.overrides)) for spec in find_grid("full-plus").runs()]).value_counts()
     assert counts.to_dict() == {("CIFAR-100", "{}"): 6, ("BACH", "{}"): 30, ("BACH", "{'warmup_steps': 100}"): 30}

@@ -23,9 +23,10 @@ from diffvit.ledger.verify import verify_run
 from diffvit.ledger.weights import load_weights
 from diffvit.loop.fit import Stopped, fit
 from diffvit.memory import micro_batch_within
-from diffvit.protocol import PROTOCOLS
+from diffvit.protocol import ARMS, PROTOCOLS
 from diffvit.train import train
 from diffvit.vit import build_model
+from study.grid import find_grid
 
 SHORT = {"max_steps": 12, "batch_size": 32}
 
@@ -297,6 +298,17 @@ def test_micro_batch_fits_the_memory() -> None:
     sizes = [micro_batch_within(model, protocol.batch_size, 8 * 2**30, "fp32", "cpu") for model in models]
     assert sizes == sorted(sizes, reverse=True)
     assert 1 <= sizes[-1] < sizes[0] <= 512
+
+
+@needs_cifar
+@pytest.mark.parametrize("model", ARMS)
+def test_the_pilot_trains_on_the_real_images(model: str, tmp_path: Path, data_root: str) -> None:
+    (spec,) = [spec for spec in find_grid("pilot").runs(seeds=1) if (spec.model, spec.size) == (model, "10B")]
+    spec = RunSpec.of(spec.model, spec.size, spec.dataset, overrides={**spec.overrides, "max_steps": 2, "batch_size": 8})
+    result = train(spec, tmp_path, device="cpu", data_root=data_root)
+    assert result is not None and result.steps == 2 and result.overrides["patch_size"] == 28
+    model_again, _ = load_weights(RunFiles.of(tmp_path, spec, result.run_id).weights)
+    assert model_again.tokens == 65
 
 
 @needs_cifar

@@ -356,6 +356,13 @@ def _limits(analysis: Analysis) -> list[str]:
             continue
         done = part.table[part.table["status"] == "done"]
         protocol = _protocol(part)
+        if (patch := protocol.patch_size) != (usual := protocol_of(part.dataset).patch_size):
+            tokens, usual_tokens = ((protocol.image_size // size) ** 2 + 1 for size in (patch, usual))
+            limits.append(
+                f"{part.name}: patches of {patch}, not the protocol's {usual}: {tokens} tokens instead of {usual_tokens}. It shows how the "
+                "architectures compare where attention chooses among few coarse patches, and how much seeds scatter; a difference that "
+                "needs many tokens may be missing here, so it does not replace the full study."
+            )
         if protocol.heads < 16:
             minimum = 'its authors recommend at least 8, "the minimum used in the paper"; `study --grid controls` has more'
             limits.append(f"{part.name}: differential attention has {protocol.heads // 2} heads here; {minimum}.")
