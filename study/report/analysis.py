@@ -20,6 +20,7 @@ from diffvit.protocol import ARMS, protocol_of
 from study.predictions import with_predictions
 from study.report import compare, verdict
 from study.report.caveats import at_chance, losses_left_out, same_images, with_remarks, with_sensitivity
+from study.report.choices import Specification, specifications, with_choices
 from study.report.compare import ArmComparison, WrongAnswers
 from study.report.figures import model_title
 from study.report.looks import count_looks
@@ -71,6 +72,7 @@ class Analysis:
         comparisons: of each subject's two arms. answers: the family, with verdicts. noise_source: what the noise answer compares.
         other_noise: (what is compared, answer) for the exploratory ones. controls: (title, estimate, pairs) of other architectures
             against the classic one. findings: run_id -> what `evaluate` found. left_out: runs that enter no comparison, a phrase each.
+        choices: data set -> its specification curve.
     """
 
     table: pd.DataFrame
@@ -82,6 +84,12 @@ class Analysis:
     controls: list[tuple[str, Estimate, int]]
     findings: dict[str, dict[str, Any]]
     left_out: list[str]
+    choices: dict[str, list[Specification]]
+
+    @property
+    def stems(self) -> dict[str, str]:
+        """Data set -> what the names of its base's figures begin with."""
+        return {part.dataset: part.stem for part in self.subjects if part.base}
 
 
 def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str] = ARMS, looks: Path | None = None) -> Analysis:
@@ -118,7 +126,9 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
             if model not in arms and (other := compare.compare(part.table, part.name, (arms[0], model))):
                 title = f"{model_title(model)} against {model_title(arms[0])} on {part.name}"
                 controls.append((title, other.answers[0].estimate, other.answers[0].pairs))
-    return Analysis(table, parts, comparisons, decided, noise[0][0] if noise else "", more, controls, findings, left_out)
+    choices = specifications(parts, comparisons)
+    answers = with_choices(decided, parts, choices)
+    return Analysis(table, parts, comparisons, answers, noise[0][0] if noise else "", more, controls, findings, left_out, choices)
 
 
 def _at_chance(parts: Sequence[Subject], arms: tuple[str, str]) -> list[Answer]:

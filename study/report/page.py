@@ -16,6 +16,7 @@ from diffvit.ledger.spec import parse_overrides
 from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
 from study.report import compare, scaling, verdict
 from study.report.analysis import Analysis, Subject
+from study.report.choices import choices_section
 from study.report.compare import ArmComparison
 from study.report.curves import Ratio
 from study.report.document import Block, Code, Figures, Heading, Items, Paragraph, Table
@@ -48,6 +49,7 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
     blocks += _figures(analysis, figures)
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
     blocks += _tuning_section(analysis)
+    blocks += choices_section(analysis.choices, figures, analysis.stems)
     blocks += _noise_section(analysis, figures)
     blocks += [*_attention_section(analysis, figures), *focus_section(analysis), *start_section(analysis)]
     blocks += [Heading("What this does not show"), Items(_limits(analysis))]

@@ -12,6 +12,7 @@ import pandas as pd
 from diffvit.ledger.disk import write_atomically
 from study.report.analysis import Analysis, analyse
 from study.report.attention_figures import attention_curves, attention_pictures
+from study.report.choices import draw_choices
 from study.report.document import to_html, to_markdown
 from study.report.drawing import our_style, save
 from study.report.figures import draw_figures
@@ -31,6 +32,7 @@ def write_report(checkpoints: Path, table: pd.DataFrame, out: Path, commands: Se
     """
     analysis = analyse(table, checkpoints, looks=out / "looks.json")
     figures = draw_figures(table, step_table(checkpoints, table), out / "figures") + _draw_findings(analysis, out / "figures")
+    figures += draw_choices(analysis.choices, out / "figures", analysis.stems)
     blocks = page(analysis, figures, "\n".join(commands))
     html, markdown = out / "report.html", out / "report.md"
     write_atomically(html, to_html(blocks, "Differential ViT against classic ViT").encode())

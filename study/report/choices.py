@@ -1,0 +1,186 @@
+"""The specification curve: the difference of the arms under every choice that could as well have been made.
+
+Simonsohn, Simmons and Nelson (2020), Nature Human Behaviour 4, 1208-1214.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from study.report.drawing import our_style, save
+
+# isort: split
+import numpy as np
+from matplotlib.figure import Figure
+
+from diffvit.ledger.spec import parse_overrides
+from diffvit.protocol import protocol_of
+from study.report.compare import ArmComparison
+from study.report.document import Block, Figures, Heading, Paragraph, Table
+from study.report.scaling import Estimate
+from study.report.sentences import percent, relative
+from study.report.verdict import Answer
+
+if TYPE_CHECKING:
+    from study.report.analysis import Subject
+
+# Overrides that are another question or a trial, not another choice.
+_NO_CHOICES = {"label_noise", "input_noise", "max_steps", "epochs"}
+_FEWEST = 3
+
+_COLOURS = {"lower": "#1B7F5C", "higher": "#B0413E", "open": "#8A94A0"}
+
+
+@dataclass(frozen=True)
+class Specification:
+    """One way to make every choice.
+
+    Attributes:
+        chosen: what was chosen, as text, by the name of the choice.
+        level: the mean log ratio of the arms' errors over sizes; below 0 the second arm has the lower error.
+        protocol: whether these are the protocol's own choices, at equal parameters.
+    """
+
+    chosen: dict[str, str]
+    level: Estimate
+    protocol: bool
+
+    @property
+    def kind(self) -> str:
+        """ "lower" or "higher" where the 95 % interval excludes no difference, else "open"."""
+        low, high = self.level.interval if self.level.known else (-np.inf, np.inf)
+        return "lower" if high < 0 else "higher" if low > 0 else "open"
+
+
+def specifications(parts: Sequence[Subject], comparisons: dict[str, ArmComparison]) -> dict[str, list[Specification]]:
+    """Data set -> its specifications by level, lowest first, for data sets that were trained under three conditions or more.
+
+    Each condition is compared at equal parameters and at equal FLOPs.
+    """
+    found = {}
+    for dataset in dict.fromkeys(part.dataset for part in parts):
+        tried = [part for part in parts if part.dataset == dataset and part.name in comparisons and not part.overrides & _NO_CHOICES]
+        if len(tried) < _FEWEST:
+            continue
+        overrides = [parse_overrides(part.condition) for part in tried]
+        names = list(dict.fromkeys(name for each in overrides for name in each))
+        usual = protocol_of(dataset)
+        specs = []
+        for part, own in zip(tried, overrides, strict=True):
+            chosen = {name: _text(own.get(name, getattr(usual, name))) for name in names}
+            comparison = comparisons[part.name]
+            level = comparison.answers[0].estimate
+            specs.append(Specification({**chosen, "compared at equal": "parameters"}, level, not own))
+            if at_equal := comparison.equal_costs.get("FLOPs"):
+                specs.append(Specification({**chosen, "compared at equal": "FLOPs"}, at_equal, False))
+        found[dataset] = sorted(specs, key=lambda each: float(each.level.value))
+    return found
+
+
+def _text(value: Any) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else "none" if value is None else f"{value:g}"
+
+
+def curve_sentence(specs: Sequence[Specification]) -> str:
+    """What the curve says in one sentence; signs and significance both."""
+    values = [float(each.level.value) for each in specs]
+    lower = sum(value < 0 for value in values)
+    kinds = [each.kind for each in specs]
+    if not any(each.level.known for each in specs):
+        significant = "with one seed, none has an interval"
+    else:
+        words = [f"{kinds.count(kind) or 'never'} significantly {kind}" for kind in ("lower", "higher")]
+        significant = " and ".join(words).replace("never significantly lower and never", "never significantly lower or")
+    return (
+        f"Under {len(specs)} combinations of choices, the Differential ViT has the lower error in {lower} and the higher one in "
+        f"{len(specs) - lower}; {significant}. The median difference is {percent(float(np.median(values)))}."
+    )
+
+
+def with_choices(answers: Sequence[Answer], parts: Sequence[Subject], curves: dict[str, list[Specification]]) -> list[Answer]:
+    """The answers, those about a level that other choices turn round with a sentence that says so."""
+    datasets = {part.name: part.dataset for part in parts}
+    told = []
+    for answer in answers:
+        values = [float(each.level.value) for each in curves.get(datasets.get(answer.subject, ""), [])]
+        turned = answer.question == "level" and values and min(values) < 0 < max(values)
+        remark = (f"Its sign depends on choices that could have been others: from {percent(min(values))} to "
+                  f"{percent(max(values))} under {len(values)} combinations of them.",) if turned else ()  # fmt: skip
+        told.append(dataclasses.replace(answer, remarks=(*answer.remarks, *remark)))
+    return told
+
+
+def choices_section(curves: dict[str, list[Specification]], figures: Sequence[Path], stems: dict[str, str]) -> list[Block]:
+    """Curve, sentence and table of each data set.
+
+    Args:
+        stems: data set -> what the names of its figures begin with.
+    """
+    blocks: list[Block] = []
+    for dataset, specs in curves.items():
+        names = list(specs[0].chosen)
+        alt = f"specification curve on {dataset}"
+        drawn = [(path, alt) for path in figures if path.name == f"{stems[dataset]}_choices.png"]
+        rows = [[*each.chosen.values(), relative(each.level) + (" (the protocol)" if each.protocol else "")] for each in specs]
+        blocks += [Paragraph(f"{dataset}: {curve_sentence(specs)}"), *([Figures(drawn)] if drawn else [])]
+        blocks.append(Table([*names, "difference in test error"], rows, f"{dataset}: every combination, lowest first"))
+    text = (
+        "Each choice of ours could have been another one. Below are all combinations that were trained, each with its own 95 % interval, "
+        "which no correction widens: the verdict above stays the one that was fixed beforehand."
+    )
+    return [Heading("Would other choices say the same?"), Paragraph(text), *blocks] if blocks else []
+
+
+def draw_choices(curves: dict[str, list[Specification]], out: Path, stems: dict[str, str]) -> list[Path]:
+    """The specification curves as PNG and SVG, {stem}_choices. Returns the files written."""
+    written: list[Path] = []
+    with our_style():
+        for dataset, specs in curves.items():
+            written += save(_curve(specs, dataset), out / f"{stems[dataset]}_choices")
+    return written
+
+
+def _curve(specs: Sequence[Specification], dataset: str) -> Figure:
+    """Levels with intervals above, what was chosen for each below."""
+    names = list(specs[0].chosen)
+    options = [(name, value) for name in names for value in dict.fromkeys(each.chosen[name] for each in sorted(specs, key=_by_choice))]
+    figure = Figure(figsize=(8.0, 3.4 + 0.24 * len(options)), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.0, 0.24 * len(options) + 0.2]})
+    above.axhline(0, color="#3C4650", linewidth=1.0)
+    for x, each in enumerate(specs):
+        colour = _COLOURS[each.kind]
+        if each.level.known:
+            low, high = (100 * np.expm1(end) for end in each.level.interval)
+            above.plot([x, x], [low, high], color=colour, linewidth=1.6)
+        marker = {"lower": "v", "higher": "^", "open": "o"}[each.kind]
+        above.plot(x, 100 * np.expm1(each.level.value), marker=marker, color=colour, markersize=9 if each.protocol else 6,
+                   markeredgecolor="black" if each.protocol else colour)  # fmt: skip
+        for y, (name, value) in enumerate(options):
+            there = each.chosen[name] == value
+            below.plot(x, y, marker="s", markersize=5 if there else 2, color=colour if there else "#D5DAE0", linestyle="")
+    above.set_ylabel("difference in test error (%)")
+    above.set_title(f"{dataset}: Differential ViT against classic, under every choice")
+    above.tick_params(labelbottom=False)
+    below.set_yticks(range(len(options)), [f"{name} {value}" for name, value in options], fontsize=8)
+    below.set_xticks([])
+    below.invert_yaxis()
+    below.grid(visible=False)
+    below.set_xlabel(
+        "below 0 the Differential ViT is better; bars: 95 % intervals; outlined and larger: the protocol's choices", fontsize=8.5
+    )
+    return figure
+
+
+def _by_choice(spec: Specification) -> tuple[tuple[float, str], ...]:
+    """Sorts specifications by what they chose: numbers by value."""
+    keys = []
+    for value in spec.chosen.values():
+        try:
+            keys.append((float(value), ""))
+        except ValueError:
+            keys.append((0.0, value))
+    return tuple(keys)

@@ -1,0 +1,75 @@
+"""The specification curve: every combination of choices once, sorted, and said in one sentence."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tables import study_table
+
+from study.report.analysis import Analysis, analyse
+from study.report.choices import curve_sentence, draw_choices
+from study.report.document import Figures, Table, to_markdown
+from study.report.page import page
+from study.report.sentences import sentence
+
+CONDITIONS = [
+    " ".join(filter(None, each))
+    for each in itertools.product(("", "residual_scale=False"), ("lr=3.33e-05", "", "lr=0.0003"), ("", "heads=16"))
+]
+
+
+def _analysis(levels: list[float], seeds: int = 3, more: str = "") -> Analysis:
+    conditions = [*CONDITIONS, more] if more else CONDITIONS
+    tables = [study_table(level, overrides=text, seeds=seeds, spread=0.004, seed=number)
+              for number, (text, level) in enumerate(zip(conditions, levels, strict=False))]  # fmt: skip
+    runs = pd.concat(tables, ignore_index=True)
+    return analyse(runs.assign(val_accuracy=runs["test_accuracy"]), None)
+
+
+def test_the_curve_has_every_choice_once_and_its_sentence_counts() -> None:
+    analysis = _analysis([-0.05] * 10 + [0.0, 0.10, -0.9], more="label_noise=0.2")
+    specs = analysis.choices["CIFAR-100"]
+    assert len(specs) == len({tuple(each.chosen.values()) for each in specs}) == 24  # noise is another question
+    values = [float(each.level.value) for each in specs]
+    assert values == sorted(values) and sum(each.protocol for each in specs) == 1
+    assert {tuple(sorted({each.chosen[name] for each in specs})) for name in specs[0].chosen} == {
+        ("off", "on"), ("0.0001", "0.0003", "3.33e-05"), ("16", "8"), ("FLOPs", "parameters")
+    }  # fmt: skip
+    kinds = [each.kind for each in specs]
+    text = curve_sentence(specs)
+    assert "Under 24 combinations" in text and f"lower error in {sum(value < 0 for value in values)}" in text
+    assert f"{kinds.count('lower')} significantly lower and {kinds.count('higher')} significantly higher" in text
+    assert kinds.count("lower") >= 10 and kinds.count("higher") >= 1
+
+
+def test_a_verdict_that_other_choices_turn_says_so() -> None:
+    turned, steady = (_analysis([-0.10] * 11 + [last]) for last in (0.10, -0.10))
+    for analysis, expected in ((turned, True), (steady, False)):
+        level, trend = (sentence(answer) for answer in analysis.answers[:2])
+        assert ("Its sign depends on choices" in level) == expected and "choices" not in trend
+    assert "never significantly higher" in curve_sentence(steady.choices["CIFAR-100"])
+
+
+def test_one_seed_gives_a_curve_without_intervals() -> None:
+    assert "with one seed, none has an interval" in curve_sentence(_analysis([-0.05] * 12, seeds=1).choices["CIFAR-100"])
+
+
+@pytest.mark.parametrize("conditions", [1, 2])
+def test_fewer_than_three_conditions_are_no_curve(conditions: int) -> None:
+    assert _analysis([-0.05] * conditions).choices == {}
+
+
+def test_the_page_shows_the_curve_and_all_rows(tmp_path: Path) -> None:
+    analysis = _analysis([-0.05] * 11 + [0.10])
+    drawn = draw_choices(analysis.choices, tmp_path, analysis.stems)
+    assert [path.name for path in drawn] == ["CIFAR-100_choices.png", "CIFAR-100_choices.svg"] and all(
+        path.stat().st_size for path in drawn
+    )
+    blocks = page(analysis, drawn, "command")
+    (table,) = [block for block in blocks if isinstance(block, Table) and "every combination" in (block.caption or "")]
+    assert len(table.rows) == 24 and sum("(the protocol)" in row[-1] for row in table.rows) == 1
+    assert any(isinstance(block, Figures) and block.files[0][0] == drawn[0] for block in blocks)
+    assert "Would other choices say the same?" in to_markdown(blocks, tmp_path)
