@@ -74,8 +74,9 @@ class RunIsBusyError(DiffvitError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's text; its class name where there is none."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """The first non-empty line of an error's text, at most 300 characters of it; its class name where there is none."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= 300 else f"{line[:300]} …"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from study.options import StudyOptions
 
 
+_NAMES_OF_RUNS = ("--grid", "--dataset", "--epochs")
+
+
 def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> bool:
     """Print the table, write it as CSV, then draw the figures. Returns False where the figures failed, after printing why.
 
@@ -37,6 +41,8 @@ def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> b
     write_step_csv(options.checkpoints, table, steps)
     say(f"\ntable    {runs}")
     drawn = not draw or _draw(options, table)
+    if draw and drawn:
+        _say_findings(options, table)
     gone = [path for files, run in zip(files_of_table(options.checkpoints, table), table.itertuples(), strict=True)
             for path in kept_files(files, run.status) if not path.is_file()]  # fmt: skip
     if gone:
@@ -58,6 +64,34 @@ def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
         return False
     say(f"figures  {out}")
     return True
+
+
+def _say_findings(options: StudyOptions, table: pd.DataFrame) -> None:
+    """Print the verdict's sentences and what to do next. As the report, this is a look at the questions, and counted."""
+    from study.report.analysis import analyse
+    from study.report.sentences import sentence
+
+    folder = options.checkpoints / _report_name([options.grid], options.epochs, named=bool(options.grid.prefix))
+    try:
+        answers = analyse(table, options.checkpoints, looks=folder / "looks.json").answers
+    except Exception as error:  # figures and words must not fail finished training
+        say(f"note: no verdict could be formed: {type(error).__name__}: {first_line(error)}")
+        return
+    say("")
+    for answer in answers:
+        say(sentence(answer))
+    if answers and not any(answer.estimate.known for answer in answers):
+        say(f"next     {_of_same_runs(options.command, 'study')} --seeds 3   gives intervals")
+    say(f"next     {_of_same_runs(options.command, 'report')}")
+
+
+def _of_same_runs(study: str, command: str) -> str:
+    """Another command about the runs that a `study` command line names."""
+    words = shlex.split(study.partition(" (with the secret")[0])
+    start = words.index("study") if "study" in words else len(words)
+    kept = [word for before, word in zip(words[start:], words[start + 1 :], strict=False)
+            if word.partition("=")[0] in _NAMES_OF_RUNS or before in _NAMES_OF_RUNS]  # fmt: skip
+    return shlex.join([*words[:start], command, *kept])
 
 
 def kept_files(files: RunFiles, status: str) -> list[Path]:
@@ -121,6 +155,11 @@ def plot_grid(
     return draw_figures(table, step_table(checkpoints, table), out, grids[0].prefix if grid else "")
 
 
+def _report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
+    """The report's folder in the checkpoints folder: built-in grids share one, a grid file that is named has its own."""
+    return named_after(f"{grids[0].prefix if named else ''}report", grids, epochs)
+
+
 def report_grid(
     checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None
 ) -> list[Path]:
@@ -135,7 +174,7 @@ def report_grid(
     from study.report.write import write_report
 
     table, grids = _finished(checkpoints, grid, epochs, dataset)
-    out = out or checkpoints / named_after(f"{grids[0].prefix if grid else ''}report", grids, epochs)
+    out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
     check_writable(out)
     return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset))
 

@@ -45,7 +45,7 @@ def test_the_first_run_of_each_slot_compiles() -> None:
     sheet, runs = SHEETS["h100"], _runs()
     one, two = (forecast_study(runs, sheet_fleet(sheet, devices, DEFAULT_COMPUTE, None), Path("nowhere")) for devices in (1, 2))
     assert one.makespan == pytest.approx(SHEET_STUDY_START + SHEET_FIRST_RUN + one.seconds)
-    assert two.place.start == one.place.start and two.makespan < 0.6 * one.makespan
+    assert two.fleet.start == one.fleet.start and two.makespan < 0.6 * one.makespan
     assert all(each.rate.start == SHEET_RUN_START < 10 for each in one.runs)
     plain, asked = Compute(deterministic=True), Compute(deterministic=True, compile=True)
     for compute, start in ((plain, 0.0), (Compute(compile=False, fused=False), 0.0), (asked, SHEET_FIRST_RUN)):

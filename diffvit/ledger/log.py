@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from diffvit.errors import UserError
+from diffvit.errors import UserError, first_line
 from diffvit.ledger.disk import flush_to_disk
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def read_rows(path: Path, steps: int | None = None) -> LogRows:
     try:
         return _rows(content, steps)
     except ValueError as error:  # quickly found, and slowly explained
-        raise UserError(f"{path} is damaged: {_damage(content, steps) or error}.", _hint(steps)) from error
+        raise UserError(f"{path} is damaged: {_damage(content, steps) or first_line(error)}.", _hint(steps)) from error
 
 
 _HEADER = ",".join(Step._fields).encode()

@@ -135,6 +135,7 @@ class StudyDisplay(Callback):
         rows = list(self._rows.values())
         shown = [row for row in rows if row.state == "training"]
         shown += sorted((row for row in rows if row.ended), key=lambda row: row.ended, reverse=True)
+        shown += [row for row in rows if row.state.endswith("before")]
         shown = shown[: max(1, self.console.height - 3)]
         while True:
             picture = self._picture(shown, rows)

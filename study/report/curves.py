@@ -85,6 +85,8 @@ def _fieller(cells: Cells, log_ratio: float) -> tuple[float, float] | None:
         at_r = combine(cells, np.stack([-equal, equal]) + r * weights / 2)
         return max(at_r.interval[0], -at_r.interval[1])
 
+    if margin(log_ratio) >= 0:  # runs that do not scatter at all: rounding decides
+        return log_ratio, log_ratio
     ends = []
     for sign in (-1, 1):
         step = next((step for step in 0.01 * 2.0 ** np.arange(12) if margin(log_ratio + sign * step) > 0), None)
