@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from study.grid import find_grid
 from study.plan import load_fingerprints, run_ids_of
 from study.results import check_dataset, kept_files
 from study.table import effective_overrides, files_of, run_table
-from study.text import columns
+from study.text import runs_table, short_model
 
 
 def ledger_rows(
@@ -91,18 +92,25 @@ def verify_ledger(checkpoints: Path) -> dict[str, Any]:
 
 
 def ledger_text(rows: list[dict[str, Any]]) -> str:
-    """The ledger for a person."""
+    """The ledger for a person, by data set, overrides, size, model and seed."""
     if not rows:
         return "no finished runs"
-    header = ("state", "model", "size", "data set", "seed", "run_id", "test accuracy", "finished", "overrides", "weights")
+    header = ("state", "model", "size", "data set", "seed", "run_id", "test accuracy", "finished", "overrides")
+    sizes = {key: number for number, key in enumerate(dict.fromkeys((row["dataset"], row["size"]) for row in rows))}
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return row["dataset"], row["overrides"], sizes[row["dataset"], row["size"]], row["model"], row["seed"]
+
     body = [
         (
-            row["state"], row["model"], row["size"], row["dataset"], str(row["seed"]), row["run_id"] or "data not here",
-            "" if row["test_accuracy"] is None else f"{100 * row['test_accuracy']:.2f} %", row["finished"] or "",
-            row["overrides"], row["files"][0] if row["state"] == "done" and row["files"] else "",
+            row["state"], short_model(row["model"]), row["size"], row["dataset"], str(row["seed"]), row["run_id"] or "data not here",
+            "" if row["test_accuracy"] is None else f"{100 * row['test_accuracy']:.2f} %", (row["finished"] or "")[:16].replace("T", " "),
+            row["overrides"],
         )
-        for row in rows
+        for row in sorted(rows, key=place)
     ]  # fmt: skip
     missing = [f"missing: {path}" for row in rows for path in row["missing"]]
-    done = sum(row["state"] == "done" for row in rows)
-    return "\n".join([columns([header, *body], right=[6]), *missing, f"{done} of {len(rows)} runs done"])
+    states = Counter(row["state"] for row in rows)
+    others = "".join(f", {count} {state}" for state, count in states.items() if state != "done")
+    table = runs_table(header, body, numbers=("test accuracy",), shared=("data set", "seed", "overrides"))
+    return "\n".join([table, *missing, f"{states['done']} of {len(rows)} runs done{others}"])

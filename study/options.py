@@ -82,7 +82,6 @@ def may_join(options: StudyOptions) -> bool:
 
 def connect_cluster(stack: contextlib.ExitStack, options: StudyOptions) -> Cluster:
     """Join or start Ray until the stack closes, and say which."""
-    say("starting Ray, or joining it")
     cluster = stack.enter_context(connect(options.address, options.dashboard))
     say(cluster.sentence())
     return cluster

@@ -16,7 +16,7 @@ from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from study.grid import GRIDS, Grid, find_grid, named_after
 from study.table import files_of, run_table, step_table, write_csv, write_step_csv
-from study.text import columns, say
+from study.text import runs_table, say, short_model
 
 if TYPE_CHECKING:
     from study.options import StudyOptions
@@ -100,27 +100,12 @@ def kept_files(files: RunFiles, status: str) -> list[Path]:
 
 
 def table_text(table: pd.DataFrame) -> str:
-    """The run table for a person: outcome only, flags below."""
-    header = (
-        "model",
-        "size",
-        "data set",
-        "seed",
-        "run_id",
-        "parameters",
-        "steps",
-        "seconds",
-        "images/s",
-        "train loss",
-        "val loss",
-        "test loss",
-        "test accuracy",
-        "overrides",
-    )
+    """The run table for a person: outcome only, flags below. The CSV has all columns."""
+    losses = ("train loss", "val loss", "test loss")
+    header = ("model", "size", "data set", "seed", "run_id", "steps", *losses, "test accuracy", "overrides")
     rows = [
         (
-            run.model, run.size, run.dataset, str(run.seed), run.run_id, f"{run.parameters:,}", f"{run.steps:,}",
-            f"{run.seconds:,.1f}", f"{run.images_per_second:,.0f}",
+            short_model(run.model), run.size, run.dataset, str(run.seed), run.run_id, f"{run.steps:,}",
             *(("", "", "", "diverged") if run.status == "diverged" else
               (f"{run.train_loss:.4f}", f"{run.val_loss:.4f}", f"{run.test_loss:.4f}", f"{100 * run.test_accuracy:.2f} %")),
             run.overrides,
@@ -133,7 +118,8 @@ def table_text(table: pd.DataFrame) -> str:
         for run in table.itertuples()
         if run.status == "diverged"
     ]
-    return "\n".join([columns([header, *rows], right=range(5, 13)), *flags, *diverged])
+    text = runs_table(header, rows, numbers=("steps", *losses, "test accuracy"), shared=("data set", "seed", "steps", "overrides"))
+    return "\n".join([text, *flags, *diverged])
 
 
 def plot_grid(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from diffvit.errors import redacted
@@ -17,6 +18,30 @@ def columns(rows: list[tuple[str, ...]], right: Any = ()) -> str:
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def runs_table(
+    header: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: Collection[str] = (), shared: Collection[str] = ()
+) -> str:
+    """Runs as aligned text that fits a terminal: columns without any text go, and `shared` ones that say the same of all runs go on top.
+
+    Args:
+        numbers: headers of columns that are aligned right.
+    """
+    values = dict(zip(header, zip(*rows, strict=True), strict=True))
+    alike = {
+        name: texts[0] for name, texts in values.items() if name in shared and len(set(texts)) == 1 and (len(rows) > 1 or not texts[0])
+    }
+    kept = [name for name, texts in values.items() if name not in alike and any(texts)]
+    title = ", ".join(text if name == "overrides" else f"{name} {text}" for name, text in alike.items() if text)
+    body = zip(*(values[name] for name in kept), strict=True)
+    table = columns([tuple(kept), *body], right=[number for number, name in enumerate(kept) if name in numbers])
+    return f"{title}\n{table}" if title else table
+
+
+def short_model(name: str) -> str:
+    """An architecture's name for a table: "classic" for vit_classic."""
+    return name.removeprefix("vit_")
 
 
 def say(text: str) -> None:

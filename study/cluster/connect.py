@@ -15,6 +15,7 @@ from diffvit.errors import UserError, first_line
 from diffvit.machine.host import cpus
 from diffvit.signals import kept_from_children
 from study.cluster.address import check_token, ensure_token, find_address, gcs_answers, given_address, listens, ray_folder
+from study.text import say
 
 # A study's objects are reports of a few numbers.
 _OBJECT_STORE_BYTES = 200 * 1024**2
@@ -85,6 +86,8 @@ def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Clus
     options: dict[str, Any] = {
         "num_cpus": cpus(), "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False if without else None,
     }  # fmt: skip
+    if own:
+        say("starting Ray")
     try:
         with kept_from_children():
             context = _start(chosen, options if own else {})

@@ -18,7 +18,7 @@ from rich.text import Text
 from diffvit.ledger.spec import RunSpec, overrides_text
 from study.cluster.progress import RunProgress, seconds_left
 from study.plan import PlannedRun
-from study.text import clock
+from study.text import clock, short_model
 
 _HEARTBEAT_SECONDS = 30.0
 
@@ -212,7 +212,7 @@ class StudyDisplay(Callback):
 
 def _names(spec: RunSpec) -> dict[str, str]:
     """What a run is called, a text a column."""
-    values = (spec.model.removeprefix("vit_"), spec.size, spec.dataset, str(spec.seed), overrides_text(spec.overrides))
+    values = (short_model(spec.model), spec.size, spec.dataset, str(spec.seed), overrides_text(spec.overrides))
     return dict(zip(_NAMES, values, strict=True))
 
 

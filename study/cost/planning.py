@@ -16,7 +16,7 @@ from study.cost.devices import SHEETS, find_machine, find_sheet, keep_machine, s
 from study.options import StudyOptions, connect_cluster
 from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
 from study.shard import own_share
-from study.text import columns, say, significant
+from study.text import runs_table, say, short_model, significant
 
 if TYPE_CHECKING:
     from study.cluster.connect import Cluster
@@ -29,12 +29,11 @@ def dry_run_table(options: StudyOptions) -> str:
     specs = options.on(None).runs()
     fingerprints = load_fingerprints(specs, options.data_root, required=False)
     runs = own_share(plan_runs(specs, options.checkpoints, fingerprints), options.shard)
-    header = (
-        "model", "size", "data set", "seed", "run_id", "parameters", "batch", "steps", "GFLOP/image", "train EFLOP", "state", "overrides",
-    )  # fmt: skip
+    numbers = ("parameters", "batch", "steps", "GFLOP/image", "EFLOP")
+    header = ("model", "size", "data set", "seed", "run_id", *numbers, "state", "overrides")
     rows = [
         (
-            run.spec.model, run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "data not here",
+            short_model(run.spec.model), run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "data not here",
             f"{run.parameters:,}", str(run.spec.protocol.batch_size), f"{run.steps:,}",
             significant(run.forward_flops / 1e9), significant(run.train_flops / 1e18),
             run.status or (f"to do ({run.elsewhere})" if run.elsewhere else "to do"),
@@ -43,7 +42,7 @@ def dry_run_table(options: StudyOptions) -> str:
         for run in runs
     ]  # fmt: skip
     total = sum(run.train_flops for run in runs)
-    lines = [columns([header, *rows], right=range(5, 10)), ""]
+    lines = [runs_table(header, rows, numbers, shared=("data set", "seed", "batch", "overrides")), ""]
     lines += [f"note: {note}" for note in (*warmup_warnings(specs), *precision_notes(runs))]
     ended = sum(run.ended for run in runs)
     return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
