@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
-import click
+try:
+    import click
+except ModuleNotFoundError:
+    print(f"error: {sys.executable} has not the packages that diffvit needs.", file=sys.stderr)
+    print(f"hint: pip install uv && uv run run.py {shlex.join(sys.argv[1:])}", file=sys.stderr)
+    sys.exit(2)
 
 from diffvit import LENT_HOME, __version__, utils
 from diffvit.checks import usable_path

@@ -300,6 +300,13 @@ def test_dry_run_of_the_full_grid(cli, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_python_without_the_packages_is_told_how(tmp_path: Path) -> None:
+    run = [sys.executable, "-S", str(Path(command_line.__file__)), "study", "--grid", "digits"]
+    done = subprocess.run(run, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.splitlines()[1] == "hint: pip install uv && uv run run.py study --grid digits" and len(done.stderr.splitlines()) == 2
+
+
 def test_grids_for_another_data_set(cli) -> None:
     outcome = cli("study", "--grid", "noise", "--dataset", "cifar-100", "--dry_run")
     title, _, *lines = outcome.out.splitlines()
