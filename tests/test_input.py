@@ -244,7 +244,7 @@ def test_what_is_the_same_twice_or_takes_several_is_taken(cli) -> None:
 
 def test_a_dry_run_of_a_share_shows_the_share(cli) -> None:
     outcome = cli("study", "--dry_run", "--shard", "1/4", "--storage", "s")
-    assert outcome.code == 0 and "3 runs, 0 ended" in outcome.out
+    assert outcome.code == 0 and "3 runs, 0 already finished" in outcome.out
 
 
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z_-]*)")

@@ -227,7 +227,7 @@ def test_a_run_counts_as_done_in_whatever_precision_it_is(of_a_cluster) -> None:
     assert "1 of 1 runs done" in listed and "to do" not in listed
     dry = of_a_cluster("study", "--grid", "one.yaml", "--dry_run").out
     assert (
-        "to do (done in bf16)" in dry and "1 runs, 0 ended" in dry and "note: 1 runs are done in bf16; in fp32 they are trained anew" in dry
+        "to do (done in bf16)" in dry and "1 runs, 0 already finished" in dry and "note: 1 runs are done in bf16; in fp32 they are trained anew" in dry
     )
     assert of_a_cluster("plot", "--grid", "one.yaml").code == of_a_cluster("report", "--grid", "one.yaml").code == 0
 

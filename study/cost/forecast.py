@@ -317,7 +317,7 @@ def _sentences(forecast: StudyForecast) -> list[str]:
     ended, begun = len(forecast.runs) - len(pending), sum(bool(each.steps_done) for each in pending)
     lines = [
         f"place     {where}, {fleet.precision}, {fleet.memory / 2**30:,.0f} GB",
-        f"runs      {len(pending)} to train" + (f", {begun} of them begun" if begun else "") + f"; {ended} ended, which cost nothing",
+        f"runs      {len(pending)} to train" + (f", {begun} of them begun" if begun else "") + f"; {ended} already finished",
         f"work      {duration(forecast.seconds / fleet.runs_per_device)} of {unit} time"
         + (f", ${forecast.price(forecast.seconds):,.2f}" if fleet.price is not None else "; --price P says what that costs"),
         f"end       {duration(forecast.makespan)} after the start, longest runs first"

@@ -45,7 +45,7 @@ def dry_run_table(options: StudyOptions) -> str:
     lines = [runs_table(header, rows, numbers, shared=("data set", "seed", "batch", "overrides")), ""]
     lines += [f"note: {note}" for note in (*warmup_warnings(specs), *precision_notes(runs))]
     ended = sum(run.ended for run in runs)
-    return "\n".join([*lines, f"{len(runs)} runs, {ended} ended, {significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
+    return "\n".join([*lines, f"{len(runs)} runs, {ended} already finished, {significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
 
 
 def plan_study(options: StudyOptions, gpu: str | None = None, gpus: int = 1, probe_seconds: float | None = None) -> StudyForecast:
