@@ -155,7 +155,7 @@ def test_done_runs_cost_nothing_and_begun_ones_the_rest(tmp_path: Path) -> None:
     assert begun.seconds == pytest.approx(run_seconds(runs[1], rate) - 5 * 32 * (rate.train + rate.evaluate))
     assert forecast.makespan == pytest.approx(4.0 + 2 * 1.0 + begun.seconds)
     said = forecast_text(forecast)
-    assert "1 to train, 1 of them begun; 1 ended" in said and "measured  on Some CPU, 2020-01-02" in said and "ESTIMATED" not in said
+    assert "1 to train, 1 of them begun; 1 already finished" in said and "measured  on Some CPU, 2020-01-02" in said and "ESTIMATED" not in said
     everything = forecast_study(runs, measured_fleet(machine, runs, 1, DEFAULT_COMPUTE, None), tmp_path / "elsewhere")
     assert everything.runs[1].seconds > begun.seconds and not everything.runs[0].seconds
 
@@ -369,4 +369,4 @@ def test_plan_probe_study_and_rehearsal_as_commands(tmp_path: Path, cli, monkeyp
     assert len(re.findall(r"^vit_\w+ 0\.1M digits seed 0 .*\d s +\d+\.\d s +[+-]\d+ %$", said, re.MULTILINE)) == 2
     assert re.search(r"^whole study: forecast \d+.*, took \d+.*: [+-]\d+ %$", said, re.MULTILINE)
     done = cli("plan", "--grid", "grid.yaml", "--address", "local").out
-    assert "0 to train; 2 ended" in done and done.count("0:00:00") == 2
+    assert "0 to train; 2 already finished" in done and done.count("0:00:00") == 2
