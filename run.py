@@ -281,6 +281,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
               help="Train the I-th of N parts of equal cost: for boxes that share nothing but a storage or the hub.")  # fmt: skip
 @click.option("--collect", is_flag=True,
               help="Bring what all boxes have finished from the storage or the hub, tabulate and draw it; train nothing.")  # fmt: skip
+@click.option("--yes", is_flag=True, help="On a terminal, start more than ten minutes of work without a question.")
 @_place_options
 @click.option("--dashboard", type=bool, default=True, show_default=True, metavar="BOOL", help="Ray's dashboard, where Ray is started here.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
@@ -292,7 +293,7 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 @_compute_options
 @_saving_options
 def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: str | None, collect: bool, resource: tuple[str, ...],
-          **given: Any) -> None:  # fmt: skip
+          yes: bool, **given: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, then tabulate and draw it.
 
     Finished runs are skipped, so the same command carries on. Without arguments: both architectures in three sizes on two
@@ -320,7 +321,8 @@ def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: 
     from study.cost.planning import dry_run_table
     from study.main import collect_study, rehearse_study, run_study
 
-    settings = _study_options({**given, "grid": chosen, "saving": saving, "resources": resources, "shard": part})
+    ask = not yes and sys.stdin.isatty() and sys.stderr.isatty()
+    settings = _study_options({**given, "grid": chosen, "saving": saving, "resources": resources, "shard": part, "ask": ask})
     if dry_run:
         click.echo(dry_run_table(settings))
         return

@@ -8,13 +8,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffvit.errors import redacted
+import click
+
+from diffvit.errors import UserError, redacted
 from diffvit.ledger.disk import check_lockable, check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from study.boxes import boxes_of
 from study.cluster.nodes import check_shared_folder, check_storage_and_data
-from study.cluster.watch import watch
+from study.cluster.watch import restarted, watch
 from study.cost.planning import expected_forecast
 from study.cost.truth import compare, comparison_lines, seconds_taken
 from study.options import StudyOptions, connect_cluster, may_join
@@ -26,6 +28,9 @@ from study.text import duration, say, warn
 
 if TYPE_CHECKING:
     from study.cluster.connect import Cluster
+
+# Seconds of work before which a person at a terminal is asked.
+_WORTH_A_QUESTION = 600.0
 
 
 def run_study(options: StudyOptions) -> int:
@@ -77,6 +82,12 @@ def run_study(options: StudyOptions) -> int:
     boxes.publish()
     failures += boxes.report_unsent(unsent, options.command)
     return _conclude(options, tried, len(every), failures) or (0 if drawn else 1)
+
+
+def _ask() -> None:
+    """Ask whether to start. Raises UserError if not."""
+    if not click.confirm("start it?", default=True, err=True):
+        raise UserError("the study was not started.", "fewer --epochs, or a smaller grid, take less; --yes starts without a question.")
 
 
 def _conclude(options: StudyOptions, tried: list[PlannedRun], in_all: int, failures: list[tuple[str, str]]) -> int:
@@ -168,6 +179,8 @@ def _train(
     if forecast:
         sources = " and ".join(sorted({each.rate.source for each in forecast.pending}))
         say(f"forecast: {duration(forecast.makespan)} ({sources})")
+        if options.ask and forecast.makespan > _WORTH_A_QUESTION and not restarted():
+            _ask()
     with watch(cluster, say, options.command), StudyDisplay(runs) as display:
         reports, signal_code = run_all(pending, settings, cluster, display, wait_for_others=options.shard is None)
     took = time.monotonic() - begun

@@ -32,6 +32,7 @@ class StudyOptions:
         precision: "auto" until `on` has resolved it.
         compute: how runs are computed on a device that each has to itself.
         command: as the user typed it.
+        ask: before long work, ask whether to start it.
     """
 
     grid: Grid
@@ -48,6 +49,7 @@ class StudyOptions:
     tracker: str | None = None
     shard: Shard | None = None
     command: str = "run.py study"
+    ask: bool = False
 
     def on(self, cluster: Cluster | None) -> StudyOptions:
         """With the precision, and on a cluster the GPUs of a run, that hold there; None: on this machine. Raises UserError."""

@@ -6,15 +6,19 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pandas as pd
 import pytest
 
+from diffvit.errors import UserError
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.results import read_results
 from diffvit.ledger.spec import RunSpec
 from diffvit.protocol import Protocol
 from diffvit.train import train
+from study import main
 from study.grid import GRIDS, find_grid
 from study.options import StudyOptions
 from study.results import report_results
@@ -227,7 +231,9 @@ def test_a_run_counts_as_done_in_whatever_precision_it_is(of_a_cluster) -> None:
     assert "1 of 1 runs done" in listed and "to do" not in listed
     dry = of_a_cluster("study", "--grid", "one.yaml", "--dry_run").out
     assert (
-        "to do (done in bf16)" in dry and "1 runs, 0 already finished" in dry and "note: 1 runs are done in bf16; in fp32 they are trained anew" in dry
+        "to do (done in bf16)" in dry
+        and "1 runs, 0 already finished" in dry
+        and "note: 1 runs are done in bf16; in fp32 they are trained anew" in dry
     )
     assert of_a_cluster("plot", "--grid", "one.yaml").code == of_a_cluster("report", "--grid", "one.yaml").code == 0
 
@@ -263,3 +269,28 @@ def test_a_damaged_checkpoint_does_not_stand_in_the_way_of_another(ledger) -> No
     assert ledger("evaluate", *CELL, "--seed", "0", "--limit", "8").code == 0
     damaged = ledger("evaluate", *CELL, "--seed", "1")
     assert damaged.code == 2 and "damaged" in damaged.err
+
+
+@pytest.mark.parametrize(("seconds", "ask", "restarts", "asked"), [
+    (700, True, None, True), (500, True, None, False), (700, False, None, False), (700, True, "1", False)])  # fmt: skip
+def test_long_work_begins_with_a_question_where_there_is_somebody_to_ask(
+    seconds: float, ask: bool, restarts: str | None, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study whose Ray died starts itself over: at night, nobody answers."""
+    if restarts:
+        monkeypatch.setenv("DIFFVIT_RESTARTS", restarts)
+    questions: list[str] = []
+    monkeypatch.setattr(main.click, "confirm", lambda text, **options: questions.append(text))
+    monkeypatch.setattr(main, "expected_forecast", lambda *given: SimpleNamespace(makespan=seconds, pending=[]))
+
+    def begin(*given: Any) -> None:
+        raise EOFError
+
+    monkeypatch.setattr(main, "watch", begin)
+    saving = SimpleNamespace(saving=SimpleNamespace(storage=None), data_root=None)
+    options: Any = SimpleNamespace(
+        settings=lambda: saving, placement=SimpleNamespace(check_room=lambda cluster: 1), ask=ask, command="run.py study"
+    )
+    with pytest.raises(UserError if asked else EOFError):
+        main._train([], [], options, cast(Any, SimpleNamespace(own=True, nodes=1)), 0.0)
+    assert questions == (["start it?"] if asked else [])

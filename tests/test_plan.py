@@ -155,7 +155,11 @@ def test_done_runs_cost_nothing_and_begun_ones_the_rest(tmp_path: Path) -> None:
     assert begun.seconds == pytest.approx(run_seconds(runs[1], rate) - 5 * 32 * (rate.train + rate.evaluate))
     assert forecast.makespan == pytest.approx(4.0 + 2 * 1.0 + begun.seconds)
     said = forecast_text(forecast)
-    assert "1 to train, 1 of them begun; 1 already finished" in said and "measured  on Some CPU, 2020-01-02" in said and "ESTIMATED" not in said
+    assert (
+        "1 to train, 1 of them begun; 1 already finished" in said
+        and "measured  on Some CPU, 2020-01-02" in said
+        and "ESTIMATED" not in said
+    )
     everything = forecast_study(runs, measured_fleet(machine, runs, 1, DEFAULT_COMPUTE, None), tmp_path / "elsewhere")
     assert everything.runs[1].seconds > begun.seconds and not everything.runs[0].seconds
 

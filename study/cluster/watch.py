@@ -47,6 +47,11 @@ def watch(cluster: Cluster, say: Callable[[str], None], command: str) -> Iterato
         yield
 
 
+def restarted() -> bool:
+    """Whether this process began by starting itself over, with nobody at the terminal."""
+    return _RESTARTS in os.environ
+
+
 def _start_over(cluster: Cluster, family: list[Any], say: Callable[[str], None], command: str) -> None:
     import psutil
 
