@@ -198,7 +198,8 @@ def find_checkpoint(
     return best[0].path
 
 
-_COST_FIELDS = ("image_size", "patch_size", "channels", "classes", "d_model", "heads")
+# What decides the cost of an image; the second ones a run may override.
+_OF_DATASET, _OF_RUN = ("channels", "classes", "d_model"), ("image_size", "patch_size", "heads")
 
 
 def open_checkpoint(
@@ -207,10 +208,11 @@ def open_checkpoint(
     """Load a checkpoint: the model on the device, its header's facts, its data set, and how images are prepared. Raises UserError."""
     model, facts = load_weights(path)
     data = load(facts["dataset"], data_root)
-    # What decides the cost of an image. A header's numbers may fit its tensors and still ask for anything.
-    ours, theirs = ({name: getattr(each, name) for name in _COST_FIELDS} for each in (protocol_of(facts["dataset"]), facts["protocol"]))
-    if ours != theirs:
+    # A header's numbers may fit its tensors and still ask for anything.
+    ours, theirs = protocol_of(facts["dataset"]), facts["protocol"]
+    if any(getattr(ours, name) != getattr(theirs, name) for name in _OF_DATASET):
         raise UserError(f"{path} was made for other images than those of {facts['dataset']}.", "evaluate it with the version that made it.")
+    ours.with_overrides({name: getattr(theirs, name) for name in _OF_RUN if getattr(ours, name) != getattr(theirs, name)})
     return model.to(device), facts, data, Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)
 
 

@@ -29,6 +29,8 @@ PROJECT = "diffvit"
 
 # The end of a run waits so long for what its tracker has not sent yet.
 _SECONDS_TO_FINISH = 30.0
+# A run that is stopped has a state to send, and is killed soon.
+_SECONDS_TO_STOP = 2.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def check_tracker(name: str | None) -> None:
     if package and importlib.util.find_spec(package) is None:
         sentence = f"--track {name} needs the package {package}, which is not installed."
         raise UserError(sentence, f"install it with: uv sync --extra {name}")
+    if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError("--track mlflow has no server.", "export MLFLOW_TRACKING_URI, the address of one.")
 
 
 class Tracker(ABC):
@@ -137,7 +141,7 @@ class _WandB(Tracker):
         folder = run.folder / "wandb"
         folder.mkdir(parents=True, exist_ok=True)
         project = os.environ.get("WANDB_PROJECT", PROJECT)
-        settings = wandb.Settings(silent=True, console="off")
+        settings = wandb.Settings(silent=True, console="off", reinit="create_new")
         self._run = wandb.init(
             project=project, id=run.run_id, name=run.name, resume="allow", dir=str(folder), config=dict(run.config), tags=run.tags,
             settings=settings,
@@ -158,8 +162,7 @@ class _MLflow(Tracker):
 
         self._client = MlflowClient()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        experiment = self._client.get_experiment_by_name(name)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        number = self._experiment(name)
         known = self._client.search_runs([number], f"tags.run_id = '{run.run_id}'")
         tags = {"run_id": run.run_id, **{key: str(run.config[key]) for key in ("model", "size", "dataset")}}
         self._id = (known[0] if known else self._client.create_run(number, run_name=run.name, tags=tags)).info.run_id
@@ -168,6 +171,17 @@ class _MLflow(Tracker):
         else:
             for key, value in run.config.items():
                 self._client.log_param(self._id, key, value)
+
+    def _experiment(self, name: str) -> str:
+        """The experiment's id; created where it is not there."""
+        if experiment := self._client.get_experiment_by_name(name):
+            return experiment.experiment_id
+        try:
+            return self._client.create_experiment(name)
+        except Exception:
+            if experiment := self._client.get_experiment_by_name(name):  # a run that began at the same time created it
+                return experiment.experiment_id
+            raise
 
     def log(self, steps: list[tuple[int, dict[str, float]]]) -> None:
         from mlflow.entities import Metric
@@ -221,22 +235,28 @@ def tracked(name: str | None, run: TrackedRun, on_failure: Callable[[str], None]
     curves = Curves(run)
 
     def work() -> None:
+        tracker = None
         try:
             tracker = _CLASSES[name](run)
             while (steps := curves.queue.get()) is not None:
                 tracker.log(steps)
             tracker.finish(curves.outcome)
         except BaseException as error:  # a tracker's own exits too
+            if tracker:  # else the process's next run would go into this one
+                with contextlib.suppress(BaseException):
+                    tracker.finish({})
             curves.failure = f"{name} has failed, and is left out: {redacted(first_line(error))}"
 
     thread = threading.Thread(target=work, name=f"track-{name}", daemon=True)
     thread.start()
+    patience = _SECONDS_TO_STOP
     try:
         yield curves
+        patience = _SECONDS_TO_FINISH
     finally:
         curves.queue.put(None)
-        thread.join(_SECONDS_TO_FINISH)
+        thread.join(patience)
         if thread.is_alive():
-            curves.failure = f"{name} had not received everything {_SECONDS_TO_FINISH:.0f} s after the last step"
+            curves.failure = f"{name} had not received everything {patience:.0f} s after the last step"
         if curves.failure:
             on_failure(curves.failure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -65,6 +66,7 @@ def run_study(options: StudyOptions) -> int:
                     cluster = cluster or connect_cluster(stack, options)
                     failed, signal_code = _train(runs, pending, options.on(cluster), cluster, begun)
                     failures += failed
+                    options = dataclasses.replace(options, ask=False)  # what is taken over later may be at night
                     unsent = boxes.exchange(tried, every, strict=False)
                 else:
                     say(f"all {len(runs)} runs are done already")
@@ -73,7 +75,7 @@ def run_study(options: StudyOptions) -> int:
                 else:
                     runs = boxes.left_by_others(every, tried)
                     tried = [*tried, *runs]
-    drawn = report_results(options, specs, draw=signal_code is None)
+    drawn = report_results(options, specs, draw=signal_code is None, judge=not failures and not options.shard)
     if signal_code is not None:
         ended = sum(_has_result(run, options) for run in tried)
         say(f"\nstopped: {ended} of {len(tried)} runs are done, the states of the others are saved")
@@ -118,7 +120,7 @@ def collect_study(options: StudyOptions) -> int:
     _check_folders(options.checkpoints, specs)
     boxes = boxes_of(options.saving, None, options.checkpoints)
     say(f"brought {len(boxes.collect(specs))} runs from {options.saving.storage}")
-    drawn = report_results(options, specs, draw=True)
+    drawn = report_results(options, specs, draw=True, judge=True)
     boxes.publish()
     missing = missing_runs(options.checkpoints, specs)
     if missing:

@@ -15,20 +15,24 @@ from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
 from study.grid import GRIDS, Grid, find_grid, named_after
-from study.table import files_of, run_table, step_table, write_csv, write_step_csv
+from study.table import files_of, missing_runs, run_table, step_table, write_csv, write_step_csv
 from study.text import runs_table, say, short_model
 
 if TYPE_CHECKING:
     from study.options import StudyOptions
 
 
-_NAMES_OF_RUNS = ("--grid", "--dataset", "--epochs")
+# Options of `study` that `report` takes too.
+_OF_REPORT = ("--grid", "--dataset", "--epochs", "--checkpoints")
 
 
-def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> bool:
+def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool, judge: bool = False) -> bool:
     """Print the table, write it as CSV, then draw the figures. Returns False where the figures failed, after printing why.
 
     The table has all seeds and precisions of the cells, so that a study with fewer of them removes nothing.
+
+    Args:
+        judge: print the verdict too, if no run is missing: a look at a part of them would have to be paid for.
     """
     from study.predictions import with_predictions  # torch comes with it
 
@@ -37,11 +41,15 @@ def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool) -> b
         return True
     print(table_text(table))
     runs, steps = (options.checkpoints / f"{options.name}_{what}.csv" for what in ("runs", "steps"))
-    write_csv(with_predictions(table, options.checkpoints), runs)
+    write_csv(with_predictions(table, options.checkpoints) if draw else table, runs)  # on a stop, nothing that takes long
     write_step_csv(options.checkpoints, table, steps)
     say(f"\ntable    {runs}")
+    if options.tracker:
+        failures = {note for notes in table["notes"] for note in notes.split("; ") if note.startswith(options.tracker)}
+        for failure in sorted(failures):
+            say(f"warning: {failure}")
     drawn = not draw or _draw(options, table)
-    if draw and drawn:
+    if judge and draw and drawn and not missing_runs(options.checkpoints, specs):
         _say_findings(options, table)
     gone = [path for files, run in zip(files_of_table(options.checkpoints, table), table.itertuples(), strict=True)
             for path in kept_files(files, run.status) if not path.is_file()]  # fmt: skip
@@ -74,24 +82,22 @@ def _say_findings(options: StudyOptions, table: pd.DataFrame) -> None:
     folder = options.checkpoints / _report_name([options.grid], options.epochs, named=bool(options.grid.prefix))
     try:
         answers = analyse(table, options.checkpoints, looks=folder / "looks.json").answers
+        lines = ["", *map(sentence, answers)]
+        if answers and not any(answer.estimate.known for answer in answers):
+            lines.append("next     --seeds 3 on the same command gives intervals")
+        lines.append(f"next     {_report_command(options.command)}")
     except Exception as error:  # figures and words must not fail finished training
-        say(f"note: no verdict could be formed: {type(error).__name__}: {first_line(error)}")
-        return
-    say("")
-    for answer in answers:
-        say(sentence(answer))
-    if answers and not any(answer.estimate.known for answer in answers):
-        say(f"next     {_of_same_runs(options.command, 'study')} --seeds 3   gives intervals")
-    say(f"next     {_of_same_runs(options.command, 'report')}")
+        lines = [f"note: no verdict could be formed: {type(error).__name__}: {first_line(error)}"]
+    say("\n".join(lines))
 
 
-def _of_same_runs(study: str, command: str) -> str:
-    """Another command about the runs that a `study` command line names."""
+def _report_command(study: str) -> str:
+    """The `report` of the runs that a `study` command line names."""
     words = shlex.split(study.partition(" (with the secret")[0])
     start = words.index("study") if "study" in words else len(words)
     kept = [word for before, word in zip(words[start:], words[start + 1 :], strict=False)
-            if word.partition("=")[0] in _NAMES_OF_RUNS or before in _NAMES_OF_RUNS]  # fmt: skip
-    return shlex.join([*words[:start], command, *kept])
+            if word.partition("=")[0] in _OF_REPORT or before in _OF_REPORT]  # fmt: skip
+    return shlex.join([*words[:start], "report", *kept])
 
 
 def kept_files(files: RunFiles, status: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,17 +12,19 @@ from typing import Any, cast
 
 import pandas as pd
 import pytest
+import torch
 
 from diffvit.errors import UserError
+from diffvit.evaluation import evaluate_checkpoint
 from diffvit.ledger.files import RunFiles
-from diffvit.ledger.results import read_results
-from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.results import read_results, write_result
+from diffvit.ledger.spec import RunSpec, overrides_text, parse_overrides
 from diffvit.protocol import Protocol
 from diffvit.train import train
 from study import main
-from study.grid import GRIDS, find_grid
+from study.grid import GRIDS, Grid, find_grid
 from study.options import StudyOptions
-from study.results import report_results
+from study.results import _report_command, report_results
 
 CELL = ("--model", "vit_classic", "--size", "small", "--dataset", "digits")
 STUDY = ("study", "--grid", "one.yaml", "--address", "local")
@@ -129,7 +132,7 @@ def test_fewer_seeds_take_no_rows_off_the_table(ledger) -> None:
     ledger(*STUDY, "--seeds", "2")
     assert len(pd.read_csv(CHECKPOINTS / "one_runs.csv")) == 2
     said = ledger(*STUDY)
-    assert said.out.count("vit_classic") == len(pd.read_csv(CHECKPOINTS / "one_runs.csv")) == 2
+    assert said.out.count("\nclassic ") == len(pd.read_csv(CHECKPOINTS / "one_runs.csv")) == 2
 
 
 @pytest.mark.parametrize(
@@ -294,3 +297,48 @@ def test_long_work_begins_with_a_question_where_there_is_somebody_to_ask(
     with pytest.raises(UserError if asked else EOFError):
         main._train([], [], options, cast(Any, SimpleNamespace(own=True, nodes=1)), 0.0)
     assert questions == (["start it?"] if asked else [])
+
+
+def test_a_study_is_judged_once_no_run_is_missing(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    """A look at a part of the runs would have to be paid for, when the rest is there."""
+    grid = Grid("some", ("digits",), sizes=("small",), seeds=(0, 1), overrides={"max_steps": 2}, prefix="some_")
+    options = StudyOptions(grid, tmp_path, precision="fp32", tracker="wandb", command="uv run run.py study --grid some.yaml --seeds 2")
+    *most, last = options.runs()
+    for spec in most:
+        train(spec, tmp_path, device="cpu")
+    looks = tmp_path / "some_report" / "looks.json"
+    assert report_results(options, options.runs(), draw=True, judge=True)
+    assert "next" not in capsys.readouterr().err and not looks.exists()
+    result = train(last, tmp_path, device="cpu")
+    assert result is not None
+    write_result(RunFiles.of(tmp_path, last, result.run_id), dataclasses.replace(result, notes=[*result.notes, "wandb has failed: no key"]))
+    assert report_results(options, options.runs(), draw=True, judge=True)
+    said = capsys.readouterr().err
+    assert "next     uv run run.py report --grid some.yaml" in said and "warning: wandb has failed: no key\n" in said
+    assert [len(seen) for seen in json.loads(looks.read_text()).values()] == [1]
+
+
+@pytest.mark.parametrize(("study", "report"), [
+    ("python run.py study", "python run.py report"),
+    ("uv run run.py study --grid lr --dataset=digits --seeds 3 --storage s3://b --checkpoints /mnt/x --epochs 2",
+     "uv run run.py report --grid lr --dataset=digits --checkpoints /mnt/x --epochs 2"),
+])  # fmt: skip
+def test_the_report_that_is_recommended_is_of_the_same_runs(study: str, report: str) -> None:
+    assert _report_command(study) == report
+
+
+@pytest.mark.parametrize("overrides", [{"heads": 8}, {"image_size": 16}, {"patch_size": 4}, {"residual_scale": False}])
+def test_a_run_with_another_shape_is_evaluated(overrides: dict, tmp_path: Path) -> None:
+    spec = RunSpec.of("vit_differential", "0.1M", "digits", overrides={**overrides, "max_steps": 2})
+    result = train(spec, tmp_path, device="cpu")
+    assert result is not None
+    path = RunFiles.of(tmp_path, spec, result.run_id).weights
+    found = evaluate_checkpoint(path, limit=result.test_images, device=torch.device("cpu"))
+    assert found["accuracy"] == result.test_accuracy
+    (again,) = read_results(tmp_path)
+    assert parse_overrides(overrides_text(again.overrides)) == spec.overrides == again.overrides
+
+
+def test_overrides_are_kept_as_the_types_that_they_take() -> None:
+    kept = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"residual_scale": "false", "heads": 8, "lr": 1}).overrides
+    assert kept == {"residual_scale": False, "heads": 8, "lr": 1.0} and [type(value) for value in kept.values()] == [bool, int, float]

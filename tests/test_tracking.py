@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -33,7 +34,8 @@ def _stop_after(step: int, folder: Path, options: Tracking) -> None:
         train(SPEC, folder, device="cpu", tracking=options, should_stop=lambda: next(asked) >= step)
 
 
-def test_tensorboard_has_every_step_once_after_a_resume(tmp_path: Path) -> None:
+def test_tensorboard_has_every_step_once_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "_SECONDS_TO_STOP", 120.0)
     options = Tracking("tensorboard", dollars_per_second=0.01)
     _stop_after(5, tmp_path, options)
     result = train(SPEC, tmp_path, device="cpu", tracking=options)
@@ -94,6 +96,21 @@ def test_a_tracker_that_fails_costs_nothing(kind: type[Tracker], said: str, tmp_
     assert warning.startswith(said) and "abcdefgh" not in warning and warning in with_tracker.notes
 
 
+def test_a_run_that_is_stopped_does_not_wait_for_its_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state is still to be sent, and whoever stops it kills it soon."""
+    monkeypatch.setitem(tracking._CLASSES, "wandb", _Silent)
+    monkeypatch.setattr(tracking, "_SECONDS_TO_FINISH", 10_000.0)
+    monkeypatch.setattr(tracking, "_SECONDS_TO_STOP", 0.05)
+    _stop_after(3, tmp_path, Tracking("wandb"))
+
+
+def test_mlflow_without_a_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match="no server") as caught:
+        check_tracker("mlflow")
+    assert "MLFLOW_TRACKING_URI" in caught.value.hint
+
+
 def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TRACKERS, "wandb", "a_package_that_nobody_has")
     check_tracker(None)
@@ -109,6 +126,7 @@ def test_real_writers_continue_a_resumed_run(name: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setattr(tracking, "_SECONDS_TO_FINISH", 120.0)
+    monkeypatch.setattr(tracking, "_SECONDS_TO_STOP", 120.0)
     _stop_after(5, tmp_path, Tracking(name))
     warnings: list[str] = []
     result = train(SPEC, tmp_path, device="cpu", tracking=Tracking(name), on_warning=warnings.append)
@@ -123,6 +141,29 @@ def test_real_writers_continue_a_resumed_run(name: str, tmp_path: Path, monkeypa
     assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train_loss")] == list(range(1, 13))
     assert run.data.metrics["test_accuracy"] == result.test_accuracy and run.info.status == "FINISHED"
     assert run.data.tags["model"] == "vit_classic" and run.data.params["batch_size"] == "32"
+
+
+@pytest.mark.slow
+def test_a_run_whose_tracker_failed_gets_nothing_of_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray trains the next run in the same process."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(tracking, "_SECONDS_TO_FINISH", 120.0)
+    monkeypatch.setattr(tracking, "_SECONDS_TO_STOP", 120.0)
+    monkeypatch.setattr(tracking._WandB, "log", lambda self, steps: steps.no_such_thing)
+    first = train(SPEC, tmp_path, device="cpu", tracking=Tracking("wandb"))
+    monkeypatch.undo()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids: list[str] = []
+    log = tracking._WandB.log
+
+    def noting(self: Any, steps: list) -> None:
+        ids.append(self._run.id)
+        log(self, steps)
+
+    monkeypatch.setattr(tracking._WandB, "log", noting)
+    second = train(dataclasses.replace(SPEC, seed=1), tmp_path, device="cpu", tracking=Tracking("wandb"))
+    assert first is not None and second is not None and any("left out" in note for note in first.notes)
+    assert set(ids) == {second.run_id}
 
 
 @pytest.mark.slow

@@ -106,7 +106,9 @@ def _env_lines() -> Iterator[tuple[int, str, str, bool]]:
 
 # Settings that diffvit reads from the environment only, and the names of those that libraries read there.
 _OWN_SETTINGS = ("DIFFVIT_CACHE", "DIFFVIT_COMMIT", "DIFFVIT_DATA", "DIFFVIT_STORAGE")
-_OF_LIBRARIES = re.compile(r"(AWS|AZURE|CUDA|FSSPEC|GOOGLE|MLFLOW|RAY|WANDB)_\w+|HF_(HOME|ENDPOINT|(HUB|DATASETS|XET)_\w+)|\w+_PROXY")
+_OF_LIBRARIES = re.compile(
+    r"(AWS|AZURE|CUDA|FSSPEC|MLFLOW|RAY|WANDB)_\w+|GOOGLE_(APPLICATION|CLOUD)_\w+|HF_(HOME|ENDPOINT|(HUB|DATASETS|XET)_\w+)|\w+_PROXY"
+)
 
 
 def check_env_file(on_warning: Callable[[str], None] = lambda text: None) -> None:
@@ -133,7 +135,7 @@ def check_env_file(on_warning: Callable[[str], None] = lambda text: None) -> Non
                 raise UserError(
                     f"{says} nothing reads.", f"did you mean {near[0]}? It is read from the environment: export it in the shell."
                 )
-            if _OF_LIBRARIES.fullmatch(key.upper()):
+            if _OF_LIBRARIES.fullmatch(key.upper()) and not any(re.fullmatch(alias, key.upper()) for alias in _ALIASES.values()):
                 on_warning(f"{says} is read from the environment only: export {key} in the shell")
 
 

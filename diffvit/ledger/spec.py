@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffvit.errors import UserError, shown, unknown_name
-from diffvit.protocol import Protocol, protocol_of, resolve_dataset, resolve_model, resolve_size
+from diffvit.protocol import OVERRIDES, Protocol, check_override, protocol_of, resolve_dataset, resolve_model, resolve_size
 
 # Raise it when a change in the code changes what a run computes: old results then count as other work.
 SEMANTICS_VERSION = 4
@@ -44,6 +44,7 @@ class RunSpec:
             raise UserError(f"seed is {shown(seed)}.", "give a whole number of at least 0 and less than 2**63.")
         dataset = resolve_dataset(dataset)
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
+        given = {name: check_override(name, value) for name, value in given.items()}
         protocol_of(dataset).with_overrides(given)
         return RunSpec(resolve_model(model), resolve_size(size, dataset), dataset, seed, precision, given)
 
@@ -86,9 +87,16 @@ def overrides_text(overrides: Mapping[str, Any]) -> str:
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
-    """The overrides that a text of overrides_text says."""
+    """The overrides that a text of overrides_text says, as the types that they take."""
     pairs = (part.split("=", 1) for part in text.split())
-    return {name: value == "True" if value in ("True", "False") else float(value) for name, value in pairs}
+    return {name: _parsed(name, value) for name, value in pairs}
+
+
+def _parsed(name: str, value: str) -> Any:
+    if OVERRIDES[name][0] is bool:
+        return value == "True"
+    number = float(value)
+    return int(number) if OVERRIDES[name][0] is int else number
 
 
 def hash_of_identity(identity: Mapping[str, Any]) -> str:
