@@ -117,7 +117,9 @@ class _TensorBoard(Tracker):
         from tensorboardX import SummaryWriter
 
         folder = run.folder / "tensorboard" / f"{run.name}_{run.run_id}"
-        self._writer = SummaryWriter(str(folder), purge_step=run.resumed_at + 1 if run.resumed_at else None)
+        resumed: dict[str, Any] = {"purge_step": run.resumed_at + 1} if run.resumed_at else {}
+        # A file is named after the second of its creation, which two tries may share.
+        self._writer = SummaryWriter(str(folder), filename_suffix=f".{run.resumed_at}", **resumed)
         if not run.resumed_at:
             rows = "\n".join(f"| {name} | {value} |" for name, value in run.config.items())
             self._writer.add_text("config", f"| name | value |\n|---|---|\n{rows}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +15,7 @@ from study.report.choices import curve_sentence, draw_choices
 from study.report.document import Figures, Table, to_markdown
 from study.report.page import page
 from study.report.sentences import sentence
+from study.table import COLUMNS
 
 CONDITIONS = [
     " ".join(filter(None, each))
@@ -57,6 +59,22 @@ def test_one_seed_gives_a_curve_without_intervals() -> None:
     assert "with one seed, none has an interval" in curve_sentence(_analysis([-0.05] * 12, seeds=1).choices["CIFAR-100"])
 
 
+def test_what_diverged_is_neither_hidden_nor_left_out() -> None:
+    """The choice under which an arm diverges is what the curve is there to show."""
+    analysis = _analysis([-0.05] * 12)
+    runs = analysis.table
+    of_arm = (runs["model"] == "vit_differential") & runs["overrides"].str.contains("lr=0.0003")
+    runs.loc[of_arm & (runs["overrides"] != "lr=0.0003 heads=16"), "status"] = "diverged"
+    specs = analyse(runs[[column for column in COLUMNS if column in runs]], None).choices["CIFAR-100"]
+    dead = [each for each in specs if each.diverged]
+    assert len(dead) == 3 and all(math.isnan(each.level.value) and each.diverged == "Differential ViT: 9 of 9" for each in dead)
+    assert specs[-3:] == dead or {id(each) for each in specs[-3:]} == {id(each) for each in dead}
+    text = curve_sentence(specs)
+    assert (
+        "Under 3 of them runs diverged, so that 3 have nothing to compare" in text and "lower error in 18 and the higher one in 0" in text
+    )
+
+
 @pytest.mark.parametrize("conditions", [1, 2])
 def test_fewer_than_three_conditions_are_no_curve(conditions: int) -> None:
     assert _analysis([-0.05] * conditions).choices == {}
@@ -70,6 +88,6 @@ def test_the_page_shows_the_curve_and_all_rows(tmp_path: Path) -> None:
     )
     blocks = page(analysis, drawn, "command")
     (table,) = [block for block in blocks if isinstance(block, Table) and "every combination" in (block.caption or "")]
-    assert len(table.rows) == 24 and sum("(the protocol)" in row[-1] for row in table.rows) == 1
+    assert len(table.rows) == 24 and sum("the protocol" in row for row in table.rows) == 1
     assert any(isinstance(block, Figures) and block.files[0][0] == drawn[0] for block in blocks)
     assert "Would other choices say the same?" in to_markdown(blocks, tmp_path)

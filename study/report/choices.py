@@ -6,6 +6,7 @@ Simonsohn, Simmons and Nelson (2020), Nature Human Behaviour 4, 1208-1214.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from diffvit.ledger.spec import parse_overrides
-from diffvit.protocol import protocol_of
+from diffvit.protocol import ARMS, MODEL_TITLES, protocol_of
 from study.report.compare import ArmComparison
 from study.report.document import Block, Figures, Heading, Paragraph, Table
 from study.report.scaling import Estimate
 from study.report.sentences import percent, relative
 from study.report.verdict import Answer
+from study.table import all_overrides
 
 if TYPE_CHECKING:
     from study.report.analysis import Subject
@@ -41,13 +43,16 @@ class Specification:
 
     Attributes:
         chosen: what was chosen, as text, by the name of the choice.
-        level: the mean log ratio of the arms' errors over sizes; below 0 the second arm has the lower error.
+        level: the mean log ratio of the arms' errors over sizes; below 0 the second arm has the lower error. nan where the arms have no
+            finished runs in common.
         protocol: whether these are the protocol's own choices, at equal parameters.
+        diverged: how many of its runs did, by arm, as text; "" for none.
     """
 
     chosen: dict[str, str]
     level: Estimate
     protocol: bool
+    diverged: str = ""
 
     @property
     def kind(self) -> str:
@@ -63,7 +68,8 @@ def specifications(parts: Sequence[Subject], comparisons: dict[str, ArmCompariso
     """
     found = {}
     for dataset in dict.fromkeys(part.dataset for part in parts):
-        tried = [part for part in parts if part.dataset == dataset and part.name in comparisons and not part.overrides & _NO_CHOICES]
+        tried = [part for part in parts if part.dataset == dataset and not part.overrides & _NO_CHOICES
+                 and part.table["model"].isin(ARMS).any()]  # fmt: skip
         if len(tried) < _FEWEST:
             continue
         overrides = [parse_overrides(part.condition) for part in tried]
@@ -72,13 +78,24 @@ def specifications(parts: Sequence[Subject], comparisons: dict[str, ArmCompariso
         specs = []
         for part, own in zip(tried, overrides, strict=True):
             chosen = {name: _text(own.get(name, getattr(usual, name))) for name in names}
-            comparison = comparisons[part.name]
-            level = comparison.answers[0].estimate
-            specs.append(Specification({**chosen, "compared at equal": "parameters"}, level, not own))
-            if at_equal := comparison.equal_costs.get("FLOPs"):
-                specs.append(Specification({**chosen, "compared at equal": "FLOPs"}, at_equal, False))
-        found[dataset] = sorted(specs, key=lambda each: float(each.level.value))
+            at_equal: dict[str, Estimate | None] = {"parameters": Estimate(math.nan, math.nan, 0)}
+            if comparison := comparisons.get(part.name):
+                at_equal = {"parameters": comparison.answers[0].estimate, "FLOPs": comparison.equal_costs.get("FLOPs")}
+            usual_choices = not any(all_overrides(part.table))
+            specs += [Specification({**chosen, "compared at equal": cost}, level, usual_choices and cost == "parameters", _diverged(part))
+                      for cost, level in at_equal.items() if level]  # fmt: skip
+        found[dataset] = sorted(specs, key=lambda each: (each.level.value != each.level.value, float(each.level.value)))
     return found
+
+
+def _diverged(part: Subject) -> str:
+    """ "Differential ViT: 2 of 9", for the arms of which any run diverged."""
+    counts = []
+    for arm in ARMS:
+        statuses = part.table[part.table["model"] == arm]["status"]
+        if dead := int((statuses == "diverged").sum()):
+            counts.append(f"{MODEL_TITLES[arm]}: {dead} of {len(statuses)}")
+    return ", ".join(counts)
 
 
 def _text(value: Any) -> str:
@@ -87,18 +104,26 @@ def _text(value: Any) -> str:
 
 def curve_sentence(specs: Sequence[Specification]) -> str:
     """What the curve says in one sentence; signs and significance both."""
-    values = [float(each.level.value) for each in specs]
-    lower = sum(value < 0 for value in values)
+    values = [float(each.level.value) for each in specs if not math.isnan(each.level.value)]
+    lower, higher = sum(value < 0 for value in values), sum(value > 0 for value in values)
     kinds = [each.kind for each in specs]
     if not any(each.level.known for each in specs):
         significant = "with one seed, none has an interval"
     else:
         words = [f"{kinds.count(kind) or 'never'} significantly {kind}" for kind in ("lower", "higher")]
         significant = " and ".join(words).replace("never significantly lower and never", "never significantly lower or")
-    return (
-        f"Under {len(specs)} combinations of choices, the Differential ViT has the lower error in {lower} and the higher one in "
-        f"{len(specs) - lower}; {significant}. The median difference is {percent(float(np.median(values)))}."
+    dead = sum(bool(each.diverged) for each in specs)
+    unpaired = len(specs) - len(values)
+    text = (
+        f"Under {len(specs)} combinations of choices, the Differential ViT has the lower error in {lower} and the higher one in {higher}; "
+        f"{significant}."
     )
+    if values:
+        text += f" The median difference is {percent(float(np.median(values)))}."
+    if dead:
+        nothing = f", so that {unpaired} have nothing to compare" if unpaired else ""
+        text += f" Under {dead} of them runs diverged{nothing}: what is left of an arm are its better runs."
+    return text
 
 
 def with_choices(answers: Sequence[Answer], parts: Sequence[Subject], curves: dict[str, list[Specification]]) -> list[Answer]:
@@ -106,7 +131,8 @@ def with_choices(answers: Sequence[Answer], parts: Sequence[Subject], curves: di
     datasets = {part.name: part.dataset for part in parts}
     told = []
     for answer in answers:
-        values = [float(each.level.value) for each in curves.get(datasets.get(answer.subject, ""), [])]
+        specs = curves.get(datasets.get(answer.subject, ""), [])
+        values = [float(each.level.value) for each in specs if not math.isnan(each.level.value)]
         turned = answer.question == "level" and values and min(values) < 0 < max(values)
         remark = (f"Its sign depends on choices that could have been others: from {percent(min(values))} to "
                   f"{percent(max(values))} under {len(values)} combinations of them.",) if turned else ()  # fmt: skip
@@ -125,9 +151,10 @@ def choices_section(curves: dict[str, list[Specification]], figures: Sequence[Pa
         names = list(specs[0].chosen)
         alt = f"specification curve on {dataset}"
         drawn = [(path, alt) for path in figures if path.name == f"{stems[dataset]}_choices.png"]
-        rows = [[*each.chosen.values(), relative(each.level) + (" (the protocol)" if each.protocol else "")] for each in specs]
+        rows = [[*each.chosen.values(), "nothing to compare" if math.isnan(each.level.value) else relative(each.level),
+                 "the protocol" if each.protocol else "", each.diverged] for each in specs]  # fmt: skip
         blocks += [Paragraph(f"{dataset}: {curve_sentence(specs)}"), *([Figures(drawn)] if drawn else [])]
-        blocks.append(Table([*names, "difference in test error"], rows, f"{dataset}: every combination, lowest first"))
+        blocks.append(Table([*names, "difference in test error", "", "diverged"], rows, f"{dataset}: every combination, lowest first"))
     text = (
         "Each choice of ours could have been another one. Below are all combinations that were trained, each with its own 95 % interval, "
         "which no correction widens: the verdict above stays the one that was fixed beforehand."
