@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tables import study_table
 
@@ -30,6 +31,15 @@ def test_a_second_look_at_more_seeds_pays_and_a_second_report_of_the_same_does_n
     kept = json.loads(path.read_text())
     assert [(look["pairs"], look["seeds"]) for look in kept["level on CIFAR-100"]] == [(9, 3), (15, 5)]
     assert list(kept) == ["level on CIFAR-100", "trend on CIFAR-100"]
+
+
+def test_a_second_look_at_two_seeds_says_that_little_could_be_found(tmp_path: Path) -> None:
+    table = study_table(seeds=2, spread=0.002)
+    large = (table["size"] == "50B") & (table["model"] == "vit_differential")
+    table.loc[large, "test_accuracy"] += np.asarray([0.05, -0.05])
+    analyse(table[table["size"] != "50B"], None, looks=tmp_path / "looks.json")
+    texts = [sentences.sentence(answer) for answer in analyse(table, None, looks=tmp_path / "looks.json").answers]
+    assert all("is undecided" in text and "Only a tenfold difference or more would have been found" in text for text in texts)
 
 
 def test_all_looks_together_spend_six_per_cent() -> None:

@@ -256,6 +256,10 @@ def test_an_interval_finds_what_it_says_it_would() -> None:
     level = Estimate(0.0, 0.01, 6.0, 2)
     distance = level.detectable(alpha=0.025)
     assert stats.nct.sf((level.interval_at(0.025)[1]) / 0.01, 6, distance / 0.01) == pytest.approx(0.8, abs=1e-3)
+    # With one degree of freedom the bound is 254 standard errors, and the spread is |z| of a normal z.
+    far, bound = Estimate(0.0, 0.01, 1.0, 1).detectable(alpha=0.0025) / 0.01, stats.t.isf(0.0025 / 2, 1)
+    z = abs(np.random.default_rng(0).standard_normal((2, 200_000)))
+    assert np.mean(z[0] + far > bound * z[1]) == pytest.approx(0.8, abs=0.01)
 
 
 def test_no_effect_is_seldom_called_one() -> None:

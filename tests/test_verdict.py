@@ -172,6 +172,17 @@ def test_false_labels_never_become_the_question_about_noise() -> None:
     assert [what for what, _ in analysis.other_noise] == ["CIFAR-100 (label_noise=0.4): false training labels"]
 
 
+def test_noise_is_compared_with_a_base_that_differs_in_nothing_else() -> None:
+    heads, blurred = study_table(level=-0.2, spread=0.004, overrides="heads=16"), study_table(overrides="input_noise=0.1", spread=0.004)
+    labels = study_table(overrides="label_noise=0.2", seed=1)
+    analysis = analyse(pd.concat([heads, blurred, labels], ignore_index=True), None)
+    assert [answer.question for answer in analysis.answers] == ["level", "trend"] and not analysis.other_noise
+    both = study_table(overrides="heads=16 input_noise=0.1", seed=1)
+    assert "trained on noisy images" in analyse(pd.concat([heads, both, labels], ignore_index=True), None).noise_source
+    weaker, stronger = (study_table(overrides=f"input_noise={noise}", spread=0.004) for noise in (0.05, 0.1))
+    assert analyse(pd.concat([weaker, stronger], ignore_index=True), None).noise_source == ""
+
+
 def test_conditions_are_told_apart_and_the_plain_one_is_the_base() -> None:
     table = pd.concat([study_table(), study_table(overrides="label_noise=0.2"), study_table(overrides="label_noise=0.4 input_noise=0.1")])
     parts = subjects(table)

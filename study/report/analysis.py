@@ -50,6 +50,12 @@ class Subject:
         """Names of the overrides that make the condition."""
         return {part.partition("=")[0] for part in self.condition.split()}
 
+    def adds(self, override: str, base: Subject) -> bool:
+        """Whether the condition is that of `base`, which has no noise, and this override, nothing else."""
+        own = {part for part in self.condition.split() if part.partition("=")[0] == override}
+        without_noise = not base.overrides & {"input_noise", "label_noise"}
+        return bool(own) and without_noise and set(self.condition.split()) - own == set(base.condition.split())
+
 
 def subjects(table: pd.DataFrame) -> list[Subject]:
     """The data sets and conditions of a run table, each data set's base first: the plain condition, or the one of fewest overrides."""
@@ -181,11 +187,12 @@ def _noise_answers(
     of_predictions = (wrong_of, wrong_of) if wrong_of else None
     candidates: list[tuple[str, Answer | None]] = []
     for part in parts:
-        if part.overrides == {"input_noise"} and not part.base:
+        if part.adds("input_noise", base[part.dataset]):
             answer = compare.noise_answer(base[part.dataset].table, part.table, part.name, arms, wrong=of_predictions)
             candidates.append((f"{part.name}: trained on noisy images, tested on clean ones", answer))
     for dataset, part in base.items():
-        if twin := base.get(f"{dataset}-noisy"):
+        twin = base.get(f"{dataset}-noisy")
+        if twin and all_overrides(twin.table[:1]) == all_overrides(part.table[:1]):
             answer = compare.noise_answer(part.table, twin.table, twin.name, arms, wrong=of_predictions)
             candidates.append((f"{twin.name}: noise in training and test images", answer))
     corrupted = tuple(_wrong_under(names, findings) for names in (["clean"], list(CORRUPTIONS)))
@@ -197,7 +204,7 @@ def _noise_answers(
     others = [
         (f"{part.name}: false training labels", compare.noise_answer(base[part.dataset].table, part.table, part.name, arms))
         for part in parts
-        if part.overrides == {"label_noise"} and not part.base
+        if part.adds("label_noise", base[part.dataset])
     ]
     known, known_others = ([(what, answer) for what, answer in each if answer is not None] for each in (candidates, others))
     return known, known_others

@@ -94,7 +94,7 @@ class Estimate:
         if not self.known:
             return math.nan
         bound = self._quantile(alpha)
-        return float(optimize.brentq(lambda far: stats.nct.sf(bound, self.df, far) - power, 0, bound + 50)) * self.se
+        return float(optimize.brentq(lambda far: stats.nct.sf(bound, self.df, far) - power, 0, 3 * bound + 50)) * self.se
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ def _consequences(answer: Answer) -> list[str]:
         said.append(f"The interval lies within +-{100 * MARGIN:.0f} %.")
     if answer.verdict == "undecided":
         distance = answer.estimate.detectable(alpha=answer.alpha / answer.questions)
-        if distance >= 0.0005:
+        if distance > math.log(10):
+            said.append("Only a tenfold difference or more would have been found with a probability of 80 %.")
+        elif distance >= 0.0005:
             said.append(f"True values of {percent(-distance)} or {percent(distance)} would have been found with a probability of 80 %.")
         if answer.estimate.p < ALPHA:
             said.append("Taken alone the 95 % interval excludes 0; as one of several questions or looks it does not suffice.")
