@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from bench import calibration
 from bench.control import split_all_ways
@@ -204,6 +204,9 @@ def test_the_crossed_bootstrap_draws_seeds_as_pairs() -> None:
     low, high = resampling.crossed_bootstrap(answers, np.ones(1))
     logs = np.log((50 * shares + 0.5) / 51)
     assert (low, high) == pytest.approx(tuple(sorted(logs[1] - logs[0])), abs=1e-5)
+    odds = special.logit((50 * shares + 0.5) / 51)
+    on_odds = resampling.crossed_bootstrap(answers, np.ones(1), scale="log-odds")
+    assert on_odds == pytest.approx(tuple(sorted(odds[1] - odds[0])), abs=1e-5)
 
 
 def test_the_crossed_bootstrap_draws_the_same_images_for_all_runs_and_sizes() -> None:

@@ -149,14 +149,18 @@ def noise_answer(
     answers = _wrong_answers(wrong[1], noisy_0, noisy_1, pairs) if wrong else None
     new_images = None
     if baseline and answers and all(one.shape == other.shape for one, other in zip(baseline, answers, strict=True)):
-        new_images = resampling.crossed_bootstrap(answers, weights, baseline)
-    spreads = [null_spread(scaling.cells_of(each), stack) for each, stack in zip(tables["log-odds"], (baseline, answers), strict=True)]
+        new_images = resampling.crossed_bootstrap(answers, weights, baseline, "log-odds")
+    spreads = [
+        null_spread(scaling.cells_of(on_odds), stack, float(points[["log_0", "log_1"]].to_numpy().mean()))
+        for on_odds, points, stack in zip(tables["log-odds"], tables["points"], (baseline, answers), strict=True)
+    ]
     return Answer(
         "noise", subject, arms, estimate, len(pairs), int(cells.counts.max()), dict(zip(list(by_scale)[1:], others, strict=True)),
         runs=_runs_of(clean, pairs, arms) + _runs_of(noisy, pairs, arms),
         flips=resampling.sign_flips(cells, weights), new_images=new_images,
         null_half=scaling.null_range(weights, cells.counts, math.hypot(*(spread for spread, _ in spreads))), null_source=spreads[0][1],
-        unknown=scaling.why_no_interval(cells), beside=_accuracies_under_noise(*tables["points"], arms),
+        unknown=scaling.why_no_interval(cells),
+        beside=_accuracies_under_noise(*tables["points"], arms, corrupted=measures[1] == "corrupted error"),
     )  # fmt: skip
 
 
@@ -165,11 +169,11 @@ def noise_estimates(by_scale: dict[str, Cells]) -> dict[str, Estimate]:
     return {scale: scaling.level(cells) for scale, cells in by_scale.items()}
 
 
-def _accuracies_under_noise(clean: pd.DataFrame, noisy: pd.DataFrame, arms: tuple[str, str]) -> str:
+def _accuracies_under_noise(clean: pd.DataFrame, noisy: pd.DataFrame, arms: tuple[str, str], corrupted: bool) -> str:
     """What the arms are worth under noise, in absolute terms, and what each loses.
 
     Args:
-        clean, noisy: pair tables of error shares.
+        clean, noisy: pair tables of error shares. corrupted: whether the noise is in test images only.
     """
     both = clean.join(noisy, how="inner", lsuffix="_clean", rsuffix="_noisy").groupby("size").mean().mean()
     first, second = (both[f"log_{arm}_noisy"] for arm in (0, 1))
@@ -177,8 +181,8 @@ def _accuracies_under_noise(clean: pd.DataFrame, noisy: pd.DataFrame, arms: tupl
     titles = [MODEL_TITLES.get(arm, arm) for arm in arms]
     than = "more accurate than" if second < first else "less accurate than" if second > first else "as accurate as"
     accurate = f"under noise {titles[1]} is {than} {titles[0]} ({100 * (1 - second):.1f} against {100 * (1 - first):.1f} %)"
-    share = f"; lost by noise {lost[1]:.1f} against {lost[0]:.1f} points, a relative corruption error of {lost[1] / lost[0]:.2f}"
-    return accurate + (share if lost[0] > 0 else "")
+    share = f", a relative corruption error of {lost[1] / lost[0]:.2f}" if corrupted and lost[0] > 0 else ""
+    return f"{accurate}; lost by noise {lost[1]:.1f} against {lost[0]:.1f} points{share}"
 
 
 def _wrong_answers(of_run: WrongAnswers, first: pd.DataFrame, second: pd.DataFrame, pairs: pd.DataFrame) -> list[np.ndarray] | None:

@@ -227,7 +227,7 @@ def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
     blocks: list[Block] = []
     if analysis.other_noise:
         rows = [[what, relative(answer.estimate), _interval(answer.new_images), str(answer.pairs)] for what, answer in analysis.other_noise]
-        header = ["what is compared with clean", "change of the difference in error (95 % interval)", "seeds and images resampled", "pairs"]
+        header = ["compared with clean", "change of the difference in odds of an error (95 %)", "seeds and images resampled", "pairs"]
         blocks.append(Table(header, rows, "Other noise, exploratory"))
     labels = analysis.table[analysis.table["memorised"].notna()] if "memorised" in analysis.table else analysis.table.iloc[:0]
     if len(labels):

@@ -162,18 +162,22 @@ def holm(ps: np.ndarray) -> np.ndarray:
 _ASSUMED = f"assuming that a run's error scatters by {100 * ASSUMED_RUN_SPREAD:.0f} % from seed to seed"
 
 
-def null_spread(cells: Cells, wrong: list[np.ndarray] | None) -> tuple[float, str]:
+def null_spread(cells: Cells, wrong: list[np.ndarray] | None, error: float = 0.0) -> tuple[float, str]:
     """What a pair's log ratio scatters by if the arms do not differ, and how that is known.
 
     With one seed two parts add up: chance over the test images on which the two disagree, as in McNemar's test, where predictions are
-    there; and an assumed scatter of whole runs.
+    there; and an assumed scatter of whole runs. Both are of log error; log-odds scatter by 1 / (1 - error) as much.
+
+    Args:
+        error: the mean error where the cells are on log-odds; 0 where they are on log error.
     """
     if (cells.counts > 1).any():
         return cells.pair_spread(), "from the spread between seeds"
     if wrong is None:
-        return ASSUMED_SPREAD, _ASSUMED
+        return ASSUMED_SPREAD / (1 - error), _ASSUMED
     variances = []
     for cell in wrong:
         disagreed = float((abs(cell[1] - cell[0]) ** 2).sum(axis=-1).mean())
         variances.append((disagreed + 1) / max(1.0, float(cell.sum(axis=-1).mean())) ** 2)
-    return math.sqrt(float(np.mean(variances)) + ASSUMED_SPREAD**2), f"{_ASSUMED}, and that chance decides images on which the two disagree"
+    spread = math.sqrt(float(np.mean(variances)) + ASSUMED_SPREAD**2) / (1 - error)
+    return spread, f"{_ASSUMED}, and that chance decides images on which the two disagree"
