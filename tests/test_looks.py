@@ -42,6 +42,13 @@ def test_a_second_look_at_two_seeds_says_that_little_could_be_found(tmp_path: Pa
     assert all("is undecided" in text and "Only a tenfold difference or more would have been found" in text for text in texts)
 
 
+def test_an_answer_that_is_blocked_is_no_look(tmp_path: Path) -> None:
+    path, table = tmp_path / "looks.json", study_table(trend=-0.12, spread=0.006)
+    analyse(table[(table["size"] != "50B") | (table["model"] == "vit_classic")], None, looks=path)
+    assert list(json.loads(path.read_text())) == ["level on CIFAR-100"]
+    assert [answer.look for answer in analyse(table, None, looks=path).answers] == [2, 1]
+
+
 def test_all_looks_together_spend_six_per_cent() -> None:
     assert verdict.alpha_of(1) == pytest.approx(0.05)
     assert sum(verdict.alpha_of(look) for look in range(1, 60)) == pytest.approx(0.06)

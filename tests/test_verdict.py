@@ -232,11 +232,72 @@ def test_a_size_without_a_pair_says_nothing_of_the_trend() -> None:
     table = _diverge(table, (table["model"] == "vit_differential") & (table["size"] == "50B"))
     found = _sentences(table)
     assert found["trend"][0] == "no verdict" and found["level"][0] == verdict.DIVERGED
-    assert "cannot be said (50B has no pair of finished runs)" in found["trend"][1]
+    assert "cannot be said (50B has no pair of finished, comparable runs)" in found["trend"][1]
     for _, text in found.values():
         opening = text[: text.index(". ")]
         assert "diverged: 0 of 9 runs of Classic ViT and 3 of 9 runs of Differential ViT (3 at 50B)" in text and "%" in opening
         assert "With diverged runs counted at chance level: +" in text
+
+
+def test_an_answer_that_is_blocked_has_no_p_and_costs_the_others_nothing() -> None:
+    table = study_table(level=-0.1, trend=-0.2, spread=0.005)
+    level, trend = analyse(table[(table["size"] != "50B") | (table["model"] == "vit_classic")], None).answers
+    assert trend.verdict == "no verdict" and math.isnan(trend.p_holm) and " p " not in sentences.sentence(trend)
+    assert level.questions == 1 and level.p_holm == pytest.approx(level.estimate.p)
+
+
+def test_a_trend_of_one_size_that_is_left_is_still_asked() -> None:
+    table = study_table(level=-0.08, spread=0.006)
+    analysis = analyse(_diverge(table, (table["model"] == "vit_differential") & (table["size"] != "10B")), None)
+    assert analysis.answers[1].verdict == "no verdict" and page(analysis, [], "")
+    text = sentences.sentence(analysis.answers[1])
+    assert "cannot be said (25B and 50B have no pair of finished, comparable runs)" in text and "nan" not in text
+
+
+@pytest.mark.parametrize(("column", "value"), [("test_images", 9000), ("precision", "fp32")])
+def test_a_size_that_may_not_be_compared_says_nothing_of_the_trend(column: str, value: object) -> None:
+    table = study_table(trend=-0.2, spread=0.005)
+    table.loc[table["size"] == "50B", column] = value
+    assert "cannot be said (50B has no pair of finished, comparable runs)" in _sentences(table)["trend"][1]
+
+
+def test_what_is_compared_with_noise_does_not_depend_on_how_its_runs_ended() -> None:
+    clean = study_table(dataset="digits", images=360, spread=0.004)
+    blurred = study_table(dataset="digits", overrides="input_noise=0.35", images=360, spread=0.004, seed=5)
+    twin = study_table(dataset="digits-noisy", level=-0.1, images=360, spread=0.004, seed=7)
+    blurred = _diverge(blurred, blurred["model"] == "vit_differential")
+    analysis = analyse(pd.concat([clean, blurred, twin], ignore_index=True), None)
+    noise, text = analysis.answers[-1], sentences.sentence(analysis.answers[-1])
+    assert "trained on noisy images" in analysis.noise_source and noise.verdict == "no verdict" and "nan" not in text
+    assert "cannot be said (no pair of runs has finished both with noise and without); diverged: 0 of 18 runs of Classic" in text
+    assert "9 of 18 runs of Differential ViT" in text and "With diverged runs counted at chance level: +" in text
+    assert analysis.other_noise[0][1].verdict == "" and analysis.other_noise[0][0].startswith("digits-noisy") and page(analysis, [], "")
+
+
+def test_clean_runs_that_diverged_are_named_beside_noise() -> None:
+    clean, noisy = study_table(spread=0.03), study_table(spread=0.03, overrides="input_noise=0.1", seed=3)
+    clean = _diverge(clean, (clean["model"] == "vit_differential") & (clean["seed"] == 0))
+    text = sentences.sentence(analyse(pd.concat([clean, noisy], ignore_index=True), None).answers[-1])
+    assert "diverged: 0 of 18 runs of Classic ViT and 3 of 18 runs of Differential ViT" in text
+
+
+def test_no_interval_at_chance_level_is_said_to_be_none() -> None:
+    table = study_table(level=-0.08, spread=0.006)
+    table = table[(table["size"] != "50B") | (table["seed"] == 0)].copy()
+    text = _sentences(_diverge(table, (table["size"] == "50B") & (table["model"] == "vit_differential")))["level"][1]
+    assert re.search(r"counted at chance level: \+[\d.]+ % \(no interval\)", text) and "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("level", "loser", "winner"), [(0.08, "vit_differential", "vit_classic"), (-0.08, "vit_classic", "vit_differential")]
+)
+def test_runs_of_the_losing_arm_that_diverged_leave_a_verdict(level: float, loser: str, winner: str) -> None:
+    def verdict_of_level(*gone: str) -> str:
+        table = study_table(level=level, spread=0.004)
+        return _sentences(_diverge(table, table["model"].isin(gone) & (table["size"] == "25B") & (table["seed"] == 0)))["level"][0]
+
+    assert verdict_of_level(loser) == verdict_of_level() == ("worse" if level > 0 else "better")
+    assert verdict_of_level(winner) == verdict.DIVERGED
 
 
 def test_runs_that_diverged_take_a_verdict_back() -> None:

@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.errors import UserError
 from diffvit.findings.kept import outdated, read_evaluations
-from diffvit.findings.robustness import right_answers, summarise
+from diffvit.findings.robustness import summarise
 from diffvit.protocol import ARMS, protocol_of
 from study.predictions import with_predictions
 from study.report import compare, verdict
 from study.report.caveats import at_chance, losses_left_out, same_images, with_remarks, with_sensitivity
 from study.report.choices import Specification, specifications, with_choices
-from study.report.compare import ArmComparison, WrongAnswers
+from study.report.compare import ArmComparison
 from study.report.figures import model_title
 from study.report.looks import count_looks
+from study.report.noise import label_questions, noise_questions
 from study.report.scaling import Estimate
 from study.report.verdict import Answer
 from study.table import all_overrides, comparable, conditions, file_stem, files_of, wrong_answers
@@ -35,7 +34,7 @@ class Subject:
 
     Attributes:
         name: for sentences, with all overrides. stem: what the names of its figures begin with. condition: as table.conditions names it,
-            "" for the plain one. base: the data set's condition of reference.
+            "" for the plain one. base: the data set's condition of reference. whole: the table with runs that may not be compared too.
     """
 
     name: str
@@ -44,6 +43,7 @@ class Subject:
     condition: str
     table: pd.DataFrame
     base: bool
+    whole: pd.DataFrame | None = None
 
     @property
     def overrides(self) -> set[str]:
@@ -105,6 +105,7 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
         checkpoints: the ledger, for predictions and for what `evaluate` found; None: the table only.
         looks: the file that counts the looks at each question; None: this is the first one.
     """
+    whole = table.groupby([table["dataset"], pd.Series(all_overrides(table), index=table.index)])
     table, left_out = comparable(table)
     table = with_predictions(table, checkpoints)
     findings, more_left_out = _findings(table, checkpoints)
@@ -114,18 +115,19 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
     parts = []
     for part in subjects(table):
         kept, phrases = same_images(part.table)
-        parts.append(dataclasses.replace(part, table=kept))
+        parts.append(dataclasses.replace(part, table=kept, whole=whole.get_group((part.dataset, all_overrides(kept[:1])[0]))))
         left_out += [f"{part.name}: {phrase}" for phrase in [*phrases, *compare.left_out(kept, arms), *losses_left_out(kept)]]
     wrong_of = (lambda run: wrong_answers(checkpoints, run)) if checkpoints else None
-    comparisons = {part.name: found for part in parts if (found := compare.compare(part.table, part.name, arms, wrong_of))}
-    confirmatory, exploratory = _noise_answers(parts, arms, wrong_of, findings)
-    noise, more = confirmatory[:1], [*confirmatory[1:], *exploratory]
+    comparisons = {part.name: found for part in parts if (found := compare.compare(part.table, part.name, arms, wrong_of, part.whole))}
+    noise = noise_questions(parts, arms, wrong_of, findings)
     family = [answer for part in parts if part.base and part.name in comparisons for answer in comparisons[part.name].answers]
-    family += [answer for _, answer in noise]
+    family += [question.answer(arms) for question in noise[:1]]
     if looks:
         family = count_looks(looks, family)
-    tables = {part.name: part.table for part in parts}
-    decided = [with_remarks(answer, tables[answer.subject]) for answer in with_sensitivity(verdict.decide(family), _at_chance(parts, arms))]
+    tables = {(question, part.name): [part.table] for part in parts for question in ("level", "trend")}
+    tables |= {("noise", question.subject): question.tables for question in noise[:1]}
+    decided = with_remarks(with_sensitivity(verdict.decide(family), _at_chance(parts, arms), tables), tables)
+    more = [(each.what, each.answer(arms)) for each in [*noise[1:], *label_questions(parts)]]
     controls = []
     for part in parts:
         for model in part.table["model"].unique():
@@ -134,15 +136,16 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
                 controls.append((title, other.answers[0].estimate, other.answers[0].pairs))
     choices = specifications(parts, comparisons)
     answers = with_choices(decided, parts, choices)
-    return Analysis(table, parts, comparisons, answers, noise[0][0] if noise else "", more, controls, findings, left_out, choices)
+    return Analysis(table, parts, comparisons, answers, noise[0].what if noise else "", [each for each in more if each[1].pairs],
+                    controls, findings, left_out, choices)  # fmt: skip
 
 
 def _at_chance(parts: Sequence[Subject], arms: tuple[str, str]) -> list[Answer]:
     """The family's answers where runs that diverged count as finished at chance level."""
     parts = [dataclasses.replace(part, table=at_chance(part.table, protocol_of(part.dataset).classes)) for part in parts]
-    found = [compare.compare(part.table, part.name, arms) for part in parts if part.base]
-    noise, _ = _noise_answers(parts, arms, None, {})
-    return [answer for comparison in found if comparison for answer in comparison.answers] + [answer for _, answer in noise[:1]]
+    found = [compare.compare(part.table, part.name, arms, whole=part.whole) for part in parts if part.base]
+    noise = [question.answer(arms) for question in noise_questions(parts, arms, None, {})[:1]]
+    return [answer for comparison in found if comparison for answer in comparison.answers] + noise
 
 
 def _findings(table: pd.DataFrame, checkpoints: Path | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -169,53 +172,3 @@ def _errors_found(findings: dict[str, Any]) -> list[float]:
         return [math.nan] * 3
     errors = {row["corruption"]: row["error"] for row in summarise(findings["corruptions"])}
     return [errors["clean"], errors["mean"], findings["corruptions"]["images"]]
-
-
-_Named = tuple[str, Answer]
-
-
-def _noise_answers(
-    parts: Sequence[Subject], arms: tuple[str, str], wrong_of: WrongAnswers | None, findings: dict[str, dict[str, Any]]
-) -> tuple[list[_Named], list[_Named]]:
-    """What is compared, and the answer: candidates for the study's question about noise, and others.
-
-    The first candidate is the question, in an order that was fixed beforehand: training on noisy images; else a noisy twin of the data
-    set; else corrupted test images; of several data sets, the one with most test images. False labels are another axis.
-    """
-    parts = sorted(parts, key=lambda part: -part.table["test_images"].fillna(0).max())
-    base = {part.dataset: part for part in parts if part.base}
-    of_predictions = (wrong_of, wrong_of) if wrong_of else None
-    candidates: list[tuple[str, Answer | None]] = []
-    for part in parts:
-        if part.adds("input_noise", base[part.dataset]):
-            answer = compare.noise_answer(base[part.dataset].table, part.table, part.name, arms, wrong=of_predictions)
-            candidates.append((f"{part.name}: trained on noisy images, tested on clean ones", answer))
-    for dataset, part in base.items():
-        twin = base.get(f"{dataset}-noisy")
-        if twin and all_overrides(twin.table[:1]) == all_overrides(part.table[:1]):
-            answer = compare.noise_answer(part.table, twin.table, twin.name, arms, wrong=of_predictions)
-            candidates.append((f"{twin.name}: noise in training and test images", answer))
-    corrupted = tuple(_wrong_under(names, findings) for names in (["clean"], list(CORRUPTIONS)))
-    for part in base.values():
-        evaluated = part.table[part.table["corrupted_error"].notna()]
-        measures = ("evaluated error", "corrupted error")
-        answer = compare.noise_answer(evaluated, evaluated, part.name, arms, measures, (corrupted[0], corrupted[1]) if wrong_of else None)
-        candidates.append((f"{part.name}: test images under five corruptions", answer))
-    others = [
-        (f"{part.name}: false training labels", compare.noise_answer(base[part.dataset].table, part.table, part.name, arms))
-        for part in parts
-        if part.adds("label_noise", base[part.dataset])
-    ]
-    known, known_others = ([(what, answer) for what, answer in each if answer is not None] for each in (candidates, others))
-    return known, known_others
-
-
-def _wrong_under(corruptions: Sequence[str], findings: dict[str, dict[str, Any]]) -> WrongAnswers:
-    """Run -> for each test image, the share of its answers under these corruptions that were wrong."""
-
-    def of_run(run: Any) -> np.ndarray:
-        found = findings[run.run_id]["corruptions"]
-        asked = [each for each in found["conditions"] if each["corruption"] in corruptions]
-        return np.mean([~right_answers(each, found["images"]) for each in asked], axis=0)
-
-    return of_run

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
 from diffvit.protocol import MODEL_TITLES
 from study.report.verdict import DIVERGED, Answer, decide
+
+# (question, subject) -> the tables of all runs that its answer rests on
+TablesOfAnswers = Mapping[tuple[str, str], Sequence[pd.DataFrame]]
 
 # What should be alike for both arms of a pair, in words.
 _ALIKE = {"device_name": "devices", "precision": "precisions", "micro_batch": "micro-batches"}
@@ -26,8 +29,8 @@ def at_chance(table: pd.DataFrame, classes: int) -> pd.DataFrame:
     return table
 
 
-def with_sensitivity(answers: Sequence[Answer], at_chance_level: Sequence[Answer]) -> list[Answer]:
-    """Decided answers; a verdict that counting diverged runs as chance level would change is none.
+def with_sensitivity(answers: Sequence[Answer], at_chance_level: Sequence[Answer], tables: TablesOfAnswers) -> list[Answer]:
+    """Decided answers; a verdict that counting diverged runs as chance level would change is none, unless it would only be stronger.
 
     Args:
         at_chance_level: the answers of the same family with these runs, not decided.
@@ -40,16 +43,32 @@ def with_sensitivity(answers: Sequence[Answer], at_chance_level: Sequence[Answer
         other = by_question.get((answer.question, answer.subject))
         if other is not None and other.pairs != answer.pairs:
             changed = answer.verdict in ("better", "worse", "equivalent") and other.verdict != answer.verdict
+            changed = changed and not _confirmed(answer, other, tables[answer.question, answer.subject])
             verdict = DIVERGED if changed else answer.verdict
             answer = dataclasses.replace(answer, with_diverged=other.estimate, verdict=verdict)
         checked.append(answer)
     return checked
 
 
-def with_remarks(answer: Answer, table: pd.DataFrame) -> Answer:
-    """The answer with what its sentence says of the runs of its table: how many diverged, and what differed between the arms."""
-    beside = [phrase for phrase in (answer.beside, _diverged(table, answer.arms), _arms_differ(table, answer.arms)) if phrase]
-    return dataclasses.replace(answer, beside="; ".join(beside))
+def _confirmed(answer: Answer, other: Answer, tables: Sequence[pd.DataFrame]) -> bool:
+    """Whether the losing arm's runs alone diverged, and counting them moves the number further in the verdict's direction.
+
+    Where its runs diverged, its spread grows with them, so that what is plain would not be significant.
+    """
+    losing = {"better": answer.arms[0], "worse": answer.arms[1]}.get(answer.verdict)
+    gone = {model for table in tables for model in table.loc[table["status"] == "diverged", "model"] if model in answer.arms}
+    value, counted = float(answer.estimate.value), float(other.estimate.value)
+    return gone == {losing} and value * counted > 0 and abs(counted) >= abs(value)
+
+
+def with_remarks(answers: Sequence[Answer], tables: TablesOfAnswers) -> list[Answer]:
+    """The answers with what their sentences say of their runs: how many diverged, and what differed between the arms."""
+    told = []
+    for answer in answers:
+        runs = pd.concat([table.assign(part=i) for i, table in enumerate(tables[answer.question, answer.subject])])
+        phrases = (answer.beside, _diverged(runs, answer.arms), _arms_differ(runs, answer.arms))
+        told.append(dataclasses.replace(answer, beside="; ".join(filter(None, phrases))))
+    return told
 
 
 def _diverged(table: pd.DataFrame, arms: tuple[str, str]) -> str:
@@ -67,7 +86,7 @@ def _diverged(table: pd.DataFrame, arms: tuple[str, str]) -> str:
 def _arms_differ(table: pd.DataFrame, arms: tuple[str, str]) -> str:
     """In which devices, precisions or micro-batches the runs of a pair differ."""
     done = table[(table["status"] == "done") & table["model"].isin(arms)]
-    first, second = (done[done["model"] == arm].set_index(["size", "seed"])[list(_ALIKE)] for arm in arms)
+    first, second = (done[done["model"] == arm].set_index(["part", "size", "seed"])[list(_ALIKE)] for arm in arms)
     first, second = first.align(second, join="inner", axis=0)
     phrases = []
     for column, name in _ALIKE.items():

@@ -47,11 +47,14 @@ COSTS = {"parameters": "parameters", "forward_flops": "FLOPs", "seconds": "train
 WrongAnswers = Callable[[Any], np.ndarray]
 
 
-def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, wrong_of: WrongAnswers | None = None) -> ArmComparison | None:
+def compare(
+    table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, wrong_of: WrongAnswers | None = None, whole: pd.DataFrame | None = None
+) -> ArmComparison | None:
     """Compare two arms on the runs of one data set and one condition; None where they share no size and seed.
 
     Args:
         wrong_of: what runs answered wrongly, for the secondary interval; None leaves it out.
+        whole: the table with runs that may not be compared too: a size of which nothing else is there blocks the trend. None: `table`.
     """
     first, second = (table[table["model"] == arm] for arm in arms)
     pairs = scaling.pair_table(first, second)
@@ -62,7 +65,9 @@ def compare(table: pd.DataFrame, subject: str, arms: tuple[str, str] = ARMS, wro
     cells = by_measure["error"]
     by_cost = {name: scaling.cells_of(scaling.pair_table(first, second, cost=cost)) for cost, name in COSTS.items()}
     equal_costs = {name: at_equal for name, each in by_cost.items() if (at_equal := scaling.level_at_equal_cost(each))}
-    level, *trend = _answers(table, pairs, cells, subject, arms, _wrong_answers(wrong_of, first, second, pairs) if wrong_of else None)
+    wrong = _wrong_answers(wrong_of, first, second, pairs) if wrong_of else None
+    without = _sizes_without_pair(table if whole is None else whole, pairs, arms)
+    level, *trend = _answers(pairs, cells, subject, arms, wrong, _runs_of(table, pairs, arms), without)
     return ArmComparison(
         subject, arms, by_measure, [dataclasses.replace(level, remarks=_at_equal_cost(equal_costs)), *trend],
         lines={name: (curves.line(each, 0), curves.line(each, 1)) for name, each in by_measure.items() if len(each.logs) > 1},
@@ -82,23 +87,27 @@ def _at_equal_cost(equal_costs: dict[str, Estimate]) -> tuple[str, ...]:
 
 
 def _answers(
-    table: pd.DataFrame, pairs: pd.DataFrame, cells: Cells, subject: str, arms: tuple[str, str], wrong: list[np.ndarray] | None
-) -> list[Answer]:
-    """Level and trend, not decided."""
+    pairs: pd.DataFrame, cells: Cells, subject: str, arms: tuple[str, str], wrong: list[np.ndarray] | None, runs: tuple[str, ...],
+    without: str,
+) -> list[Answer]:  # fmt: skip
+    """Level and trend, not decided; a trend that is blocked has no number where one size alone has pairs."""
     spread, source = null_spread(cells, wrong)
     questions = {"level": scaling.level_weights(cells)}
     if len(cells.logs) > 1:
         questions["trend"] = scaling.trend_weights(cells)
-    return [
+    answers = [
         Answer(
             question, subject, arms, scaling.contrast(cells, weights), len(pairs), int(cells.counts.max()),
             unknown=scaling.why_no_interval(cells),
-            blocked=_sizes_without_pair(table, pairs, arms) if question == "trend" else "", runs=_runs_of(table, pairs, arms),
+            blocked=without if question == "trend" else "", runs=runs,
             flips=resampling.sign_flips(cells, weights), new_images=resampling.crossed_bootstrap(wrong, weights) if wrong else None,
             null_half=scaling.null_range(weights, cells.counts, spread), null_source=source,
         )
         for question, weights in questions.items()
     ]  # fmt: skip
+    if without and "trend" not in questions:
+        answers.append(Answer("trend", subject, arms, Estimate.none(), len(pairs), int(cells.counts.max()), blocked=without, runs=runs))
+    return answers
 
 
 def _sizes_without_pair(table: pd.DataFrame, pairs: pd.DataFrame, arms: tuple[str, str]) -> str:
@@ -106,7 +115,7 @@ def _sizes_without_pair(table: pd.DataFrame, pairs: pd.DataFrame, arms: tuple[st
     of_arms = table[table["model"].isin(arms)].sort_values("parameters")
     there = pairs.index.get_level_values("size")
     without = [size for size in dict.fromkeys(of_arms["size"]) if size not in there]
-    return f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no pair of finished runs" if without else ""
+    return f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no pair of finished, comparable runs" if without else ""
 
 
 def _runs_of(table: pd.DataFrame, pairs: pd.DataFrame, arms: tuple[str, str]) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ _HINT = "put back the file as the report wrote it; without it, the report does n
 def count_looks(path: Path, answers: Sequence[Answer]) -> list[Answer]:
     """The answers with the number of their looks, which the file keeps: for each question the runs and pairs of every look so far.
 
-    The same runs are the same look, however often the report is written. Without an interval nothing can be found, and no look counts.
+    The same runs are the same look, however often the report is written. Where no verdict is possible, without an interval or with an
+    answer that is blocked, no look counts.
 
     Raises:
         UserError: a damaged file.
@@ -28,7 +29,7 @@ def count_looks(path: Path, answers: Sequence[Answer]) -> list[Answer]:
     before = json.dumps(looks)
     counted = []
     for answer in answers:
-        if not answer.estimate.known:
+        if answer.blocked or not answer.estimate.known:
             counted.append(answer)
             continue
         of_question = looks.setdefault(f"{answer.question} on {answer.subject}", [])

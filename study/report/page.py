@@ -205,6 +205,8 @@ def _secondary(name: str, comparison: ArmComparison) -> list[str]:
     """Sign flips, the crossed bootstrap, the correlation within pairs and the power law, a sentence each."""
     sentences = []
     for answer in comparison.answers:
+        if math.isnan(answer.flips):
+            continue
         text = f"{name}, {answer.question}: sign flips over {answer.pairs} pairs give p {p_value(answer.flips)}"
         if answer.new_images and answer.seeds > 1:
             text += f"; seeds and test images both resampled: {percent(answer.new_images[0])} to {percent(answer.new_images[1])}"

@@ -47,6 +47,11 @@ class Estimate:
     df: Any
     least: int | None = None
 
+    @classmethod
+    def none(cls) -> Estimate:
+        """Neither a value nor an interval."""
+        return cls(math.nan, math.nan, 0, 0)
+
     @property
     def known(self) -> bool:
         """Whether there is an interval."""

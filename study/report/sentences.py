@@ -27,6 +27,7 @@ _CLAIMS = {
         "worse": "{second} loses more by noise than {first}",
         "equivalent": "{second} and {first} lose alike by noise",
         "depends on the scale": "whether {second} loses less by noise than {first} depends on the scale",
+        "no verdict": "whether {second} loses less by noise than {first} cannot be said",
         "": "whether {second} loses less by noise than {first} is undecided",
     },
 }
@@ -45,7 +46,9 @@ def sentence(answer: Answer) -> str:
     if answer.verdict in ("better", "worse") and _within_margin(answer):
         claim += f", by less than the margin of {100 * MARGIN:.0f} %"
     reason = f" ({answer.blocked})" if answer.blocked else ""
-    text = f"On {answer.subject}, {claim}{reason}: {_NUMBERS[answer.question]} {percent(answer.estimate.value)}{_certainty(answer)}"
+    text = f"On {answer.subject}, {claim}{reason}"
+    if not math.isnan(answer.estimate.value):
+        text += f": {_NUMBERS[answer.question]} {percent(answer.estimate.value)}{_certainty(answer)}"
     text += f"; {answer.beside}." if answer.beside else "."
     return " ".join([text, *_consequences(answer), *answer.remarks])
 
@@ -60,18 +63,20 @@ def _certainty(answer: Answer) -> str:
     if not answer.estimate.known:
         return f", no interval ({answer.unknown})"
     low, high = (percent(end) for end in answer.estimate.interval_at(answer.alpha))
-    look = f" and for look {answer.look}" if answer.look > 1 else ""
     level = f"{100 * (1 - answer.alpha):.4g} % interval {low} to {high}"
+    if answer.blocked:
+        return f" ({level}; {answer.pairs} pairs)"
+    look = f" and for look {answer.look}" if answer.look > 1 else ""
     return f" ({level}; p {p_value(answer.p_holm)} after Holm{look}, {answer.pairs} pairs)"
 
 
 def _consequences(answer: Answer) -> list[str]:
     """What follows from the verdict, a sentence each."""
-    if not answer.estimate.known:
+    said = []
+    if not answer.estimate.known and not math.isnan(answer.estimate.value):
         low, high = percent(-answer.null_half), percent(answer.null_half)
         where = "inside" if abs(answer.estimate.value) <= answer.null_half else "outside"
-        return [f"No effect at all would produce {low} to {high}, {answer.null_source}; the value lies {where}."]
-    said = []
+        said.append(f"No effect at all would produce {low} to {high}, {answer.null_source}; the value lies {where}.")
     if answer.verdict == "equivalent":
         said.append(f"The interval lies within +-{100 * MARGIN:.0f} %.")
     if answer.verdict == "undecided":
@@ -88,9 +93,8 @@ def _consequences(answer: Answer) -> list[str]:
     if answer.verdict in ("better", "worse") and answer.new_images and answer.new_images[0] <= 0 <= answer.new_images[1]:
         low, high = (percent(end) for end in answer.new_images)
         said.append(f"This holds for these test images; for new ones too it is not certain ({low} to {high}).")
-    if answer.with_diverged:
-        low, high = (percent(end) for end in answer.with_diverged.interval_at(answer.alpha))
-        said.append(f"With diverged runs counted at chance level: {percent(answer.with_diverged.value)} ({low} to {high}).")
+    if answer.with_diverged and not math.isnan(answer.with_diverged.value):
+        said.append(f"With diverged runs counted at chance level: {relative(answer.with_diverged, answer.alpha)}.")
     if answer.look > 1:
         said.append(f"This is look {answer.look} at this question: it may spend {100 * answer.alpha:.3g} % where the first one "
                     f"had {100 * ALPHA:.0f}, and all later ones have {100 * LATER:.0f} together.")  # fmt: skip
@@ -106,11 +110,11 @@ def percent(log_ratio: float) -> str:
     return f"{100 * math.expm1(log_ratio):+.1f} %"
 
 
-def relative(estimate: Estimate) -> str:
-    """A relative change with its 95 % interval."""
+def relative(estimate: Estimate, alpha: float = ALPHA) -> str:
+    """A relative change with its interval, of 95 %, or the one that leaves out `alpha`."""
     if not estimate.known:
         return f"{percent(estimate.value)} (no interval)"
-    low, high = estimate.interval
+    low, high = estimate.interval_at(alpha)
     return f"{percent(estimate.value)} ({percent(low)} to {percent(high)})"
 
 

@@ -52,7 +52,7 @@ class Answer:
         estimate: on log error; noise: on log-odds. scales: noise: on the other scales.
         unknown: why there is no interval. blocked: why there can be no verdict.
         runs: the run_ids that it rests on. look: which look at the question this is.
-        p_holm: corrected over the family and for the look; nan without an interval. questions: how many that family has.
+        p_holm: corrected over the family and for the look; nan without an interval or blocked. questions: how many the family has.
         flips: p of the sign-flip test. new_images: interval of the crossed bootstrap, where predictions are there.
         null_half, null_source: without an interval, half of the range that no effect would produce, and where its spread comes from.
         beside: what the sentence says beside its number. remarks: sentences on what else decides how to take it.
@@ -117,7 +117,7 @@ def verdicts(
     shape = np.broadcast_shapes(*(np.shape(next(iter(scales.values())).value) for scales in questions), ())
     weights = [ALPHA / alpha for alpha in alphas]
     agreed, alone = (
-        holm(np.stack([np.broadcast_to(1.0 if no else np.minimum(1, weight * p(scales)), shape)
+        holm(np.stack([np.broadcast_to(math.nan if no else np.minimum(1, weight * p(scales)), shape)
                        for scales, weight, no in zip(questions, weights, blocked, strict=True)]))
         for p in (_p_on_all, lambda scales: next(iter(scales.values())).p)
     ) if questions else (np.empty(0), np.empty(0))  # fmt: skip
