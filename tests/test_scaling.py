@@ -98,6 +98,9 @@ def test_whole_answers_on_few_images_are_no_proof() -> None:
     logs = np.log(np.asarray([1e-9, 1 / 132]))[:, None, None] + np.zeros((2, 3, 3))
     trend = scaling.trend(_cells(_table(logs, images=132)))
     assert abs(trend.value) < 1e-12 and trend.se > 0.1 and trend.p > 0.99
+    # Nor is it a level of +200 %, however many the seeds and sizes are.
+    for seeds in (3, 10):
+        assert scaling.level(_cells(_table(np.repeat(logs[:, :, :1], seeds, axis=2), images=132))).p > 0.05
     # Where there is a spread, the floor is far below it.
     assert 0 < _cells(_table(0 * logs - 1, images=10_000)).rounding.max() < 1e-6
 
@@ -183,6 +186,8 @@ def test_a_power_law_is_found_again() -> None:
     assert law.floor == pytest.approx(0.1, rel=1e-2)
     assert law.exponents == pytest.approx((0.5, 0.7), rel=2e-2) and law.scales == pytest.approx((0.4, 0.3), rel=2e-2)
     assert curves.power_law(Cells(x[:, :2], [np.zeros((2, 1))] * 2)) is None
+    straight = -0.17 * (x - middle) + 0.003 * np.random.default_rng(1).standard_normal(x.shape)
+    assert curves.power_law(Cells(x, [straight[:, i, None] for i in range(3)])) is None  # no floor
 
 
 def test_sign_flips_count_all_ways_and_agree_with_draws() -> None:

@@ -357,10 +357,11 @@ def test_arms_trained_differently_are_named_in_the_sentence() -> None:
 def test_what_cannot_be_used_is_named() -> None:
     table = study_table()
     table.loc[0, "test_loss"], table.loc[1, "test_loss"] = 0.0, np.inf
-    table.loc[2, "test_images"] = 64
+    table.loc[2, "test_images"], table.loc[3, "test_loss"] = 64, np.nan
     analysis = analyse(table, None)
     said = "; ".join(analysis.left_out)
     assert "test loss 0 of Classic ViT 10B seed 0 (not its error)" in said and "test loss inf of Differential ViT 10B seed 0" in said
+    assert "test loss nan of Differential ViT 10B seed 1 (not its error)" in said
     assert "1 runs that were not tested on 10,000 images as most were" in said and analysis.answers[0].pairs == 8
 
 

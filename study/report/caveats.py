@@ -112,7 +112,7 @@ def losses_left_out(table: pd.DataFrame) -> list[str]:
     """A phrase for each finished run whose test loss has no logarithm."""
     done = table[table["status"] == "done"]
     losses = done["test_loss"].astype(float)
-    runs = done[(losses <= 0) | losses.isin([float("inf")])].itertuples()
+    runs = done[~((losses > 0) & (losses < float("inf")))].itertuples()
     return [
         f"test loss {run.test_loss:g} of {MODEL_TITLES.get(run.model, run.model)} {run.size} seed {run.seed} (not its error)"
         for run in runs

@@ -146,7 +146,8 @@ def power_law(cells: Cells) -> PowerLaw | None:
     bounds = np.asarray([[-30, -20, -20, 0, 0], [lowest, 20, 20, 5, 5]])
     fits = [optimize.least_squares(residuals, start, bounds=(bounds[0], bounds[1])) for start in starts]
     best = min(fits, key=lambda fit: fit.cost)
-    if not best.success or (np.abs(best.x[1:] - bounds[:, 1:]) < 1e-3).any():
+    no_floor = best.x[0] < math.log(1e-6)  # measured: without one, fits end at 1e-8 or below
+    if not best.success or no_floor or (np.abs(best.x[1:] - bounds[:, 1:]) < 1e-3).any():
         return None
     floor, *scales_and_exponents = best.x
     return PowerLaw(math.exp(floor), tuple(np.exp(scales_and_exponents[:2])), tuple(scales_and_exponents[2:]), df)

@@ -239,18 +239,18 @@ def log_error(accuracy: pd.Series, images: pd.Series) -> pd.Series:
 def combine(cells: Cells, coefficients: np.ndarray) -> Estimate:
     """Sum over arms and sizes of coefficient times mean. coefficients: [2, sizes]
 
-    Each cell's part has the variance of that sum over its own seeds, n - 1 degrees of freedom, and not less than rounding gives. Welch's
-    degrees of freedom lie between those of the smallest cell and what equal parts of as many such cells would give.
+    Each cell's part has the variance of that sum over its own seeds and n - 1 degrees of freedom. It is not less than rounding to whole
+    answers gives, which neither more seeds nor more sizes make smaller: what rounds alike in one rounds alike in all. Welch's degrees of
+    freedom lie between those of the smallest cell and what equal parts of as many such cells would give.
     """
     value = (cells.means * coefficients).sum(axis=(-2, -1))
     if not cells.known:
         return Estimate(value, math.nan, 0, 0)
     sums = [np.einsum("a,...as->...s", each, cell) for each, cell in zip(coefficients.T, cells.logs, strict=True)]
     variances = np.stack([each.var(axis=-1, ddof=1) for each in sums], axis=-1)
-    if cells.rounding is not None:
-        variances = np.maximum(variances, (coefficients**2 * cells.rounding).sum(axis=0))
-    parts = variances / cells.counts
-    total, df = parts.sum(axis=-1), cells.counts - 1
+    rounding = np.zeros(len(cells.logs)) if cells.rounding is None else (coefficients**2 * cells.rounding).sum(axis=0)
+    parts = np.maximum(variances / cells.counts, rounding)
+    total, df = np.maximum(parts.sum(axis=-1), np.sqrt(rounding).sum() ** 2), cells.counts - 1
     least = int(df.min())
     with np.errstate(invalid="ignore"):
         welch = total**2 / (parts**2 / (df + 2)).sum(axis=-1) - 2
