@@ -139,6 +139,17 @@ def false_verdicts(chance: np.random.Generator, studies: int) -> list[Row]:
     return rows
 
 
+def growing_family(chance: np.random.Generator, studies: int) -> list[Row]:
+    """Reports after one data set, after a second one, and after noise, each the first look at its new questions; no effect."""
+    rows = []
+    for name in ("3 seeds", "3 seeds, spread 1:5:1", "3 seeds, spread 1:1:5"):
+        first, second, noisy = (FALSE_WORLDS[name].draw(chance, studies) for _ in range(3))
+        families = [level_and_trend(first), level_and_trend(second), [{"noise": scaling.level(interaction(first, noisy))}]]
+        wrong = [claims(sum(families[:asked], [])).max(axis=0) for asked in (1, 2, 3)]
+        rows.append(counted("any false better or worse", f"{name}, reports of 2, 4 and 5 questions", np.max(wrong, axis=0)))
+    return rows
+
+
 def noise_verdicts(chance: np.random.Generator, studies: int) -> list[Row]:
     """The question about noise, where noise treats both arms alike and the second is 5 % better on clean images; and its power."""
     rows = []
@@ -268,6 +279,7 @@ def simulate(studies: int, seed: int) -> dict[str, Any]:
     rows += divergence(chance, few)
     rows += [row for seeds in (3, 5) for row in ratio_coverage(0.65, 4 * few, seeds, chance)]
     rows += [percentile_bootstrap(seeds, few, chance) for seeds in (3, 5)]
+    rows += growing_family(np.random.default_rng(seed), studies)
     return {
         "rows": rows,
         "one_seed": [one_seed(scatter, few, images, chance) for images in (359, 2000) for scatter in (0.03, 0.1)],

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from tables import study_table
 
@@ -47,6 +48,14 @@ def test_an_answer_that_is_blocked_is_no_look(tmp_path: Path) -> None:
     analyse(table[(table["size"] != "50B") | (table["model"] == "vit_classic")], None, looks=path)
     assert list(json.loads(path.read_text())) == ["level on CIFAR-100"]
     assert [answer.look for answer in analyse(table, None, looks=path).answers] == [2, 1]
+
+
+def test_another_source_of_noise_is_another_look(tmp_path: Path) -> None:
+    clean, twin = study_table(dataset="digits"), study_table(dataset="digits-noisy", seed=1)
+    blurred = study_table(dataset="digits", overrides="input_noise=0.1", seed=2)
+    first, second = (analyse(pd.concat(tables, ignore_index=True), None, looks=tmp_path / "looks.json").answers[-1]
+                     for tables in ([clean, twin], [clean, twin, blurred]))  # fmt: skip
+    assert (first.subject, first.look) == ("digits-noisy", 1) and (second.subject, second.look) == ("digits (input_noise=0.1)", 2)
 
 
 def test_all_looks_together_spend_six_per_cent() -> None:

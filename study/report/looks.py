@@ -32,7 +32,9 @@ def count_looks(path: Path, answers: Sequence[Answer]) -> list[Answer]:
         if answer.blocked or not answer.estimate.known:
             counted.append(answer)
             continue
-        of_question = looks.setdefault(f"{answer.question} on {answer.subject}", [])
+        # What "with noise" means may change from report to report; that is another look at the same question.
+        name = "noise" if answer.question == "noise" else f"{answer.question} on {answer.subject}"
+        of_question = looks.setdefault(name, [])
         runs = hashlib.sha256(" ".join(sorted(answer.runs)).encode()).hexdigest()[:16]
         if runs not in [look["runs"] for look in of_question]:
             of_question.append({"runs": runs, "pairs": answer.pairs, "seeds": answer.seeds})
