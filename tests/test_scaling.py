@@ -13,8 +13,8 @@ from scipy import optimize, special, stats
 from bench import calibration
 from bench.control import split_all_ways
 from bench.images import one_seed
-from bench.worlds import PARAMETERS, World
-from study.report import curves, power, resampling, scaling
+from bench.worlds import PARAMETERS, World, noise_scales
+from study.report import compare, curves, power, resampling, scaling
 from study.report.scaling import Cells, Estimate
 
 
@@ -257,6 +257,13 @@ def test_power_counts_holms_correction() -> None:
     (row,) = [row for row in calibration.power(np.random.default_rng(0), 4000) if row.world.endswith("3,3,3")]
     assert 100 * of_two == pytest.approx(row.share, abs=3)
     assert power.power("noise", math.log(0.98), spread, log_costs, 3, 2) < of_two
+    for error in (0.3, 0.55):  # as the bench's own world, which knows nothing of this one, with all four scales
+        under = lambda true: special.expit(special.logit(true) + math.log(1.5) + np.asarray([[0.0], [math.log(0.94)]]))  # noqa: E731
+        scales = compare.noise_estimates(noise_scales(error, 0.0, 0.0, under, np.random.default_rng(0), 4000))
+        expected = calibration.claims([scales])[0].mean()
+        assert 0.2 < expected < 0.95 and power.power("noise", math.log(0.94), spread, log_costs, 3, 1, error) == pytest.approx(
+            expected, abs=0.04
+        )
     assert power.assumed_spread("BACH") > math.sqrt(2) * 0.086 > power.assumed_spread("CIFAR-100")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from diffvit.errors import UserError
 from diffvit.ledger.spec import RunSpec
@@ -21,8 +22,10 @@ from study.table import comparable, run_table
 SEEDS = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
 WANTED = 0.8
 _STUDIES = 4000
-# The error at which test images are assumed to add to the spread where no run says it.
+# The error at which test images add to the spread, and noise is judged, where no run says it.
 _ASSUMED_ERROR = 0.5
+# What noise is assumed to multiply both arms' odds of an error by.
+_NOISE = 1.5
 
 
 def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -> list[dict[str, Any]]:
@@ -58,8 +61,9 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
         comparison = measured.get(dataset)
         cells = comparison.cells["error"] if comparison and (comparison.cells["error"].counts > 1).any() else None
         spread = cells.pair_spread() if cells else assumed_spread(dataset)
+        error = float(np.exp(cells.means).mean()) if cells else _ASSUMED_ERROR
         for question in questions[dataset]:
-            chance = _by_seeds(question, math.log1p(-difference), spread, costs[dataset], family)
+            chance = _by_seeds(question, math.log1p(-difference), spread, costs[dataset], family, error)
             needed = next((seeds for seeds, probability in chance.items() if probability >= WANTED), None)
             rows.append(
                 {
@@ -76,42 +80,68 @@ def assumed_spread(dataset: str) -> float:
     return math.sqrt(2 * (verdict.ASSUMED_RUN_SPREAD**2 + of_images))
 
 
-def _by_seeds(question: str, effect: float, spread: float, log_costs: np.ndarray, family: int) -> dict[int, float]:
+def _by_seeds(question: str, effect: float, spread: float, log_costs: np.ndarray, family: int, error: float) -> dict[int, float]:
     """Power for 2 to 50 seeds; between the numbers of SEEDS, only up to the first that suffices is simulated, and others are left out."""
-    chance = {seeds: power(question, effect, spread, log_costs, seeds, family) for seeds in SEEDS}
+    chance = {seeds: power(question, effect, spread, log_costs, seeds, family, error) for seeds in SEEDS}
     enough = next((seeds for seeds in SEEDS if chance[seeds] >= WANTED), None)
     if enough is not None:
         fewer = max((seeds for seeds in SEEDS if seeds < enough), default=enough)
         for seeds in range(fewer + 1, enough):
-            chance[seeds] = power(question, effect, spread, log_costs, seeds, family)
+            chance[seeds] = power(question, effect, spread, log_costs, seeds, family, error)
     return dict(sorted(chance.items()))
 
 
-def power(question: str, effect: float, spread: float, log_costs: np.ndarray, seeds: int, family: int) -> float:
+def power(
+    question: str, effect: float, spread: float, log_costs: np.ndarray, seeds: int, family: int, error: float = _ASSUMED_ERROR
+) -> float:
     """The probability of "better" or "worse", if a question's true value is `effect` and those of the others are 0.
 
-    Noise is judged on log-odds alone, of pairs whose two conditions scatter independently; that other scales must agree costs more.
-
     Args:
-        effect: on the log scale. spread: standard deviation of a pair's log ratio. log_costs: [sizes]. family: how many questions.
+        effect: on the log scale; noise: on log-odds. spread: standard deviation of a pair's log ratio. log_costs: [sizes].
+        family: how many questions. error: on clean images; noise only.
     """
     chance = np.random.default_rng(seeds)
-    along = (log_costs - log_costs.mean()) / np.ptp(log_costs) if question == "trend" else np.ones_like(log_costs)
-    scatter = spread * (math.sqrt(2) if question == "noise" else 1)
-    draws = scatter * chance.standard_normal((len(log_costs), _STUDIES, seeds)) + (effect * along)[:, None, None]
-    cells = Cells(np.stack([log_costs, log_costs]), [np.stack([np.zeros_like(each), each], axis=1) for each in draws])
-    own = {"level": scaling.level, "noise": scaling.level, "trend": scaling.trend}[question](cells)
+    if question == "noise":
+        own: Mapping[str, Estimate] = _noise_on_scales(effect, spread, error, log_costs, seeds, chance)
+    else:
+        own = {question: _contrast(question, effect, spread, log_costs, seeds, chance)}
     others: list[Mapping[str, Estimate]] = [
         {question: Estimate(chance.standard_normal(_STUDIES), np.ones(_STUDIES), np.full(_STUDIES, 1e6))} for _ in range(family - 1)
     ]
-    _, words = verdict.verdicts([{question: own}, *others])
+    _, words = verdict.verdicts([own, *others])
     return float(np.isin(words[0], ["better", "worse"]).mean())
+
+
+def _contrast(question: str, effect: float, spread: float, log_costs: np.ndarray, seeds: int, chance: np.random.Generator) -> Estimate:
+    """Level or trend of simulated studies."""
+    along = (log_costs - log_costs.mean()) / np.ptp(log_costs) if question == "trend" else np.ones_like(log_costs)
+    draws = spread * chance.standard_normal((len(log_costs), _STUDIES, seeds)) + (effect * along)[:, None, None]
+    cells = Cells(np.stack([log_costs, log_costs]), [np.stack([np.zeros_like(each), each], axis=1) for each in draws])
+    return {"level": scaling.level, "trend": scaling.trend}[question](cells)
+
+
+def _noise_on_scales(
+    effect: float, spread: float, error: float, log_costs: np.ndarray, seeds: int, chance: np.random.Generator
+) -> dict[str, Estimate]:
+    """The question about noise in simulated studies, on all scales: arms alike on clean images, conditions that scatter independently.
+
+    Runs scatter by the same share of the error in both conditions, which is 1 / (1 - error) as much on log-odds.
+    """
+    clean = np.full(2, special.logit(error))
+    shares = []
+    for odds in (clean, clean + math.log(_NOISE) + np.asarray([0, effect])):
+        scatter = spread / math.sqrt(2) / (1 - special.expit(odds))
+        draws = odds[:, None] + scatter[:, None] * chance.standard_normal((len(log_costs), _STUDIES, 2, seeds))
+        shares.append(special.expit(draws))
+    by_scale = {scale: np.stack([np.diff(to_scale(each), axis=2)[:, :, 0] for each in shares], axis=2)
+                for scale, (to_scale, _) in scaling.SCALES.items()}  # fmt: skip
+    return compare.noise_estimates({scale: Cells(np.stack([log_costs, log_costs]), list(each)) for scale, each in by_scale.items()})
 
 
 def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
     """The rows for a person."""
     lines = [f"probability in % of a verdict, if the true difference is {100 * difference:g} %"]
-    lines += [f"(Holm's correction over {rows[0]['questions']} questions counted; noise: of the odds of an error, on log-odds alone)", ""]
+    lines += [f"(Holm's correction over {rows[0]['questions']} questions counted; noise: of the odds of an error, on all scales)", ""]
     lines.append(f"{'data set':<14} {'question':<8} " + " ".join(f"{seeds:>4}" for seeds in SEEDS) + "  seeds; for 80 %")
     for row in rows:
         needed = f"{row['needed']}" if row["needed"] else f"more than {max(SEEDS)}"
