@@ -336,6 +336,11 @@ def test_who_loses_less_but_is_still_worse_is_said_to_be() -> None:
     assert re.search(r"; lost by noise 1\d\.\d against \d\d\.\d points[.;]", text)
 
 
+def test_an_interval_without_a_practical_end_is_said_in_words() -> None:
+    (decided,) = verdict.decide([Answer("level", "digits", ARMS, Estimate(0.5, 5.0, 1.0, 1), 2, 2, look=8)])
+    assert "interval -100.0 % to over +1000 %; p = 1 after Holm" in sentences.sentence(decided)
+
+
 def test_a_difference_within_the_margin_is_called_small() -> None:
     answer = Answer("level", "digits", ARMS, Estimate(-0.004, 0.0002, 6), 9, 3)
     (decided,) = verdict.decide([answer])

@@ -106,8 +106,8 @@ def _on_scale(name: str, value: float) -> str:
 
 
 def percent(log_ratio: float) -> str:
-    """A log ratio as a relative change: -0.02 -> "-2.0 %"."""
-    return f"{100 * math.expm1(log_ratio):+.1f} %"
+    """A log ratio as a relative change: -0.02 -> "-2.0 %"; 3 -> "over +1000 %"."""
+    return "over +1000 %" if log_ratio > math.log(11) else f"{100 * math.expm1(log_ratio):+.1f} %"
 
 
 def relative(estimate: Estimate, alpha: float = ALPHA) -> str:
