@@ -172,6 +172,10 @@ def test_the_ratio_says_why_there_is_none() -> None:
     flat += 0.005 * np.asarray([0, -1, -2])[:, None]  # a slope that noise drowns
     ratio = curves.effective_ratio(_cells(_table(flat - 1), "cross-entropy"))
     assert "cannot be told from 0" in ratio.note and math.isnan(ratio.value)
+    middle, bend = x.mean(axis=0), np.asarray([0.0, 0.1, 0.0])
+    nearly_flat = bend - (scaling.slope_weights(middle) @ bend + 1e-5) * middle
+    bent = nearly_flat[:, None] + np.asarray([0.0, 0.02])[:, None, None]
+    assert "cannot be told from 0" in curves.effective_ratio(_cells(_table(bent - 1), "cross-entropy")).note
     rising = np.stack([0.2 * x[0], 0.2 * x[1]])[:, :, None] + np.zeros((2, 3, 2))
     assert "larger models are not better" in curves.effective_ratio(_cells(_table(rising - 5), "cross-entropy")).note
     assert curves.equal_cost(_cells(_table(far + 2), "cross-entropy"), 2) is None

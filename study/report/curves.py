@@ -65,6 +65,8 @@ def effective_ratio(cells: Cells) -> Ratio:
     difference = float((second - first).mean())
     if slope <= 0:
         return Ratio(math.nan, note="larger models are not better")
+    if abs(difference / slope) > 10:  # a ratio of 20,000: no seeds are needed to say so
+        return Ratio(math.nan, note="the slope cannot be told from 0")
     value = math.exp(difference / slope + shift)
     if not cells.known:
         return Ratio(value, note=f"no interval ({why_no_interval(cells)})")
