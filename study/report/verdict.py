@@ -7,13 +7,14 @@ Three questions, on the test error, each with one number (see scaling.py):
     noise   does noise change the difference of the two? On log-odds, and on every other scale of scaling.SCALES too
 
     better / worse         p < 0.05 after Holm's correction over all questions of the report; noise: on every scale, in one direction
-    equivalent             else, if the 95 % interval lies within +-2 %
+    equivalent             else, if the 95 % interval lies within +-2 %; noise: on every relative scale
     depends on the scale   else, if p < 0.05 on log-odds alone
     undecided              else; the sentence says what would have been found
     no interval            a size with one pair: the sentence says what no effect at all would produce
-    no verdict             a size at which an arm has no finished run says nothing of a trend
+    no verdict             a trend with a size without a pair; noise of which no pair has finished both with noise and without
 
-Runs that diverged are an outcome: where a verdict changes when they count as chance level, it is "undecided: runs diverged". A second
+Runs that diverged are an outcome: where a verdict changes when they count as chance level, it is "undecided: runs diverged", unless they
+are the losing arm's alone and move the number further the same way. A second
 look at more seeds spends a part of 1 % more (looks.py). Cross-entropy, ratios, slopes, power laws and everything else are exploratory:
 shown with intervals, and no verdict.
 """
