@@ -141,8 +141,9 @@ def test_the_dashboard_answers_at_the_printed_address_while_runs_train_on_all_co
         process = study(tmp_path, grid="datasets: [digits]\noverrides: {epochs: 400}\n", dashboard=True, RAY_TMPDIR=str(sessions))
         with ending(process):
             assert process.stderr
-            printed = re.search(r"dashboard http://127\.0\.0\.1:(\d+)$", process.stderr.readline().strip())
-            assert printed and int(printed[1]) in _listening(process)
+            lines = (process.stderr.readline().strip() for _ in range(4))
+            printed = next(found for line in lines if (found := re.search(r"dashboard http://127\.0\.0\.1:(\d+)$", line)))
+            assert int(printed[1]) in _listening(process)
             wait_until(lambda: len(trainers(process)) == (os.cpu_count() or 1), process)
             connection = http.client.HTTPConnection("127.0.0.1", int(printed[1]), timeout=60)
             connection.request("GET", "/")
