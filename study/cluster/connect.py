@@ -46,7 +46,7 @@ class Cluster:
     resources: dict[str, float] = field(default_factory=dict)
 
     def sentence(self) -> str:
-        """The first line of a study."""
+        """What a study says of its cluster."""
         kind = "started a local Ray" if self.own else f"joined the Ray cluster at {self.address}"
         nodes = f"{self.nodes} node{'s' if self.nodes != 1 else ''}"
         dashboard = f"dashboard http://{self.dashboard}" if self.dashboard else "no dashboard"
