@@ -246,7 +246,7 @@ def test_figures_that_fail_do_not_lose_a_study(cli, tmp_path: Path, monkeypatch:
     with monkeypatch.context() as broken:
         broken.setattr("study.report.figures.draw_figures", fails)
         outcome = cli(*study)
-    assert outcome.code == 1 and "vit_classic" in outcome.out and (tmp_path / "checkpoints/one_runs.csv").is_file()
+    assert outcome.code == 1 and "\nclassic " in outcome.out and (tmp_path / "checkpoints/one_runs.csv").is_file()
     assert "could not be drawn: RuntimeError: no ink" in outcome.err and "run.py study --grid one.yaml" in outcome.err
     assert "figures  " not in outcome.err
     assert cli(*study).code == 0 and len(list((tmp_path / "checkpoints/figures").iterdir())) == 6

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -437,7 +438,7 @@ def test_the_command_from_start_to_end(tmp_path: Path, cli) -> None:
     )
     assert first.returncode == 0, first.stderr
     assert "started a local Ray: 1 node" in first.stderr and "dashboard http://" in first.stderr and "cost: " not in first.stderr
-    assert first.stdout.count("vit_") == 2
+    assert len(re.findall("^(?:classic|differential) ", first.stdout, re.MULTILINE)) == 2
     assert len(pd.read_csv(tmp_path / "checkpoints/two_runs.csv")) == 2
     assert len(pd.read_csv(tmp_path / "checkpoints/two_steps.csv")) == 6
     assert len(list((tmp_path / "checkpoints/figures").iterdir())) == 14
