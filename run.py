@@ -125,10 +125,8 @@ _trained_with_options = options(
     *(click.option(name, type=kind, metavar=unit, help=f"Evaluate what was trained with this {name}.")
       for name, (kind, unit, _) in _OVERRIDES.items() if name != "--batch_size")
 )  # fmt: skip
-_of_grid_options = options(
-    click.option("--dataset", metavar="NAME", help="The data set of --grid noise, lr, controls or choices. [default: digits]"),
-    _override_options["--epochs"],
-)
+_grid_dataset = click.option("--dataset", metavar="NAME", help="The data set of --grid noise, lr, controls or choices. [default: digits]")
+_of_grid_options = options(_grid_dataset, _override_options["--epochs"])
 _seeds = click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]")
 _which_runs = click.option(
     "--grid", default="digits", show_default=True, metavar=_GRIDS, help="Which runs: a name, or a YAML or TOML file."
@@ -368,7 +366,7 @@ def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, probe: bool
 
 @cli.command()
 @_which_runs
-@click.option("--dataset", metavar="NAME", help="The data set of --grid noise, lr, controls or choices. [default: digits]")
+@_grid_dataset
 @click.option("--images", type=click.IntRange(min=1), metavar="N", default=4, show_default=True, help="How many images they are shown.")
 @click.option("--quick", is_flag=True, help="Images of at most 8 x 8 patches, and photographs for data on the hub.")
 @_json

@@ -52,6 +52,10 @@ class Step(NamedTuple):
         """Whether training still works: a loss or a gradient that is not a number spoils all weights for good."""
         return all(map(math.isfinite, (self.train_loss, self.val_loss, self.grad_norm)))
 
+    def images_per_second(self, batch_size: int) -> float:
+        """Mean since the run's first step."""
+        return self.step * batch_size / max(self.seconds, 1e-9)
+
     def line(self) -> str:
         """The step as a line of the log. Losses keep nine digits: enough to give an fp32 back exactly."""
         return (

@@ -280,7 +280,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     def on_steps(steps: list[Step], total: int) -> None:
         last = steps[-1]
-        numbers = {**last._asdict(), "total_steps": total, "images_per_second": _pace(spec, last)}
+        numbers = {**last._asdict(), "total_steps": total, "images_per_second": last.images_per_second(spec.protocol.batch_size)}
         gauges.set(numbers)
         if alone:  # a worker group must report together, and only its first process has the steps
             report(numbers)
@@ -365,7 +365,3 @@ def _last_lines(settings: Settings, spec: RunSpec, run_id: str) -> str:
     except OSError:
         return ""
     return "; its log ends: " + " | ".join(lines[-3:])
-
-
-def _pace(spec: RunSpec, last: Step) -> float:
-    return last.step * spec.protocol.batch_size / max(last.seconds, 1e-9)

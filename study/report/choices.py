@@ -84,7 +84,7 @@ def specifications(parts: Sequence[Subject], comparisons: dict[str, ArmCompariso
             usual_choices = not any(all_overrides(part.table))
             specs += [Specification({**chosen, "compared at equal": cost}, level, usual_choices and cost == "parameters", _diverged(part))
                       for cost, level in at_equal.items() if level]  # fmt: skip
-        found[dataset] = sorted(specs, key=lambda each: (each.level.value != each.level.value, float(each.level.value)))
+        found[dataset] = sorted(specs, key=lambda each: (math.isnan(each.level.value), float(each.level.value)))
     return found
 
 
@@ -102,9 +102,14 @@ def _text(value: Any) -> str:
     return ("on" if value else "off") if isinstance(value, bool) else "none" if value is None else f"{value:g}"
 
 
+def _known_levels(specs: Sequence[Specification]) -> list[float]:
+    """The levels, as log ratios, of those that have something to compare."""
+    return [float(each.level.value) for each in specs if not math.isnan(each.level.value)]
+
+
 def curve_sentence(specs: Sequence[Specification]) -> str:
     """What the curve says in one sentence; signs and significance both."""
-    values = [float(each.level.value) for each in specs if not math.isnan(each.level.value)]
+    values = _known_levels(specs)
     lower, higher = sum(value < 0 for value in values), sum(value > 0 for value in values)
     kinds = [each.kind for each in specs]
     if not any(each.level.known for each in specs):
@@ -131,8 +136,7 @@ def with_choices(answers: Sequence[Answer], parts: Sequence[Subject], curves: di
     datasets = {part.name: part.dataset for part in parts}
     told = []
     for answer in answers:
-        specs = curves.get(datasets.get(answer.subject, ""), [])
-        values = [float(each.level.value) for each in specs if not math.isnan(each.level.value)]
+        values = _known_levels(curves.get(datasets.get(answer.subject, ""), []))
         turned = answer.question == "level" and values and min(values) < 0 < max(values)
         remark = (f"Its sign depends on choices that could have been others: from {percent(min(values))} to "
                   f"{percent(max(values))} under {len(values)} combinations of them.",) if turned else ()  # fmt: skip
