@@ -365,6 +365,23 @@ def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, probe: bool
 
 
 @cli.command()
+@_runs_options
+@click.option("--storage", envvar="DIFFVIT_STORAGE", metavar="URL",
+              help="Look there instead, hf://USER/NAME for the hub; from any machine. [env: DIFFVIT_STORAGE]")  # fmt: skip
+@click.option("--web", is_flag=True, help="Also serve the curves to a browser on this machine, until Ctrl-C.")
+@_data_and_ledger
+def watch(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, storage: str | None, web: bool, data_root: str | None,
+          checkpoints: Path) -> None:  # fmt: skip
+    """Show how far a study is that runs elsewhere, from its checkpoints folder or its storage alone. Off a terminal, once."""
+    chosen = find_grid(grid, dataset)
+    chosen.runs(seeds=seeds, overrides={"epochs": epochs}, on_same=warn)  # names and values first
+    from study.live.watching import watch_study
+    from study.options import StudyOptions
+
+    watch_study(StudyOptions(chosen, checkpoints, seeds, epochs).on(None).runs(), checkpoints, storage, data_root, web)
+
+
+@cli.command()
 @_which_runs
 @_grid_dataset
 @click.option("--images", type=click.IntRange(min=1), metavar="N", default=4, show_default=True, help="How many images they are shown.")

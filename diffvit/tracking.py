@@ -206,6 +206,11 @@ _CLASSES: dict[str, Callable[[TrackedRun], Tracker]] = {
 }
 
 
+def open_tracker(name: str, run: TrackedRun) -> Tracker:
+    """A run at the tracker of that name. Raises whatever the tracker raises."""
+    return _CLASSES[name](run)
+
+
 class Curves:
     """What a run hands to its tracker."""
 
@@ -239,7 +244,7 @@ def tracked(name: str | None, run: TrackedRun, on_failure: Callable[[str], None]
     def work() -> None:
         tracker = None
         try:
-            tracker = _CLASSES[name](run)
+            tracker = open_tracker(name, run)
             while (steps := curves.queue.get()) is not None:
                 tracker.log(steps)
             tracker.finish(curves.outcome)

@@ -19,6 +19,7 @@ from study.cluster import runner
 from study.cluster.display import StudyDisplay
 from study.cluster.runner import Settings
 from study.grid import Grid
+from study.live import board
 from study.placement import Placement
 from study.plan import PlannedRun, plan_runs
 from study.text import clock
@@ -28,7 +29,8 @@ from study.text import clock
 def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The display's clock."""
     clock = SimpleNamespace(seconds=1000.0)
-    monkeypatch.setattr(displays, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
+    for module in (displays, board):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.seconds))
     return clock
 
 
@@ -62,11 +64,11 @@ class Study:
         return self.console.export_text()
 
     def left(self) -> str:
-        return self.display._summary().rpartition("elapsed")[2]
+        return self.display.summary().rpartition("elapsed")[2]
 
     def table(self) -> str:
         self.console.export_text()  # forget what was said
-        self.console.print(self.display._draw())
+        self.console.print(self.display.draw())
         return self.console.export_text()
 
 
@@ -75,9 +77,9 @@ def test_a_run_is_compiling_until_its_first_steps_arrive() -> None:
     study.start(0)
     assert "compiling" not in study.table()
     study.report(0, phase="compiling")
-    assert re.search(r"0\.1M +compiling +0/600", study.table()) and "1 compiling" in study.display._summary()
+    assert re.search(r"0\.1M +compiling +0/600", study.table()) and "1 compiling" in study.display.summary()
     study.steps(0, 0.1, 3.0)
-    assert "compiling" not in study.table() and study.display._rows[study.runs[0].spec.title].state == "training"
+    assert "compiling" not in study.table() and study.display.rows[study.runs[0].spec.title].state == "training"
     # A run that is begun again keeps what is known of it.
     study.report(0, phase="compiling")
     assert re.search(r"compiling +60/600 +1\.5000 +2\.5000", study.table())
@@ -93,7 +95,7 @@ def test_a_run_that_is_stopped_or_fails_while_it_compiles() -> None:
     study.display.on_trial_complete(0, [], study.trials[0])
     study.report(1, failed="it died")
     study.display.on_trial_complete(0, [], study.trials[1])
-    assert [row.state for row in study.display._rows.values()] == ["waiting", "failed"]
+    assert [row.state for row in study.display.rows.values()] == ["waiting", "failed"]
 
 
 def test_compiling_is_a_line_only_where_it_lasts(now: SimpleNamespace) -> None:

@@ -379,8 +379,8 @@ def test_conditions_are_told_apart_in_tables_display_and_figures(tmp_path: Path)
 
     runs = plan_runs(specs, tmp_path, load_fingerprints(specs, None, required=True))
     display = StudyDisplay(runs, Console(width=200, record=True))
-    assert len(display._rows) == 4
-    display.console.print(display._draw())
+    assert len(display.rows) == 4
+    display.console.print(display.draw())
     assert display.console.export_text().count("label_noise=0.2") == 2
 
     names = {path.name for path in draw_figures(table, step_table(tmp_path, table), tmp_path / "figures")}

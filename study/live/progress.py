@@ -20,7 +20,7 @@ class RunProgress:
     """A run as its reports tell.
 
     Attributes:
-        state: "waiting", "training", "done", "done before", "diverged", "failed".
+        state: "waiting", "training", "stopped", "done", "done before", "diverged", "failed".
         phase: what a training process does beside steps, such as "compiling"; "" while it makes steps.
         started: when its trial began, on the study's clock.
         since: when its phase began; None once that has been said.

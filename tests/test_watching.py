@@ -1,0 +1,104 @@
+"""`run.py watch`: a study's table from its ledger or its storage alone, while others train."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from diffvit.keeping.lease import Lease, take_lease
+from diffvit.keeping.saving import Every, Saving
+from diffvit.keeping.storage import open_storage
+from diffvit.ledger.files import RunFiles
+from diffvit.ledger.log import read_log
+from diffvit.loop.fit import Stopped
+from diffvit.train import train
+from study.grid import Grid
+from study.live.curves import Curves
+from study.live.watching import watch_study
+
+SPECS = Grid("some", ("digits",), sizes=("small",), seeds=(0, 1), overrides={"max_steps": 12, "batch_size": 32}).runs()
+DONE, BEGUN = SPECS[0], SPECS[2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A ledger and a storage with a finished run, one that was stopped after 5 of 12 steps, and two that nobody began."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("watched")
+    ledger, storage = folder / "checkpoints", folder / "storage"
+    saving = Saving(Every.parse("1steps"), str(storage), sync_every=0.0)
+    train(DONE, ledger, device="cpu", saving=saving)
+    asked = itertools.count(1)
+    with pytest.raises(Stopped):
+        train(BEGUN, ledger, device="cpu", saving=saving, should_stop=lambda: next(asked) >= 5)
+    return ledger, storage
+
+
+def watched(checkpoints: Path, **options: Any) -> list[str]:
+    """The lines that are printed where nothing can be redrawn."""
+    console = Console(width=100, record=True, file=io.StringIO())
+    watch_study(SPECS, checkpoints, data_root=None, console=console, **{"storage": None, **options})
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+def row(lines: list[str], model: str) -> str:
+    (line,) = [line for line in lines if line.startswith(model)]
+    return line
+
+
+def test_a_ledger_tells_how_far_its_study_is(folders: tuple[Path, Path]) -> None:
+    ledger, _ = folders
+    log = next((ledger / BEGUN.model).glob("*_training.log"))
+    last = read_log(log).iloc[-1]
+    lines = watched(ledger)
+    assert lines[0].startswith("1 of 4 runs done, about 0:0") and "max_steps=12" in lines[1]
+    done, begun = row(lines, "classic"), row(lines, "differential")
+    assert "done" in done and "12/12" in done and done.endswith("%")
+    assert "━" in begun and f"5/12      {last.train_loss:.4f}    {last.val_loss:.4f}" in begun
+    assert lines[-1] == "2 waiting"
+    before = log.stat().st_mtime
+    os.utime(log, (before - 3600, before - 3600))  # an hour without a step
+    try:
+        assert row(watched(ledger), "differential").split()[3:5] == ["stopped", "5/12"]
+    finally:
+        os.utime(log, (before, before))
+
+
+def test_a_storage_tells_the_same_to_a_machine_without_the_ledger(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    ledger, url = folders
+    lines = watched(tmp_path / "nothing", storage=str(url))
+    assert lines[0].startswith("1 of 4 runs done") and "done" in row(lines, "classic")
+    assert "stopped" in row(lines, "differential") and "5/12" in row(lines, "differential")
+    log = next((ledger / BEGUN.model).glob("*_training.log"))
+    lease = take_lease(open_storage(str(url)), log.name.split("_")[1], "another machine", 60.0)
+    assert isinstance(lease, Lease)
+    try:
+        assert "━" in row(watched(tmp_path / "nothing", storage=str(url)), "differential")
+    finally:
+        lease.expire()
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_curves_have_each_step_once_while_the_log_grows_and_shrinks(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    ledger, _ = folders
+    run_id = next((ledger / DONE.model).glob("*_training.log")).name.split("_")[1]
+    whole = RunFiles.of(ledger, DONE, run_id).log.read_text().splitlines(keepends=True)
+    begin = next(number for number, line in enumerate(whole) if line.startswith("1,"))
+    files = RunFiles.of(tmp_path / "copy", DONE, run_id)
+    files.folder.mkdir(parents=True)
+    curves = Curves(tmp_path)
+    for steps in (0, 3, 3, 9, 4, 12):  # at 4, a run that was killed at 9 has begun again at its last checkpoint
+        files.log.write_text("".join(whole[: begin + steps]) + ("7,1,0.0" if steps == 3 else ""))
+        curves.draw(DONE, files)
+    (folder,) = (tmp_path / "tracking" / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == list(range(1, 13))
