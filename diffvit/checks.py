@@ -30,11 +30,11 @@ _TEXT = r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]*"
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text. Raises ValueError, also for one that is nested too deeply."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    check_depth(found, _DEEPEST)
-    return found
+    check_depth(value, _DEEPEST)
+    return value
 
 
 def read_json(path: Path, most: int) -> Any:
@@ -108,8 +108,8 @@ def check_depth(value: Any, deepest: int) -> None:
 
 def fault(check: Check, value: Any) -> str | None:
     """What is wrong with a value as a sentence's end, such as "its steps is -1"; None where nothing is."""
-    found = check(value)
-    return found and (f"its {found[1:]}" if found.startswith(".") else f"it{found}")
+    wrong = check(value)
+    return wrong and (f"its {wrong[1:]}" if wrong.startswith(".") else f"it{wrong}")
 
 
 def _leaf(fits: Callable[[Any], bool]) -> Check:
@@ -153,7 +153,7 @@ def list_of(check: Check, fewest: int = 0, most: int = 10_000) -> Check:
     def wrong(value: Any) -> str | None:
         if not isinstance(value, list) or not fewest <= len(value) <= most:
             return f" is {shown(value)}"
-        return next((f"[{i}]{found}" for i, each in enumerate(value) if (found := check(each))), None)
+        return next((f"[{i}]{wrong_at}" for i, each in enumerate(value) if (wrong_at := check(each))), None)
 
     return wrong
 
@@ -167,8 +167,8 @@ def dict_of(key: Check, check: Check, most: int = 1000) -> Check:
         for name, each in value.items():
             if key(name):
                 return f" has the name {shown(name)}"
-            if found := check(each):
-                return f".{name}{found}"
+            if wrong_at := check(each):
+                return f".{name}{wrong_at}"
         return None
 
     return wrong
@@ -182,8 +182,8 @@ def record(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
             return f" is {shown(value)}"
         for name, check in {**(optional or {}), **required}.items():
             if name in value:
-                if found := check(value[name]):
-                    return f".{name}{found}"
+                if wrong_at := check(value[name]):
+                    return f".{name}{wrong_at}"
             elif name in required:
                 return f" has no {name}"
         return None

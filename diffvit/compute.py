@@ -157,9 +157,9 @@ def measure_forms(model: VisionTransformer, forms: Iterable[str], images: int, p
     expected: list[Tensor] | None = None
     for form in forms:
         try:
-            found = run(form)
-            expected = expected or found
-            if _alike(found, expected, precision):
+            result = run(form)
+            expected = expected or result
+            if _alike(result, expected, precision):
                 seconds[form] = _median_seconds(lambda form=form: run(form), device, repeats)  # type: ignore[misc]
         except Exception:  # no kernel for it here, no memory, no compiler, or one that fails: in many ways
             continue
@@ -173,12 +173,12 @@ def _random_like(model: VisionTransformer, images: int) -> Tensor:
     return torch.randn(images, *model.pos_embed.shape[1:], generator=generator).to(model.pos_embed.device)
 
 
-def _alike(found: list[Tensor], expected: list[Tensor], precision: str) -> bool:
-    return all(_distance(a, b) < (2e-2 if precision == "bf16" else 1e-4) for a, b in zip(found, expected, strict=True))
+def _alike(result: list[Tensor], expected: list[Tensor], precision: str) -> bool:
+    return all(_distance(a, b) < (2e-2 if precision == "bf16" else 1e-4) for a, b in zip(result, expected, strict=True))
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
-    distance = ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+def _distance(result: Tensor, expected: Tensor) -> float:
+    distance = ((result.float() - expected.float()).norm() / expected.float().norm()).item()
     return distance if distance == distance else float("inf")
 
 
@@ -239,9 +239,9 @@ def _gain_of_fusing(model: VisionTransformer, images: int, precision: str) -> fl
     if not has_kernels(device, model.pos_embed.shape[-1]):
         raise NotImplementedError("there are no kernels for this device")
     model.eval()  # without dropout
-    found, expected = passes(fused), passes(plain)
+    result, expected = passes(fused), passes(plain)
     model.train()
-    if not _alike(found, expected, precision):
+    if not _alike(result, expected, precision):
         raise ArithmeticError("they do not give what the plain blocks give")
     slow, fast = (_median_seconds(partial(passes, forward), device, 5) for forward in (plain, fused))
     return slow / fast

@@ -113,32 +113,32 @@ def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progr
         if is_missing(error):
             raise UserError(f"there is no repository {hub.repository} that this token can see.", "check HF_REPOSITORY.") from None
         raise
-    found = hub.files(wanted, commit)
+    files = hub.files(wanted, commit)
     inside = wanted
-    if not found and wanted:  # a file, perhaps
+    if not files and wanted:  # a file, perhaps
         inside = wanted.rpartition("/")[0]
-        found = {name: file for name, file in hub.files(inside, commit, recursive=False).items() if name == wanted}
-    if not found:
+        files = {name: file for name, file in hub.files(inside, commit, recursive=False).items() if name == wanted}
+    if not files:
         raise UserError(f"{hub.repository} has no {wanted or 'files'}.", _top_of(hub, commit))
-    targets = {name: local / name.removeprefix(inside).lstrip("/") for name in found}
-    same = {name for name, path in targets.items() if found[name].is_like(path)}
+    targets = {name: local / name.removeprefix(inside).lstrip("/") for name in files}
+    same = {name for name, path in targets.items() if files[name].is_like(path)}
     in_the_way = [path for target in targets.values() for path in _in_the_way(target, local)]
     if in_the_way:
         raise UserError(f"{in_the_way[0]} is in the way.", "remove it, or choose another folder.")
     different = [str(path) for name, path in targets.items() if name not in same and (path.exists() or path.is_symlink())]
     if different and not force:
         raise UserError(f"{_some(different)} is different here.", "--force replaces it; or choose another folder.")
-    missing = [name for name in found if name not in same]
-    done, total = 0, sum(found[name].size for name in missing)
+    missing = [name for name in files if name not in same]
+    done, total = 0, sum(files[name].size for name in missing)
     local.mkdir(parents=True, exist_ok=True)
-    _check_room({targets[name]: found[name].size for name in missing})
+    _check_room({targets[name]: files[name].size for name in missing})
     for name in missing:
         if on_progress:
             on_progress(done, total, name)
         targets[name].parent.mkdir(parents=True, exist_ok=True)
-        path = hub.bring(found[name], targets[name].parent / _STAGE, commit)
+        path = hub.bring(files[name], targets[name].parent / _STAGE, commit)
         os.replace(path, targets[name])
-        done += found[name].size
+        done += files[name].size
     for folder in {target.parent for target in targets.values()}:
         shutil.rmtree(folder / _STAGE, ignore_errors=True)
     if on_progress and missing:
@@ -209,9 +209,9 @@ def _files_below(folder: Path, inside: str, facts: os.stat_result, above: tuple[
         if path.name.startswith(_HIDDEN):
             left.append(f"{path} (hidden)")
             continue
-        found = _facts(path)
-        if stat.S_ISDIR(found.st_mode):
-            yield from _files_below(path, f"{_sendable(inside + path.name, path)}/", found, (*above, facts), left)
+        facts_below = _facts(path)
+        if stat.S_ISDIR(facts_below.st_mode):
+            yield from _files_below(path, f"{_sendable(inside + path.name, path)}/", facts_below, (*above, facts), left)
         else:
             yield inside + path.name, path
 

@@ -26,12 +26,12 @@ def read_evaluations(files: RunFiles) -> dict[str, Any]:
     Raises:
         UserError: the file is damaged.
     """
-    return {kind: found for kind, found in _read(files).items() if not _is_outdated(kind, found)}
+    return {kind: findings for kind, findings in _read(files).items() if not _is_outdated(kind, findings)}
 
 
 def outdated(files: RunFiles) -> list[str]:
     """The kinds of findings that another version of this program made: they are not compared with today's. Raises UserError."""
-    return [kind for kind, found in _read(files).items() if _is_outdated(kind, found)]
+    return [kind for kind, findings in _read(files).items() if _is_outdated(kind, findings)]
 
 
 def _read(files: RunFiles) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def _check(findings: Any) -> dict[str, Any]:
     return findings
 
 
-def _is_outdated(kind: str, found: Any) -> bool:
-    version = found.get("version", 1) if isinstance(found, dict) else None
+def _is_outdated(kind: str, findings: Any) -> bool:
+    version = findings.get("version", 1) if isinstance(findings, dict) else None
     return type(version) is int and version != _module(kind).VERSION
 
 
@@ -88,11 +88,11 @@ def findings_of(
     known = {} if again or limit is not None else kept
     if limit is not None:
         how["limit"] = limit
-    found = {}
+    findings = {}
     for kind in kinds:
         if kind not in known:
             known[kind] = getattr(_module(kind), KINDS[kind].partition(":")[2])(files.weights, **how)
             if limit is None:
                 add_evaluation(files, kind, known[kind])
-        found[kind] = known[kind]
-    return found
+        findings[kind] = known[kind]
+    return findings

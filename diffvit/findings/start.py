@@ -87,9 +87,9 @@ def _start_row(
         pixels, mean, std, source = data.val.pixels[:images], data.mean, data.std, dataset
     built = build_model(model, size, protocol)
     built.initialise(seed)
-    found = measure_start(built, Prepare(protocol.image_size, mean, std)(pixels))
+    measured = measure_start(built, Prepare(protocol.image_size, mean, std)(pixels))
     named = {"model": model, "size": size, "dataset": dataset, "overrides": dict(own), "tokens": built.tokens}
-    return {**named, "images": len(pixels), "of": source, **found}
+    return {**named, "images": len(pixels), "of": source, **measured}
 
 
 def _photographs(number: int) -> tuple[Tensor, list[float], list[float]]:

@@ -31,14 +31,14 @@ def find_account() -> Account:
     Raises:
         UserError: one is missing or not in its form.
     """
-    found = {name: _setting(name) for name in ("HF_TOKEN", "HF_REPOSITORY")}
-    missing = [name for name, value in found.items() if not value]
+    settings = {name: _setting(name) for name in ("HF_TOKEN", "HF_REPOSITORY")}
+    missing = [name for name, value in settings.items() if not value]
     if missing:
         raise UserError(
             f"the hub needs {' and '.join(missing)}, and neither the environment nor .env has {'it' if len(missing) == 1 else 'them'}.",
             "write them into .env (see .env.example).",
         )
-    return Account(parse_repository(found["HF_REPOSITORY"]), find_token())
+    return Account(parse_repository(settings["HF_REPOSITORY"]), find_token())
 
 
 def find_token() -> str | None:
@@ -50,26 +50,26 @@ def find_token() -> str | None:
 
 
 def _setting(name: str) -> str:
-    if found := os.environ.get(name):
-        return found.strip()
-    found, near = "", None
+    if setting := os.environ.get(name):
+        return setting.strip()
+    setting, near = "", None
     try:
         for line, key, value, whole in _env_lines():
             if key == name and not whole:
                 raise UserError(f"line {line} of .env, which is for {name}, cannot be read.", "write it as .env.example shows.")
-            if key == name and value and found and value != found:
+            if key == name and value and setting and value != setting:
                 raise UserError(f".env has {name} a second time in line {line}, with another value.", "take one of both out.")
             if key == name:
-                found = found or value
+                setting = setting or value
             elif _is_misspelt(key, name):
                 raise UserError(f".env has {shown(key)} in line {line}, which nothing reads.", f"did you mean {name}?")
             elif re.fullmatch(_ALIASES[name], key):
                 near = near or key
     except (OSError, ValueError) as error:
         raise UserError(f"the file .env cannot be read: {error}.", "write it as plain text in UTF-8 (see .env.example).") from None
-    if near and not found:
+    if near and not setting:
         raise UserError(f".env has {shown(near)}, which is not read here, and no {name}.", f"did you mean {name}?")
-    return found
+    return setting
 
 
 # What other tools call these settings. Such a name is theirs where ours is there too.

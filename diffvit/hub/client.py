@@ -115,13 +115,13 @@ class Hub:
         try:
             if self.api.endpoint in _failing:
                 self._ask_once()
-            found = action()
+            outcome = action()
         except Exception as error:
             if is_transient(error):
                 _failing.add(self.api.endpoint)
             raise
         _failing.discard(self.api.endpoint)
-        return found
+        return outcome
 
     def _pause(self, error: Exception, pause: float) -> float:
         """The pause that the hub asks for, where that is longer."""
@@ -233,12 +233,12 @@ class Hub:
 
 def _first(listing: Iterable[Any]) -> list[Any]:
     """A listing as a list, cut one entry above the limit: it may have no end."""
-    found = []
+    entries = []
     for each in listing:
-        found.append(each)
-        if len(found) > MOST_FILES:
+        entries.append(each)
+        if len(entries) > MOST_FILES:
             break
-    return found
+    return entries
 
 
 def _checked_file(entry: Any) -> HubFile | None:

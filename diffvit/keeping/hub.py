@@ -62,10 +62,10 @@ class HubStorage(Storage):
         removes, puts = list(removes), {**puts, **(leases or {})}
         for branch in ("main", STATE_BRANCH):
             with contextlib.ExitStack() as stack:
-                here = {name: _opened(content, stack) for name, content in puts.items() if _branch(name) == branch}
-                gone = [name for name in removes if _branch(name) == branch]
-                if here or gone:
-                    self._commit(here, gone, branch)
+                ours = {name: _opened(content, stack) for name, content in puts.items() if _branch(name) == branch}
+                dropped = [name for name in removes if _branch(name) == branch]
+                if ours or dropped:
+                    self._commit(ours, dropped, branch)
 
     def _commit(self, puts: Mapping[str, Any], removes: list[str], branch: str, parent: str | None = None) -> None:
         names = [*puts, *removes]
@@ -73,12 +73,12 @@ class HubStorage(Storage):
             return
         message = f"{'add' if puts else 'remove'} {names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}"
         for attempt in range(_CREATE_TRIES):
-            there = set(self._listing(removes, branch)) if removes else set()
-            gone = [self._folder + name for name in removes if self._folder + name in there]
-            if not puts and not gone:
+            listed = set(self._listing(removes, branch)) if removes else set()
+            dropped = [self._folder + name for name in removes if self._folder + name in listed]
+            if not puts and not dropped:
                 return
             try:
-                self.hub.commit({self._folder + name: content for name, content in puts.items()}, gone, message, branch, parent)
+                self.hub.commit({self._folder + name: content for name, content in puts.items()}, dropped, message, branch, parent)
                 self._squash_at_times(branch)
                 return
             except StorageError:
@@ -162,8 +162,8 @@ class HubStorage(Storage):
 
     def ls(self, folder: str) -> list[str]:
         inside = self._folder + folder
-        found = self.hub.files(inside, _branch(folder))
-        return sorted({name.removeprefix(f"{inside}/").partition("/")[0] for name in found})
+        files = self.hub.files(inside, _branch(folder))
+        return sorted({name.removeprefix(f"{inside}/").partition("/")[0] for name in files})
 
     def tidy(self) -> None:
         """Squash the history of the states' branch, if no run is under way."""
@@ -173,8 +173,8 @@ class HubStorage(Storage):
     # How
 
     def _files_in(self, folder: str) -> list[str]:
-        found = self.hub.files(self._folder + folder, _branch(folder), recursive=False)
-        return [os.path.basename(name) for name in found]
+        files = self.hub.files(self._folder + folder, _branch(folder), recursive=False)
+        return [os.path.basename(name) for name in files]
 
     def _listing(self, names: Iterable[str], revision: str) -> dict[str, Any]:
         """The files in the objects' folders, by name."""

@@ -222,10 +222,10 @@ class StateUploader(Repeater):
 
     def join_others(self) -> str | None:
         """Take the lease. Returns a sentence about the machine that has it; None where it is ours."""
-        found = take_lease(self._storage, self._files.run_id, folder_id(self._files.checkpoints), self._saving.lease_seconds)
-        if not isinstance(found, Lease):
-            return found
-        self.lease, self._renew_at = found, time.monotonic() + self._renewal
+        lease = take_lease(self._storage, self._files.run_id, folder_id(self._files.checkpoints), self._saving.lease_seconds)
+        if not isinstance(lease, Lease):
+            return lease
+        self.lease, self._renew_at = lease, time.monotonic() + self._renewal
         return None
 
     def offer(self, parcel: _Parcel) -> None:
@@ -303,9 +303,9 @@ class StateUploader(Repeater):
             self.lost = True
             return
         name = f"{self._remote}/{parcel.step:09d}"
-        there = self._storage.names(self._remote)
-        kept = sorted({*(Path(each).stem for each in there if each.endswith(".state")), f"{parcel.step:09d}"})[-KEPT:]
-        old = [each for each in there if Path(each).stem not in kept]
+        names = self._storage.names(self._remote)
+        kept = sorted({*(Path(each).stem for each in names if each.endswith(".state")), f"{parcel.step:09d}"})[-KEPT:]
+        old = [each for each in names if Path(each).stem not in kept]
         try:
             # The log first: a state counts only with a log that fits it.
             self._storage.commit({f"{name}.log": (parcel.log, parcel.log_bytes), f"{name}.state": parcel.state}, old, renewal)

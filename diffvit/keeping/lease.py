@@ -35,8 +35,8 @@ class Lease:
 
     def renewal(self) -> dict[str, bytes] | None:
         """The object that extends it to its full length from now, name -> content; None where another machine has taken the run over."""
-        found = _numbers(self.storage, self.folder)
-        if max(found, default=0) != self.number or not self._is_ours(found[self.number]):
+        leases = _numbers(self.storage, self.folder)
+        if max(leases, default=0) != self.number or not self._is_ours(leases[self.number]):
             return None
         return {self._name(self.number): _lease_content(self.owner, self.seconds)}
 
@@ -53,10 +53,10 @@ class Lease:
 
     def names(self) -> list[str]:
         """Object names of this lease and of those before it; none once it is gone, since numbers begin anew then."""
-        found = _numbers(self.storage, self.folder)
-        if not self._is_ours(found.get(self.number, b"")):
+        leases = _numbers(self.storage, self.folder)
+        if not self._is_ours(leases.get(self.number, b"")):
             return []
-        return [self._name(number) for number in found if number <= self.number]
+        return [self._name(number) for number in leases if number <= self.number]
 
     def release(self) -> None:
         """Give it back: remove it and those before it."""
@@ -99,9 +99,9 @@ def lease_state(storage: Storage, run_id: str) -> Literal["none", "live", "expir
 
 def _newest(storage: Storage, folder: str) -> tuple[int, dict[str, Any]]:
     """Number and facts of the newest lease in a folder; 0 where there is none."""
-    found = _numbers(storage, folder)
-    newest = max(found, default=0)
-    held = _parse_lease(found.get(newest, b""))
+    leases = _numbers(storage, folder)
+    newest = max(leases, default=0)
+    held = _parse_lease(leases.get(newest, b""))
     if newest and not held["owner"]:  # perhaps it is being written
         time.sleep(1)
         held = _parse_lease(_numbers(storage, folder).get(newest, b""))
@@ -126,9 +126,9 @@ _LEASE = record({"owner": text(), "host": text(), "seconds": _TIME, "expires": _
 def _parse_lease(content: bytes) -> dict[str, Any]:
     """A lease's facts; one that cannot be read, of a writer that died over it, has run out."""
     with contextlib.suppress(ValueError):
-        found = parse_json(content)
-        if not fault(_LEASE, found):
-            return found
+        facts = parse_json(content)
+        if not fault(_LEASE, facts):
+            return facts
     return {"owner": "", "host": "an unknown machine", "seconds": 0.0, "expires": 0.0}
 
 

@@ -196,13 +196,13 @@ class ObjectStorage(Storage):
                 self._fs.pipe_file(self._path(name), content)
 
     def entries(self, folder: str) -> dict[str, bytes]:
-        found = {}
+        contents = {}
         for name in self.ls(folder):
             if not name.endswith(MARKER):
-                found[name] = b""
+                contents[name] = b""
                 with self._faults(), contextlib.suppress(FileNotFoundError):
-                    found[name] = self._beginning(f"{folder}/{name}", _LONGEST_NOTE)
-        return found
+                    contents[name] = self._beginning(f"{folder}/{name}", _LONGEST_NOTE)
+        return contents
 
     def ls(self, folder: str) -> list[str]:
         with self._faults():

@@ -52,16 +52,16 @@ def leftovers(storage: Storage, run_id: str) -> list[str]:
     return sorted(f"{folder}/{name}" for name in names if name.endswith((".state", ".log")))
 
 
-def fetch_run(storage: Storage, files: RunFiles, found: tuple[Result, bytes] | None = None) -> bool:
+def fetch_run(storage: Storage, files: RunFiles, remote: tuple[Result, bytes] | None = None) -> bool:
     """Fetch an ended run from the storage, its result last. False where the storage does not have all of it.
 
     Args:
-        found: its remote_result, where that is known already.
+        remote: its remote_result, where that is known already.
     """
-    found = found or remote_result(storage, files)
-    if found is None:
+    remote = remote or remote_result(storage, files)
+    if remote is None:
         return False
-    result, content = found
+    result, content = remote
     if not all(storage.get(f"{files.model}/{name}", files.folder / name) for name in result.sha256):
         return False
     write_atomically(files.result, content)  # the one that was looked at

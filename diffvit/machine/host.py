@@ -112,8 +112,8 @@ def _own_temporary_folder() -> str:
     folder = os.path.join(tempfile.gettempdir(), f"diffvit-home-{os.getuid()}")
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, mode=0o700)
-    found = os.lstat(folder)
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+    facts = os.lstat(folder)
+    if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid() and not facts.st_mode & 0o022:
         return folder
     return tempfile.mkdtemp(prefix="diffvit-home-")
 
