@@ -28,6 +28,7 @@ from diffvit.hub.account import check_env_file
 from diffvit.keeping.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS
 from diffvit.ledger.disk import disk_faults, write_atomically
 from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.weights import trust_source
 from diffvit.machine.host import outlive_readers
 from diffvit.tracking import TRACKERS, check_tracker
 from study.commands.parsing import FOLDER, ShellPath, StrictGroup, auto_option, full_names, options, parse_resource, parse_saving, taken
@@ -61,6 +62,7 @@ def cli() -> None:
 
 _SIZES = "10B, 25B or 50B (about 10, 25, 50 million parameters); small, medium, large."
 _DATASETS = "CIFAR-100, BACH, digits or digits-noisy"
+_MODEL = "NAME|FILE.py:CLASS"
 _GRIDS = "digits|pilot|full|full-plus|noise|lr|controls|choices|FILE"
 _BY_DEFAULT = "[default: the built-in grids that have finished runs]"
 
@@ -162,7 +164,7 @@ def _study_options(given: dict[str, Any]) -> Any:
 
 
 @cli.command()
-@click.option("--model", required=True, help="vit_classic or vit_differential.")
+@click.option("--model", required=True, metavar=_MODEL, help="An architecture's name, or a file and class of your own.")
 @click.option("--size", required=True, help=_SIZES)
 @click.option("--dataset", required=True, help=f"{_DATASETS}.")
 @options(*_override_options.values())
@@ -215,7 +217,7 @@ def download(hf_path: str, local: Path, force: bool) -> None:
 
 
 @cli.command()
-@click.option("--model", help="vit_classic, vit_differential or a control.")
+@click.option("--model", metavar=_MODEL, help="An architecture's name as `list` has it, or a file and class of your own.")
 @click.option("--size", help=_SIZES)
 @click.option("--dataset", help=f"{_DATASETS}; with --grid, that of a grid for one data set.")
 @click.option("--run_id", metavar="ID", help="Which run; it may stand alone.")
@@ -226,12 +228,13 @@ def download(hf_path: str, local: Path, force: bool) -> None:
 @click.option("--attention", is_flag=True, help="Where attention goes, from the exact maps. Kept in the ledger, for the report.")
 @click.option("--again", is_flag=True, help="Evaluate again what the ledger already has.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first N test images only: a trial, which is not kept.")
+@click.option("--trust", is_flag=True, help="Run the code of an architecture that comes with a checkpoint from elsewhere.")
 @_json
 @click.option("--batch_size", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Images at once.")
 @_data_and_ledger
 @_device
 def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: str | None, seed: int | None, grid: str | None,
-             corruptions: bool, attention: bool, again: bool, as_json: bool, checkpoints: Path, device: str | None,
+             corruptions: bool, attention: bool, again: bool, trust: bool, as_json: bool, checkpoints: Path, device: str | None,
              **given: Any) -> None:  # fmt: skip
     """Measure trained models on the test set: accuracy and loss, in all and per class; under noise; where attention goes.
 
@@ -260,6 +263,8 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
 
         chosen: dict[str, Any] = {"run_id": run_id, "seed": seed, "overrides": given}
         paths = [find_checkpoint(checkpoints, *names, **chosen, on_choice=lambda text: click.echo(text, err=True))]
+    for path in paths if trust else []:
+        trust_source(path)
     from diffvit.machine.device import resolve_device
     from study.commands.evaluating import print_evaluation, print_findings
 

@@ -91,9 +91,11 @@ def choose(model: VisionTransformer, images: int, precision: str, compute: Compu
     images = min(images, _TRIED_IMAGES)
     model.recompute = bool(compute.recompute)
     notes: list[str] = []
-    if measured and (form := _fastest_form(model, images, precision)):
+    if measured and not model.plain and (form := _fastest_form(model, images, precision)):
         set_form(model, form)
-    if compute.fused or (compute.fused is None and measured and not compute.compile):
+    if model.plain and compute.fused:
+        notes.append("fused blocks are for built-in architectures, and are left out")
+    elif not model.plain and (compute.fused or (compute.fused is None and measured and not compute.compile)):
         gain, note = _tried("fused blocks", lambda: _gain_of_fusing(model, images, precision))
         model.fused = gain > 0 and (bool(compute.fused) or gain > 1)
         notes.append(note)

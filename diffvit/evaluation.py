@@ -25,6 +25,7 @@ from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import overrides_text
 from diffvit.ledger.weights import load_weights, read_header
 from diffvit.machine.device import autocast
+from diffvit.own import other_versions
 from diffvit.protocol import protocol_of
 from diffvit.vit import VisionTransformer
 
@@ -186,6 +187,8 @@ def find_checkpoint(
         raise damaged[0]
     if not matches:
         hint = "`run.py list` shows the runs there are." if not candidates else "\n  ".join(["there are:", *map(str, candidates)])
+        if not candidates and (others := other_versions(checkpoints, model or "")):
+            hint = f"its file has changed since {' and '.join(others)} was trained, or is another one; --model takes that name too."
         raise UserError(f"there is no checkpoint of {which} in {checkpoints}.", hint)
     best = [each for each in matches if each.overrides.keys() <= given.keys()] or matches
     if len({overrides_text(each.overrides) for each in best}) == 1:

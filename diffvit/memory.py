@@ -50,14 +50,14 @@ def activation_bytes(model: VisionTransformer, precision: str, device: str, reco
     ends = (4 + (narrow if precision == "bf16" else 0)) * pixels + 2 * stream  # the prepared image, the embedding's mask, the last norm
     block = _block_bytes(model, precision, device)
     if recompute:
-        return ends + depth * (stream + tokens * narrow * d_model * _fused(precision, device)) + block
+        return ends + depth * (stream + tokens * narrow * d_model * _fused(model, precision, device)) + block
     # Of the last block: its input, the norm of it, keys and values.
     last = stream + tokens * narrow * d_model * (4 if precision == "bf16" else 3)
-    return ends + (depth - 1) * block + min(last, block)
+    return ends + (depth - 1) * block + (block if model.plain else min(last, block))
 
 
-def _fused(precision: str, device: str) -> bool:
-    return device == "cuda" and precision == "bf16"
+def _fused(model: VisionTransformer, precision: str, device: str) -> bool:
+    return device == "cuda" and precision == "bf16" and not model.plain
 
 
 def _block_bytes(model: VisionTransformer, precision: str, device: str) -> int:
@@ -67,14 +67,15 @@ def _block_bytes(model: VisionTransformer, precision: str, device: str) -> int:
     hidden = block.mlp.fc1.out_features
     narrow = 2 if precision == "bf16" else 4
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    layer = cast(AttentionLayer, block.attn)
-    form = layer.form_on(device, dtype, tokens)
-    if _fused(precision, device):
+    form = "plain" if model.plain else cast(AttentionLayer, block.attn).form_on(device, dtype, tokens)
+    if _fused(model, precision, device):
         form = "triton" if form in ("sdpa", "sdpa, normed", "two_calls") else form
     values = _ATTENTION_VALUES.get(form, _MOST_ATTENTION_VALUES) * d_model
     values += 2 * d_model + 2 * hidden  # inputs of qkv and fc1; of GELU and fc2
-    if _fused(precision, device):  # and the two sums that are normalised; masks are drawn again
+    if _fused(model, precision, device):  # and the two sums that are normalised; masks are drawn again
         return tokens * (4 * 2 * (d_model + 2) + narrow * values)
+    if model.plain:  # unknown: maps in memory, four times over
+        values += 4 * model.heads * tokens
     if form == "maps":  # both softmaxes and their difference; a classic layer's heads are twice the pairs
         values += 3 * cast(int, block.attn.pairs) * tokens
     if precision == "bf16":

@@ -13,11 +13,12 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from diffvit.errors import UserError, shown, unknown_name
+from diffvit.own import is_own_name, is_reference, known_source, read_source
 
 # Architecture -> "module:class" of its attention. Only attention differs between architectures, and where it takes more parameters the
 # width of the MLP that pays for them.
@@ -223,11 +224,31 @@ def protocol_of(dataset: str) -> Protocol:
 
 
 def resolve_model(name: str) -> str:
-    """The architecture's name, checked; "differential" is vit_differential. Raises UserError."""
+    """The architecture's name, checked; "differential" is vit_differential, and FILE.py:CLASS is read. Raises UserError."""
     for known in (name, f"vit_{name}"):
         if known in MODELS:
             return known
-    raise unknown_name("model", name, MODELS)
+    if is_reference(name):
+        return read_source(name).name
+    if known_source(name):
+        return name
+    raise unknown_name("model", name, [*MODELS, "FILE.py:CLASS"])
+
+
+def ledger_model(name: str) -> str:
+    """As resolve_model, for what a ledger may have: code of one's own is not needed to name its runs."""
+    return name if is_own_name(name) else resolve_model(name)
+
+
+def model_title(name: str) -> str:
+    """What an architecture is called in figures and sentences."""
+    return MODEL_TITLES.get(name, name)
+
+
+def in_order(models: Iterable[str]) -> list[str]:
+    """Architectures as figures and tables list them: the built-in ones first."""
+    given = dict.fromkeys(models)
+    return [*(model for model in MODELS if model in given), *(model for model in given if model not in MODELS)]
 
 
 def resolve_dataset(name: str) -> str:

@@ -28,7 +28,7 @@ from diffvit.hub.http import is_missing, quiet_client
 from diffvit.ledger.disk import listed, readable
 from diffvit.ledger.results import LONGEST_RESULT
 from diffvit.ledger.weights import load_weights
-from diffvit.protocol import resolve_dataset, resolve_model, resolve_size
+from diffvit.protocol import ledger_model, resolve_dataset, resolve_size
 
 if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
@@ -256,13 +256,16 @@ def _top_of(hub: Hub, commit: str) -> str:
 
 
 def from_pretrained(
-    repository: str, *, model: str, size: str, dataset: str, seed: int = 0, run_id: str | None = None, revision: str = "main"
-) -> VisionTransformer:
-    """A trained model from the hub, on the CPU in evaluation mode; nothing in its file is executed.
+    repository: str, *, model: str, size: str, dataset: str, seed: int = 0, run_id: str | None = None, revision: str = "main",
+    trust: bool = False,
+) -> VisionTransformer:  # fmt: skip
+    """A trained model from the hub, on the CPU in evaluation mode; nothing in its file is executed, unless you say so.
 
     Args:
         repository: `user/name` or its link. HF_TOKEN is used where it is set.
+        model: a built-in architecture's name, or that of one's own: its folder's, or FILE.py:CLASS.
         seed, run_id: which run, where the repository has several of the cell; run_id goes before seed. Of several, one without overrides.
+        trust: execute an architecture's code that comes with the weights, also where it was never named on this machine.
 
     Returns:
         The model. Its attribute `facts` has what its file's header says: "classes", "mean" and "std" of the pixels in 0-1, "protocol", …
@@ -271,7 +274,7 @@ def from_pretrained(
         UserError: unknown names, no such model there, or a damaged file.
     """
     dataset = resolve_dataset(dataset)
-    model, size = resolve_model(model), resolve_size(size, dataset)
+    model, size = ledger_model(model), resolve_size(size, dataset)
     hub = Hub(Account(parse_repository(repository), find_token()))
     try:
         commit = hub.head(revision)
@@ -282,16 +285,16 @@ def from_pretrained(
             ) from None
         raise
     listed = hub.files(model, commit)
-    pattern = re.compile(rf"{model}/model_([0-9a-f]+)_{re.escape(size)}_{re.escape(dataset)}\.safetensors")
+    pattern = re.compile(rf"{re.escape(model)}/model_([0-9a-f]+)_{re.escape(size)}_{re.escape(dataset)}\.safetensors")
     runs = {match[1]: file for file in listed.values() if (match := pattern.fullmatch(file.name))}
     chosen = _choose_run(hub, commit, runs, listed, seed, run_id, f"{model} {size} {dataset}")
     file = runs[chosen]
     with quiet_client():
         path = Path(hub.call(lambda: hub.api.hf_hub_download(hub.repository, file.name, revision=commit)))
     if file.is_like(path):
-        return load_weights(path)[0]
+        return load_weights(path, trust)[0]
     with tempfile.TemporaryDirectory() as folder:  # the client's cache is damaged
-        return load_weights(hub.bring(file, Path(folder), commit))[0]
+        return load_weights(hub.bring(file, Path(folder), commit), trust)[0]
 
 
 def _choose_run(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffvit.kernels.dropout import Dropout, has_kernels
+from diffvit.own import known_source, sentences
 from diffvit.protocol import MODELS, Protocol, resolve_model, stable_seed
 
 
@@ -98,6 +99,7 @@ class VisionTransformer(nn.Module):
         image_size, patch_size: in pixels; patches do not overlap.
         heads: heads of a *classic* layer; differential attention pairs them.
         residual_scale: initialise() scales the projections into the residual stream.
+        plain: attention is computed as it is written: in no other form, and not in fused kernels.
 
     Raises:
         ValueError: a patch size that does not divide the image, or heads that do not divide d_model.
@@ -117,13 +119,14 @@ class VisionTransformer(nn.Module):
         mlp_ratio: int = 4,
         dropout: float = 0.0,
         residual_scale: bool = True,
+        plain: bool = False,
     ):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"patch size {patch_size} does not divide image size {image_size}")
         if d_model % heads:
             raise ValueError(f"{heads} heads do not divide d_model {d_model}")
-        self.attention_class = attention
+        self.attention_class, self.plain = attention, plain
         self.heads = heads
         self.residual_factor = (2 * depth) ** -0.5 if residual_scale else 1.0  # two branches a block add to the stream
         self.facts: dict[str, Any] = {}  # what a checkpoint's header says of it
@@ -208,6 +211,8 @@ class VisionTransformer(nn.Module):
 
     def attention_form(self, dtype: torch.dtype) -> str:
         """How the blocks compute attention on the device that the model is on, for the record."""
+        if self.plain:
+            return "plain"
         layer = cast(AttentionLayer, cast(Block, self.blocks[0]).attn)
         return layer.form_on(self.pos_embed.device.type, dtype, self.tokens)
 
@@ -292,14 +297,17 @@ def apply_to_values(maps_BMNN: Tensor, v_BMNV: Tensor) -> Tensor:
 
 
 def attention_class(model: str) -> AttentionClass:
-    """The attention class that the registry names for an architecture. Raises UserError for an unknown one."""
-    module, _, name = MODELS[resolve_model(model)].partition(":")
+    """The attention class of an architecture, built-in or of the user's own. Raises UserError for an unknown one."""
+    model = resolve_model(model)
+    if source := known_source(model):
+        return source.attention_class
+    module, _, name = MODELS[model].partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def build_model(model: str, size: str, protocol: Protocol, device: str | torch.device = "cpu") -> VisionTransformer:
     """The architecture `model` at a size label of `protocol`; on the device "meta" it costs no memory."""
-    with torch.device(device):
+    with sentences(known_source(model)), torch.device(device):
         return VisionTransformer(
             attention_class(model),
             image_size=protocol.image_size,
@@ -312,4 +320,5 @@ def build_model(model: str, size: str, protocol: Protocol, device: str | torch.d
             mlp_ratio=protocol.mlp_ratio,
             dropout=protocol.dropout,
             residual_scale=protocol.residual_scale,
+            plain=known_source(model) is not None,
         )

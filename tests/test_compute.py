@@ -223,7 +223,7 @@ class OnAGPU:
 
     def __init__(self) -> None:
         self.pos_embed = SimpleNamespace(device=torch.device("cuda"))
-        self.recompute = self.fused = self.training = False
+        self.recompute = self.fused = self.plain = self.training = False
         self.blocks = [SimpleNamespace(_compiled_call_impl="compiled")]
         self.attention = SimpleNamespace(form=None)
 
@@ -285,6 +285,17 @@ def test_a_gpu_takes_what_is_faster_or_asked_for(
     assert model.fused == found.fused and model.recompute
     assert found.attention == ("triton" if "form" in tried else "None") + ", torch.bfloat16"
     assert ("compiling" in heard and not found.compiled) == (model.blocks[0]._compiled_call_impl is None)
+
+
+@pytest.mark.parametrize("asked", [Compute(), Compute(fused=True)])
+def test_a_gpu_computes_code_of_the_users_own_as_it_is_written(monkeypatch: pytest.MonkeyPatch, asked: Compute) -> None:
+    for name in ("_fastest_form", "_gain_of_fusing"):
+        monkeypatch.setattr(compute, name, lambda *args: pytest.fail("it knows this architecture"))
+    monkeypatch.setattr(compute, "_gain_of_compiling", lambda *args: 1.2)
+    model = OnAGPU()
+    model.plain = True
+    found = choose(model, 512, "bf16", asked)
+    assert found.compiled and not (found.fused or found.graphs or model.fused) and model.attention.form is None
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffvit.errors import UserError, shown, unknown_name
+from diffvit.own import Source, known_source
 from diffvit.protocol import OVERRIDES, Protocol, check_override, protocol_of, resolve_dataset, resolve_model, resolve_size
 
 # Raise it when a change in the code changes what a run computes: old results then count as other work.
@@ -24,6 +25,7 @@ class RunSpec:
     Attributes:
         precision: "fp32", or "bf16" for autocast to bfloat16.
         overrides: protocol values that replace the data set's own.
+        source: the code of an architecture from the user's own file; None for a built-in one.
     """
 
     model: str
@@ -32,6 +34,7 @@ class RunSpec:
     seed: int = 0
     precision: str = "fp32"
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    source: Source | None = field(default=None, repr=False)
 
     @staticmethod
     def of(
@@ -46,7 +49,8 @@ class RunSpec:
         given = {name: value for name, value in (overrides or {}).items() if value is not None}
         given = {name: check_override(name, value) for name, value in given.items()}
         protocol_of(dataset).with_overrides(given)
-        return RunSpec(resolve_model(model), resolve_size(size, dataset), dataset, seed, precision, given)
+        model, size = resolve_model(model), resolve_size(size, dataset)
+        return RunSpec(model, size, dataset, seed, precision, given, known_source(model))
 
     @property
     def protocol(self) -> Protocol:
@@ -74,6 +78,7 @@ class RunSpec:
             "protocol": self.protocol.identity(self.size),
             "seed": self.seed,
             "precision": self.precision,
+            **({"source": self.source.sha256} if self.source else {}),
         }
 
     def run_id(self, fingerprint: str) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffvit.checks import (
     NAME,
+    any_of,
     dict_of,
     fault,
     list_of,
@@ -22,6 +23,7 @@ from diffvit.checks import (
     whole,
 )
 from diffvit.errors import UserError, first_line
+from diffvit.own import OWN_NAME, SOURCE, kept_source
 from diffvit.protocol import MODELS, Protocol
 
 if TYPE_CHECKING:
@@ -54,10 +56,12 @@ _PROTOCOL = record(
 )  # fmt: skip
 _FACTS = record(
     {
-        "run_id": text(NAME), "model": one_of(*MODELS), "size": text(NAME), "dataset": text(NAME), "seed": whole(0, 2**63 - 1),
-        "precision": one_of(*PRECISIONS), "protocol": _PROTOCOL, "fingerprint": text(), "classes": list_of(text(), 1, 2**20),
+        "run_id": text(NAME), "model": any_of(one_of(*MODELS), text(OWN_NAME)), "size": text(NAME), "dataset": text(NAME),
+        "seed": whole(0, 2**63 - 1), "precision": one_of(*PRECISIONS), "protocol": _PROTOCOL, "fingerprint": text(),
+        "classes": list_of(text(), 1, 2**20),
         "mean": list_of(real(-1e6, 1e6), 1, 64), "std": list_of(real(1e-12, 1e6), 1, 64),
-    }
+    },
+    {"source": SOURCE},
 )  # fmt: skip
 
 
@@ -83,6 +87,8 @@ def read_header(path: Path) -> dict[str, Any]:
             raise ValueError("its classes or channels do not fit its protocol")
         if facts["size"] not in protocol.depths:
             raise KeyError(facts["size"])
+        if (facts["model"] in MODELS) == ("source" in facts):
+            raise KeyError("source")
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} was not written by diffvit, or by a newer version.", "evaluate takes checkpoints that `run.py train` wrote."
@@ -90,10 +96,17 @@ def read_header(path: Path) -> dict[str, Any]:
     return facts
 
 
-def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
-    """The model of a checkpoint, on the CPU in evaluation mode, and its header's facts. Raises UserError.
+def load_weights(path: Path, trust: bool = False) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The model of a checkpoint, on the CPU in evaluation mode, and its header's facts.
 
     Nothing of the model's size is allocated before the file is known to have its tensors.
+
+    Args:
+        trust: execute an architecture's code that comes with the file, also where the user has not named it on this machine.
+
+    Raises:
+        UntrustedError: the file comes with code that may not be executed.
+        UserError: it is missing or damaged.
     """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
@@ -101,6 +114,8 @@ def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
     from diffvit.vit import build_model
 
     facts = read_header(path)
+    if "source" in facts:
+        kept_source(facts["source"], facts["model"], path, trust)
     try:
         with safe_open(path, framework="pt") as file:
             # Each block has tensors of its own: a depth that the file cannot have is not built, not even without memory.
@@ -124,6 +139,13 @@ def load_weights(path: Path) -> tuple[VisionTransformer, dict[str, Any]]:
     return model.eval(), facts
 
 
+def trust_source(path: Path) -> None:
+    """Allow that the code which comes with a checkpoint is executed, if there is any. Raises UserError."""
+    facts = read_header(path)
+    if "source" in facts:
+        kept_source(facts["source"], facts["model"], path, trust=True)
+
+
 def weight_facts(spec: RunSpec, run_id: str, data: Any) -> dict[str, Any]:
     """The facts in a checkpoint's header: enough to rebuild the model and prepare its input; no time, no machine."""
     return {
@@ -134,4 +156,5 @@ def weight_facts(spec: RunSpec, run_id: str, data: Any) -> dict[str, Any]:
         "mean": list(data.mean),
         "std": list(data.std),
         "semantics": SEMANTICS_VERSION,
+        **({"source": spec.source.content} if spec.source else {}),
     }

@@ -1,0 +1,219 @@
+"""Architectures in files of the user's own: what is named, what travels, what is executed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffvit import own
+from diffvit.errors import UserError
+from diffvit.ledger.disk import file_sha256
+from diffvit.ledger.results import read_results
+from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.verify import verify_run
+from diffvit.ledger.weights import load_weights
+from diffvit.own import Source, UntrustedError, read_source
+from diffvit.train import train
+from diffvit.vit import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "docs/examples/sigmoid_attention.py"
+
+MINE = """
+from diffvit.vit_classic import Attention
+import parts, parts.inner
+from parts.inner import FACTOR as factor
+
+
+class Mine(Attention):
+    def heads_output(self, x_BND, queries=None):
+        from helper import double
+        return parts.one() * factor * double(super().heads_output(x_BND, queries))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which nothing was named yet."""
+    monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(own, "_known", {})
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """An architecture of several files: a module, and a package whose modules import each other and the module."""
+    folder = tmp_path / "ideas"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "mine.py").write_text(MINE)
+    (folder / "helper.py").write_text("def double(x):\n    return 2 * x\n")
+    (folder / "parts/__init__.py").write_text("from .inner import one\n")
+    (folder / "parts/inner.py").write_text("import helper as h\nFACTOR = h.double(0.25)\ndef one():\n    return 1.0\n")
+    (folder / "unrelated.py").write_text("raise ValueError\n")
+    return folder / "mine.py"
+
+
+def _spec(path: Path, name: str = "Mine", **more) -> RunSpec:
+    return RunSpec.of(f"{path}:{name}", "0.1M", "digits", **more)
+
+
+def _logits(spec: RunSpec) -> torch.Tensor:
+    model = build_model(spec.model, spec.size, spec.protocol).eval()
+    model.initialise(spec.seed)
+    return model(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def test_what_an_architecture_is_made_of(mine: Path) -> None:
+    spec = _spec(mine)
+    assert spec.source and list(spec.source.files) == ["mine.py", "helper.py", "parts/__init__.py", "parts/inner.py"]
+    assert spec.model == spec.source.name == f"Mine-{spec.source.sha256[:8]}"
+    # 1 x 0.5 x 2: it computes what the classic layer does, from the same initial values.
+    assert torch.equal(_logits(spec), _logits(RunSpec.of("vit_classic", "0.1M", "digits")))
+    assert not {"helper", "parts"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("changed", ["mine.py", "helper.py", "parts/inner.py", "parts/__init__.py"])
+def test_every_file_is_in_the_identity(mine: Path, changed: str) -> None:
+    before = _spec(mine)
+    moved = mine.rename(mine.with_name("renamed.py")) if changed == "parts/inner.py" else mine
+    assert _spec(moved).run_id("f") == before.run_id("f")
+    file = moved.parent / changed if changed != mine.name else moved
+    file.write_text(file.read_text() + "\n")
+    after = _spec(moved)
+    assert after.model != before.model and after.run_id("f") != before.run_id("f")
+    assert _spec(moved).identity("f") == after.identity("f") and "source" not in RunSpec.of("classic", "0.1M", "digits").identity("f")
+
+
+def test_two_versions_live_in_one_process(mine: Path) -> None:
+    first = _spec(mine)
+    (mine.parent / "helper.py").write_text("def double(x):\n    return 3 * x\n")
+    second = _spec(mine)
+    assert not torch.equal(_logits(first), _logits(second))
+    assert torch.equal(_logits(first), _logits(RunSpec.of("vit_classic", "0.1M", "digits")))
+
+
+def test_it_travels_without_its_file(mine: Path, tmp_path: Path) -> None:
+    spec = _spec(mine, seed=3)
+    (tmp_path / "spec").write_bytes(pickle.dumps(spec))
+    expected = _logits(spec).flatten().tolist()
+    for path in sorted(mine.parent.rglob("*.py")):
+        path.unlink()
+    code = (
+        "import json, pickle, sys, torch; from pathlib import Path; from diffvit.vit import build_model\n"
+        "spec = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
+        "model = build_model(spec.model, spec.size, spec.protocol).eval(); model.initialise(spec.seed); torch.set_num_threads(1)\n"
+        "images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))\n"
+        "print(json.dumps(model(images).flatten().tolist()))"
+    )
+    there = subprocess.run([sys.executable, "-c", code, str(tmp_path / "spec")], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert there.returncode == 0, there.stderr
+    assert json.loads(there.stdout) == expected
+
+
+@pytest.mark.slow
+def test_its_blocks_can_be_compiled(mine: Path) -> None:
+    spec = _spec(mine)
+    model = build_model(spec.model, spec.size, spec.protocol).eval()
+    images = torch.randn(2, 1, 8, 8)
+    plain = model(images)
+    for block in model.blocks:
+        block.compile()
+    assert (model(images) - plain).abs().max() < 1e-5
+
+
+def test_a_checkpoint_brings_its_code_and_needs_trust(mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = _spec(mine, overrides={"max_steps": 2})
+    result = train(spec, tmp_path / "checkpoints", device="cpu")
+    assert result and result.identity["source"] == spec.source.sha256 and result.model == spec.model
+    files = result.files(tmp_path / "checkpoints")
+    assert load_weights(files.weights)[1]["source"] == spec.source.content
+
+    mine.write_text("nothing of it is left")
+    monkeypatch.setattr(own, "_known", {})  # another process of the same machine: it was named here
+    assert load_weights(files.weights)[0].count_parameters() == result.parameters
+
+    monkeypatch.setattr(own, "_known", {})
+    monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(UntrustedError, match=r"code that comes with it, Mine in mine\.py, "):
+        load_weights(files.weights)
+    assert own._known == {} and verify_run(files.result) == []
+    assert load_weights(files.weights, trust=True)[0].count_parameters() == result.parameters
+
+
+def test_code_that_is_not_the_names_is_refused_even_with_trust(mine: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    spec = _spec(mine, overrides={"max_steps": 1})
+    files = train(spec, tmp_path, device="cpu").files(tmp_path)
+    facts = load_weights(files.weights)[1]
+    other = {**facts["source"], "files": {**facts["source"]["files"], "helper.py": "raise SystemExit('executed')"}}
+    header = {**facts, "protocol": vars(facts["protocol"]) | {"depths": dict(facts["protocol"].depths)}, "source": other}
+    save_file(load_file(files.weights), files.weights, {"diffvit": json.dumps(header)})
+    with pytest.raises(UserError, match="has other code than that of its model"):
+        load_weights(files.weights, trust=True)
+
+
+def test_what_was_trained_is_found_by_file_by_name_and_after_a_change(cli, mine: Path) -> None:
+    arguments = ("--size", "0.1M", "--dataset", "digits", "--max_steps", "2")
+    trained = cli("train", "--model", f"{mine}:Mine", *arguments)
+    assert trained.code == 0, trained.err
+    assert "done already" in cli("train", "--model", f"{mine}:Mine", *arguments).err
+    name = read_results(Path("checkpoints"))[0].model
+    before = {path: file_sha256(path) for path in Path("checkpoints").rglob("model_*")}
+    by_file, by_name = (cli("evaluate", "--model", model, *arguments) for model in (f"{mine}:Mine", name))
+    assert by_file.code == by_name.code == 0 and by_file.out == by_name.out
+
+    mine.write_text(mine.read_text() + "# changed")
+    gone = cli("evaluate", "--model", f"{mine}:Mine", *arguments)
+    assert gone.code == 2 and f"its file has changed since {name} was trained" in gone.err
+    kept = cli("evaluate", "--model", name, *arguments)
+    assert kept.code == 0 and kept.out == by_file.out
+    assert name.split("-")[0] in cli("list").out and cli("list", "--verify").code == 0
+    assert {path: file_sha256(path) for path in Path("checkpoints").rglob("model_*")} == before
+
+
+BAD = {
+    "none.py:Mine": ("", "there is no file"),
+    "no_class.py:Mine": ("x = 1\n", "no_class.py has no class 'Mine'"),
+    "not_said.py": ("class A: ...\n", "is named without its class"),
+    "syntax.py:Mine": ("x = 1\nclass Mine(:\n", "line 2 of"),
+    "base.py:Mine": ("class Mine: ...\n", "Mine in base.py is no torch.nn.Module"),
+    "flops.py:Mine": ("from torch import nn\nclass Mine(nn.Module): ...\n", "has no static method map_flops"),
+    "raises.py:Mine": ("import torch\n\nx = 1 / 0\nclass Mine: ...\n", "line 3 of raises.py raised ZeroDivisionError: division by zero"),
+    "exits.py:Mine": ("raise SystemExit(0)\nclass Mine: ...\n", "line 1 of exits.py raised SystemExit: 0"),
+    "missing.py:Mine": ("import no_such_module\nclass Mine: ...\n", "line 1 of missing.py raised ModuleNotFoundError"),
+    "outside.py:Mine": ("import conftest\nclass Mine: ...\n", "line 1 of"),
+    "init.py:Mine": (
+        "from diffvit.vit_classic import Attention\nclass Mine(Attention):\n    def __init__(self, *given):\n        raise ValueError('odd')\n",
+        "line 4 of init.py raised ValueError: odd",
+    ),
+    "latin.py:Mine": ("# \udce4\nclass Mine: ...\n", "line 1 is not in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("reference", BAD)
+def test_a_bad_file_is_a_sentence_and_leaves_nothing(cli, reference: str) -> None:
+    content, sentence = BAD[reference]
+    if content:
+        Path(reference.partition(":")[0]).write_bytes(content.encode("utf-8", "surrogateescape"))
+    outcome = cli("train", "--model", reference, "--size", "0.1M", "--dataset", "digits", "--max_steps", "2")
+    assert outcome.code == 2 and sentence in outcome.err and "\nhint: " in outcome.err and "Traceback" not in outcome.err
+    assert not list(Path("checkpoints").rglob("model_*"))
+
+
+def test_the_example_trains(tmp_path: Path) -> None:
+    spec = _spec(EXAMPLE, "SigmoidAttention", overrides={"max_steps": 10})
+    result = train(spec, tmp_path, device="cpu")
+    assert result and result.status == "done" and result.attention == "plain" and result.parameters == 102_218
+    assert len(EXAMPLE.read_text().splitlines()) <= 32
+
+
+def test_named_sources_are_read_and_not_executed(tmp_path: Path) -> None:
+    trap = tmp_path / "trap.py"
+    trap.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Mine: ...\n")
+    assert isinstance(read_source(f"{trap}:Mine"), Source) and not (tmp_path / "executed").exists()
