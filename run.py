@@ -34,7 +34,7 @@ from diffvit.tracking import TRACKERS, check_tracker
 from study.commands.parsing import FOLDER, ShellPath, StrictGroup, auto_option, full_names, options, parse_resource, parse_saving, taken
 from study.commands.terminal import fail, own_command, terminal_width, transfer, warn
 from study.cost.devices import find_sheet
-from study.grid import find_grid
+from study.grid import find_dataset, find_grid
 from study.placement import Placement
 
 
@@ -61,7 +61,7 @@ def cli() -> None:
 # -------------------------------------------------------------------------------------------------------- options
 
 _SIZES = "10B, 25B or 50B (about 10, 25, 50 million parameters); small, medium, large."
-_DATASETS = "CIFAR-100, BACH, digits or digits-noisy"
+_DATASETS = "CIFAR-100, BACH, digits, digits-noisy, or FILE:NAME of a grid file that defines it"
 _MODEL = "NAME|FILE.py:CLASS"
 _GRIDS = "digits|pilot|full|full-plus|noise|lr|controls|choices|FILE"
 _BY_DEFAULT = "[default: the built-in grids that have finished runs]"
@@ -179,7 +179,7 @@ def train(model: str, size: str, dataset: str, seed: int, data_root: str | None,
 
     A run that is done already is not done again; one that was interrupted goes on where its state was last saved.
     """
-    overrides = taken(given, *(name.removeprefix("--") for name in _OVERRIDES))
+    overrides, dataset = taken(given, *(name.removeprefix("--") for name in _OVERRIDES)), find_dataset(dataset, data_root)
     RunSpec.of(model, size, dataset, seed, overrides=overrides)  # names first: torch takes seconds to import
     saving = _saving(given)
     from diffvit.machine.device import default_precision, resolve_device
@@ -254,11 +254,11 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
             raise UserError("--grid evaluates nothing by itself.", "add --corruptions, --attention or both.")
         from study.results import finished_checkpoints
 
-        paths = finished_checkpoints(checkpoints, grid, epochs, dataset)
+        paths = finished_checkpoints(checkpoints, grid, epochs, dataset, settings["data_root"])
     else:
         if not (run_id or (model and size and dataset)) or (size and not dataset):
             raise UserError("which model is not said.", "give --model, --size and --dataset, or --grid, or --run_id.")
-        names = full_names(model, size, dataset)
+        names = full_names(model, size, dataset, settings["data_root"])
         from diffvit.evaluation import find_checkpoint
 
         chosen: dict[str, Any] = {"run_id": run_id, "seed": seed, "overrides": given}
@@ -309,7 +309,7 @@ def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: 
         raise UserError("--collect and --shard exclude each other.", "--collect brings the runs of all boxes.")
     if dry_run and given["price"]:
         raise UserError("--dry_run trains nothing that --price could be for.", "`run.py plan --price P` says what a study will cost.")
-    chosen = find_grid(grid, dataset)
+    chosen = find_grid(grid, dataset, given["data_root"])
     chosen.runs(seeds=given["seeds"], overrides={"epochs": given["epochs"]}, on_same=warn)  # names and values first
     saving = _saving(given)
     check_tracker(given["tracker"])
@@ -351,7 +351,7 @@ def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, probe: bool
     Numbers are measured on the machine at hand (--probe), were measured there earlier, or are estimated from a data sheet (--gpu);
     the table says which. Finished runs cost nothing, half-done ones only the rest.
     """
-    chosen = find_grid(grid, dataset)
+    chosen = find_grid(grid, dataset, given["data_root"])
     chosen.runs(seeds=given["seeds"], overrides={"epochs": given["epochs"]}, on_same=warn)  # names and values first
     if gpu:
         find_sheet(gpu)
@@ -401,7 +401,7 @@ def untrained(grid: str, dataset: str | None, images: int, quick: bool, as_json:
     """
     from study.report.start import start_rows, start_text
 
-    rows = start_rows(find_grid(grid, dataset).runs(seeds=1), images, data_root, quick)
+    rows = start_rows(find_grid(grid, dataset, data_root).runs(seeds=1), images, data_root, quick)
     click.echo(json.dumps(rows, indent=1) if as_json else start_text(rows))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from diffvit.data.cache import SPLITS, cached_arrays, decode_arrays
 from diffvit.data.corruptions import add_gaussian
-from diffvit.data.sources import HUB_NAMES, LOADERS
+from diffvit.data.sources import SOURCES, find_data_root
 from diffvit.errors import UserError
 from diffvit.protocol import Protocol, protocol_of, stable_seed
 
@@ -79,37 +78,34 @@ def load(name: str, data_root: str | Path | None = None) -> Dataset:
     """Load a data set, decoded once per process and, where decoding is slow, once per machine.
 
     Args:
-        name: a key of PROTOCOLS.
+        name: a key of SOURCES.
         data_root: folder that holds hub data sets as `user/name`; default $DIFFVIT_DATA, then the hub.
 
     Raises:
         UserError: the data are missing, unreadable or not what the protocol says.
     """
-    return _load(name, _data_root(data_root))
+    return _load(name, find_data_root(data_root))
 
 
 def at_hand(name: str, data_root: str | Path | None = None) -> bool:
     """Whether a data set can be loaded without the hub. Raises UserError for a data root that does not exist."""
-    root = _data_root(data_root)
+    root, source = find_data_root(data_root), SOURCES[name]
     if root is not None and not root.is_dir():
         raise UserError(f"there is no data folder {root}.", "check --data_root or DIFFVIT_DATA.")
-    return name not in HUB_NAMES or (root is not None and (root / HUB_NAMES[name]).is_dir())
+    if source.folder is not None:
+        return source.folder.is_dir()
+    return source.hub is None or (root is not None and (root / source.hub).is_dir())
 
 
 def hub_name(name: str) -> str | None:
     """A data set's name on the Hugging Face hub, user/name; None for one from elsewhere, or an unknown one."""
-    return HUB_NAMES.get(name)
-
-
-def _data_root(given: str | Path | None) -> Path | None:
-    root = given or os.environ.get("DIFFVIT_DATA")
-    return Path(os.path.expanduser(root)).resolve() if root else None
+    return SOURCES[name].hub if name in SOURCES else None
 
 
 @functools.lru_cache(maxsize=4)
 def _load(name: str, data_root: Path | None) -> Dataset:
-    raw = LOADERS[name](data_root)
     expected = protocol_of(name).images
+    raw = SOURCES[name].load(data_root)
     found = tuple(len(raw.rows[split]) for split in SPLITS)
     if found != expected:
         raise UserError(
@@ -118,6 +114,8 @@ def _load(name: str, data_root: Path | None) -> Dataset:
             "the copy is truncated or another data set: download it again.",
         )
     arrays, facts = cached_arrays(name, raw) if raw.cache_key else decode_arrays(name, raw)
+    if min(facts["std"]) == 0:
+        raise UserError(f"a colour channel of {name} has one value in all training images.", "it cannot be normalised: check the images.")
     splits = {split: ImageSet(torch.from_numpy(arrays[f"{split}_pixels"]), torch.from_numpy(arrays[f"{split}_labels"])) for split in SPLITS}
     return Dataset(
         name=name,

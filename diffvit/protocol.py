@@ -219,7 +219,7 @@ def check_override(name: str, value: Any) -> Any:
 def protocol_of(dataset: str) -> Protocol:
     """The data set's protocol, or a UserError that lists the known ones."""
     if dataset not in PROTOCOLS:
-        raise unknown_name("data set", dataset, PROTOCOLS)
+        raise _no_dataset(dataset)
     return PROTOCOLS[dataset]
 
 
@@ -252,25 +252,36 @@ def in_order(models: Iterable[str]) -> list[str]:
 
 
 def resolve_dataset(name: str) -> str:
-    """The data set's canonical name; case, hyphens and underscores do not matter: "cifar100" is CIFAR-100."""
+    """The data set's canonical name; case, hyphens and underscores do not matter: "cifar100" is CIFAR-100. Raises UserError."""
+    if (known := known_dataset(name)) is None:
+        raise _no_dataset(name)
+    return known
+
+
+def known_dataset(name: str) -> str | None:
+    """The canonical name of a data set that there is, or None."""
     by_letters = {re.sub(r"[-_ ]", "", known.lower()): known for known in PROTOCOLS}
-    letters = re.sub(r"[-_ ]", "", name.lower()) if isinstance(name, str) else ""
-    if letters not in by_letters:
-        raise unknown_name("data set", name, PROTOCOLS)
-    return by_letters[letters]
+    return by_letters.get(re.sub(r"[-_ ]", "", name.lower()) if isinstance(name, str) else "")
+
+
+def _no_dataset(name: str) -> UserError:
+    error = unknown_name("data set", name, PROTOCOLS)
+    return UserError(error.message, f"{error.hint} One that a grid file defines is --dataset FILE:NAME.")
 
 
 def resolve_size(size: str, dataset: str) -> str:
     """The size label that the data set has for `size`.
 
-    Accepts the label itself ("10B"), the count in millions ("10M", "10") and small, medium, large.
+    Accepts the label itself ("10B"), the count in millions ("10M", "10") and, of three sizes, small, medium, large.
     """
     sizes = protocol_of(dataset).sizes
     aliases = {re.sub(r"[BM]$", "", label).lower(): label for label in sizes}
-    aliases |= dict(zip(("small", "medium", "large"), sizes, strict=True))
+    if len(sizes) == 3:
+        aliases |= dict(zip(("small", "medium", "large"), sizes, strict=True))
     key = re.sub(r"(?<=\d)[bm]$", "", str(size).strip().lower())
     if key not in aliases:
-        raise UserError(f"{dataset} has no size {shown(size)}.", f"its sizes are {', '.join(sizes)} (or small, medium, large).")
+        words = " (or small, medium, large)" if "small" in aliases else ""
+        raise UserError(f"{dataset} has no size {shown(size)}.", f"its sizes are {', '.join(sizes)}{words}.")
     return aliases[key]
 
 

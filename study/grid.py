@@ -16,6 +16,10 @@ The last three may be given for single data sets. Those not named get one seed, 
     overrides: {epochs: 5, digits: {epochs: 8}}
     conditions: {digits: [{}, {lr: 1e-3}]}
 
+A data set of one's own is a table in the place of its name (docs/own-data.md):
+
+    datasets: [{name: pets, folder: pets/images, parameters: [5M, 10M], epochs: 60}]
+
 What a file says is used or refused. Refused are duplicate names and runs, missing values, and numbers that only YAML 1.1 reads as such.
 """
 
@@ -34,7 +38,6 @@ from diffvit.errors import UserError, shown, unknown_name
 from diffvit.ledger.spec import RunSpec, overrides_text
 from diffvit.protocol import ARMS, MODELS, check_override, protocol_of, resolve_dataset
 
-_ALL_SIZES = ("small", "medium", "large")
 _ONE_SEED = (0,)
 _MOST_RUNS = 10_000
 _ONE_CONDITION: tuple[Mapping[str, Any], ...] = ({},)
@@ -45,6 +48,7 @@ class Grid:
     """Lists whose product is the grid's runs.
 
     Attributes:
+        sizes: None: all that a data set has.
         seeds: for all data sets, or data set -> seeds; a data set that is not named gets seed 0.
         overrides: protocol values for all runs; under the name of a data set, values for its runs on top of them.
         conditions: sets of overrides under each of which every run is made, on top of `overrides`; or data set -> such sets.
@@ -54,7 +58,7 @@ class Grid:
     name: str
     datasets: Sequence[str]
     models: Sequence[str] = ARMS
-    sizes: Sequence[str] = _ALL_SIZES
+    sizes: Sequence[str] | None = None
     seeds: Sequence[int] | Mapping[str, Sequence[int]] = _ONE_SEED
     overrides: Mapping[str, Any] = field(default_factory=dict)
     conditions: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]] = _ONE_CONDITION
@@ -81,10 +85,11 @@ class Grid:
             own = self.overrides.get(dataset, {})
             conditions = _for_dataset(self.conditions, dataset, _ONE_CONDITION)
             chosen = range(seeds) if seeds else _for_dataset(self.seeds, dataset, _ONE_SEED)
-            asked += len(conditions) * len(self.sizes) * len(self.models) * len(chosen)
+            sizes = protocol_of(dataset).sizes if self.sizes is None else self.sizes
+            asked += len(conditions) * len(sizes) * len(self.models) * len(chosen)
             if asked > _MOST_RUNS:
                 raise UserError(f"the grid {self.name} has more than {_MOST_RUNS:,} runs.", "give fewer seeds, or fewer conditions.")
-            for condition, size, model, seed in itertools.product(conditions, self.sizes, self.models, chosen):
+            for condition, size, model, seed in itertools.product(conditions, sizes, self.models, chosen):
                 spec = RunSpec.of(model, size, dataset, seed, precision, {**common, **own, **condition, **given})
                 if (first := unique.setdefault(repr(spec.identity("")), spec)) is spec:
                     continue
@@ -173,11 +178,12 @@ _DEEPEST = 5
 _FILE_KEYS = ("models", "sizes", "datasets", "seeds", "overrides", "conditions")
 
 
-def find_grid(name: str, dataset: str | None = None) -> Grid:
+def find_grid(name: str, dataset: str | None = None, data_root: str | None = None) -> Grid:
     """A built-in grid by name, or the grid of a YAML or TOML file.
 
     Args:
-        dataset: for a built-in grid of a single data set, another one than digits.
+        dataset: for a built-in grid of a single data set, another one than digits, as find_dataset takes it.
+        data_root: where data sets that a file defines are looked for, to know their classes and numbers of images.
 
     Raises:
         UserError: no such grid or data set, or a grid that has its own data sets.
@@ -185,18 +191,43 @@ def find_grid(name: str, dataset: str | None = None) -> Grid:
     if dataset is not None and name not in _OF_A_DATASET:
         hint = "--dataset goes with --grid noise, lr, controls or choices; a grid file lists its datasets."
         raise UserError(f"the grid {name} has data sets of its own.", hint)
-    if dataset is not None and (dataset := resolve_dataset(dataset)) != "digits":
+    if dataset is not None and (dataset := find_dataset(dataset, data_root)) != "digits":
         return _OF_A_DATASET[name](f"{name}-{dataset}", dataset)
     if name in GRIDS:
         return GRIDS[name]
     path = usable_path(name)
     if path.suffix.lower() not in (".yaml", ".yml", ".toml"):
         raise unknown_name("grid", name, [*GRIDS, "a .yaml or .toml file"])
-    return read_grid(path)
+    return read_grid(path, data_root)
 
 
-def read_grid(path: Path) -> Grid:
-    """The grid of a file. Raises UserError for a file that cannot be read or says something else."""
+def find_dataset(text: str, data_root: str | None = None) -> str:
+    """The name of a data set as the ledger has it: of a built-in one, or of FILE:NAME, which that grid file defines. Raises UserError."""
+    file, colon, name = text.rpartition(":")
+    if not colon:
+        return resolve_dataset(text)
+    path = usable_path(file)
+    entries = {str(entry.get("name")): entry for entry in _datasets(_read(path)) if isinstance(entry, dict)}
+    if name not in entries:
+        raise unknown_name(f"data set defined in {path}", name, entries or ["none"])
+    return _known(path, [entries[name]], data_root)[0]
+
+
+def _datasets(content: dict[str, Any]) -> list[Any]:
+    return content["datasets"] if isinstance(content["datasets"], list) else [content["datasets"]]
+
+
+def _known(path: Path, datasets: list[Any], data_root: str | None) -> list[Any]:
+    """Data sets of a file, those that it defines by their names, under which this process now knows them. Raises UserError."""
+    if not any(isinstance(entry, dict) for entry in datasets):
+        return datasets
+    from diffvit.data.own import define  # torch comes with it
+
+    return [define(entry, path.resolve().parent, data_root) if isinstance(entry, dict) else entry for entry in datasets]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file's keys and values, "datasets" among them. Raises UserError for a file that cannot be read or has others."""
     try:
         content = _parse(path, read_text(path, _LONGEST_FILE))
     except OSError as error:
@@ -214,12 +245,19 @@ def read_grid(path: Path) -> Grid:
             raise UserError(f"{key} in {path} has no value.", "give it one, or take it out.")
     if "datasets" not in content:
         raise UserError(f"the grid file {path} names no datasets.", "add a line such as `datasets: [digits]`.")
+    return content
+
+
+def read_grid(path: Path, data_root: str | None = None) -> Grid:
+    """The grid of a file. Raises UserError for a file that cannot be read or says something else."""
+    content = _read(path)
+    content["datasets"] = _known(path, _datasets(content), data_root)
     name = path.stem if path.stem not in GRIDS else f"{path.stem}-file"
     return Grid(
         name,
         datasets=_names(path, content, "datasets"),
         models=_names(path, content, "models") if "models" in content else ARMS,
-        sizes=_names(path, content, "sizes") if "sizes" in content else _ALL_SIZES,
+        sizes=_names(path, content, "sizes") if "sizes" in content else None,
         seeds=_per_dataset(path, content, "seeds", 1, _seeds),
         overrides=_all_overrides(path, content),
         conditions=_per_dataset(path, content, "conditions", [{}], _conditions),

@@ -41,7 +41,7 @@ def ledger_rows(
     if grid:
         from study.options import StudyOptions  # torch comes with it
 
-        specs = StudyOptions(find_grid(grid, dataset), checkpoints, seeds, epochs).on(None).runs()
+        specs = StudyOptions(find_grid(grid, dataset, data_root), checkpoints, seeds, epochs).on(None).runs()
     table = run_table(checkpoints, specs)
     rows = []
     for run in table.itertuples():

@@ -173,9 +173,9 @@ def _train(
     settings, placement = options.settings(), options.placement
     slots = placement.check_room(cluster)
     if settings.saving.storage and not cluster.own:  # its workers have an environment of their own
-        check_storage_and_data(settings.saving.storage, settings.data_root)
+        check_storage_and_data(settings.saving.storage, settings.data_folders())
     elif cluster.nodes > 1:
-        check_shared_folder(options.checkpoints, settings.data_root)
+        check_shared_folder(options.checkpoints, settings.data_folders())
     say(f"{len(pending)} of {len(runs)} runs to train, {slots} at a time")
     forecast = expected_forecast(options, runs, cluster)
     if forecast:

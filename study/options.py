@@ -71,10 +71,11 @@ class StudyOptions:
 
     def settings(self) -> Settings:
         """The settings of each run, on a cluster that `on` has resolved."""
+        from diffvit.data.own import registered
         from study.cluster.runner import Settings
 
         data_root = str(Path(self.data_root).resolve()) if self.data_root else None
-        return Settings(self.checkpoints.resolve(), data_root, self.placement, self.compute, self.saving, self.tracker)
+        return Settings(self.checkpoints.resolve(), data_root, self.placement, self.compute, self.saving, self.tracker, registered())
 
 
 def may_join(options: StudyOptions) -> bool:

@@ -196,19 +196,23 @@ def files_of_table(checkpoints: Path, table: pd.DataFrame) -> list[RunFiles]:
     return [files_of(checkpoints, run) for run in table.itertuples()]
 
 
-def finished_checkpoints(checkpoints: Path, grid: str, epochs: int | None = None, dataset: str | None = None) -> list[Path]:
+def finished_checkpoints(
+    checkpoints: Path, grid: str, epochs: int | None = None, dataset: str | None = None, data_root: str | None = None
+) -> list[Path]:
     """The weights of a grid's finished runs. Raises UserError where there are none."""
-    table, _ = _finished(checkpoints, grid, epochs, dataset)
+    table, _ = _finished(checkpoints, grid, epochs, dataset, data_root)
     done = table[table["status"] == "done"]
     if done.empty:
         raise UserError(f"all finished runs of {grid} have diverged.", "there are no weights to evaluate.")
     return [files.weights for files in files_of_table(checkpoints, done)]
 
 
-def _finished(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> tuple[pd.DataFrame, list[Grid]]:
+def _finished(
+    checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None, data_root: str | None = None
+) -> tuple[pd.DataFrame, list[Grid]]:
     """The run table of a grid, or of all built-in ones, and those grids; UserError where none of its runs is finished."""
     check_dataset(grid, dataset)
-    grids = [find_grid(grid, dataset)] if grid else list(GRIDS.values())
+    grids = [find_grid(grid, dataset, data_root)] if grid else list(GRIDS.values())
     specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]
     table = run_table(checkpoints, specs)
     if table.empty:

@@ -22,7 +22,7 @@ from PIL import Image
 from diffvit import dataset
 from diffvit.data import cache, hub, sources
 from diffvit.data.batches import Prepare, StepBatches, make_loader
-from diffvit.data.sources import LOADERS
+from diffvit.data.sources import SOURCES
 from diffvit.data.splits import split_rows
 from diffvit.dataset import load, with_training_noise
 from diffvit.errors import UserError
@@ -236,7 +236,7 @@ def test_bach(tmp_path: Path, named: bool) -> None:
 @needs_tissue
 def test_bach_by_patient_takes_the_held_out_files(tmp_path: Path) -> None:
     _write_bach(tmp_path, named=True)
-    raw = LOADERS["BACH"](tmp_path)
+    raw = SOURCES["BACH"].load(tmp_path)
     import datasets
 
     stored = datasets.load_dataset(f"{tmp_path}/1aurent/BACH", split="train").cast_column("image", datasets.Image(decode=False))

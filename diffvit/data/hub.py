@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,18 @@ from diffvit.hub.http import offline_client
 from diffvit.ledger.disk import write_fault
 
 
-def load_hub(name: str, data_root: Path | None, columns: set[str], splits: Sequence[str] = ("train", "test")) -> Any:
-    """Load a hub data set, from the data root if one is given, with its images still encoded. Raises UserError."""
+def load_hub(
+    name: str, data_root: Path | None, image: str, label: str,
+    splits: Callable[[Sequence[str]], Sequence[str]] = lambda _: ("train", "test"), config: str | None = None, mend: str | None = None,
+) -> Any:  # fmt: skip
+    """Load splits of a hub data set, from the data root if one is given, with their images still encoded. Raises UserError.
+
+    Args:
+        image, label: the columns that must be there.
+        splits: which are wanted of those that there are.
+        config: which of several configurations of the data set.
+        mend: what the user can do about a column that is missing or another one; by default, bring it into the schema of `name`.
+    """
     import datasets
 
     path = name
@@ -34,24 +44,20 @@ def load_hub(name: str, data_root: Path | None, columns: set[str], splits: Seque
     unreachable = None if data_root else _why_unreachable(name)
     try:
         with _client_kept_quiet(offline=unreachable is not None):
-            parts = datasets.load_dataset(path)
+            parts = datasets.load_dataset(path, config)
     except Exception as error:  # the client's errors are of many kinds: network, Parquet, schema
         raise _loading_failed(name, path, error, unreachable) from error
-    for split in splits:
-        if split not in parts or not columns <= set(parts[split].column_names):
+    wanted, mend = splits(list(parts)), mend or f"it must be in the schema of {name}."
+    for split in wanted:
+        if split not in parts or not {image, label} <= set(parts[split].column_names):
             found = f"columns {', '.join(sorted(parts[split].column_names))}" if split in parts else f"splits {', '.join(sorted(parts))}"
-            raise UserError(
-                f"{path} has no split {split!r} with columns {', '.join(sorted(columns))}: it has {found}.",
-                f"it must be in the schema of {name}.",
-            )
-    image_column = next(iter(columns - {"label", "fine_label"}))
+            columns = ", ".join(sorted((image, label)))
+            raise UserError(f"{path} has no split {split!r} with columns {columns}: it has {found}.", mend)
     try:
-        return {split: parts[split].cast_column(image_column, datasets.Image(decode=False)) for split in splits}
+        return {split: parts[split].cast_column(image, datasets.Image(decode=False)) for split in wanted}
     except Exception as error:  # Arrow's, of several kinds
-        found = str(parts[splits[0]].features[image_column])[:100]
-        raise UserError(
-            f"the column {image_column} of {path} holds no encoded images but {found}.", f"it must be in the schema of {name}."
-        ) from error
+        found = str(parts[wanted[0]].features[image])[:100]
+        raise UserError(f"the column {image} of {path} holds no encoded images but {found}.", mend) from error
 
 
 _PATIENCE = 5.0  # seconds for the hub's first answer
@@ -131,11 +137,14 @@ def _loading_failed(name: str, path: str, error: BaseException, unreachable: str
     return UserError(f"{name} cannot be loaded from {path}: {first_sentence(error)}.", "download it again.")
 
 
+MOST_CLASSES = 2**20
+
+
 def labels_of(part: Any, column: str, classes: int = 0) -> tuple[np.ndarray, list[str] | None]:
-    """A column of labels as int64, and the classes' names; None for numbers without names.
+    """A column of labels as int64, and the classes' names; None for numbers without names. Raises UserError.
 
     Args:
-        classes: the number of classes; 0: the labels must have names.
+        classes: the number of classes, MOST_CLASSES where it is unknown; 0: the labels must have names.
     """
     values, names = part.with_format("arrow")[:][column], getattr(part.features[column], "names", None)
     if values.null_count:
@@ -174,6 +183,11 @@ def decoded(part: Any, column: str, rows: np.ndarray) -> Iterator[Any]:
     """The images of these rows as RGB images of Pillow. Raises UserError, which names the file."""
     from diffvit.data.images import decode_rgb
 
+    return (decode_rgb(content, file) for content, file in encoded(part, column, rows))
+
+
+def encoded(part: Any, column: str, rows: np.ndarray) -> Iterator[tuple[bytes, str]]:
+    """The images of these rows as they are stored, and what messages call each. Raises UserError, which names the file."""
     contents, paths = (image_fields(part, column, field) for field in ("bytes", "path"))
     for row in map(int, rows):
         content, path = contents[row].as_py(), paths[row].as_py()
@@ -183,7 +197,7 @@ def decoded(part: Any, column: str, rows: np.ndarray) -> Iterator[Any]:
                 content = Path(path or "").read_bytes()
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror}.", "download the data again.") from error
-        yield decode_rgb(content, file)
+        yield content, file
 
 
 def first_sentence(error: BaseException) -> str:

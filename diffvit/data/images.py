@@ -46,6 +46,12 @@ def decode_rgb(content: bytes, file: str) -> Image.Image:
         raise UserError(f"{file} cannot be decoded: {why[:200].rstrip('.')}.", "download the data again.") from error
 
 
+def squeezed(image: Image.Image, side: int) -> np.ndarray:
+    """An RGB image as uint8 [3, side, side]: the whole of it, since its label holds for all of it, so nothing is cropped away."""
+    square = image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BILINEAR)
+    return np.asarray(square).transpose(2, 0, 1)
+
+
 def is_lfs_pointer(content: bytes) -> bool:
     """Whether a file's content is a Git LFS pointer, in place of a large file that was not fetched."""
     return content.startswith(_LFS_POINTER)

@@ -1,8 +1,9 @@
-"""The data sets: for each a loader function, which returns a Raw."""
+"""The data sets: for each a source, whose loader returns a Raw."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,26 +29,48 @@ class Raw:
     cache_key: str | None = None
 
 
-LOADERS: dict[str, Callable[[Path | None], Raw]] = {}
-HUB_NAMES: dict[str, str] = {}
+Loader = Callable[[Path | None], Raw]
 
 
-def loader(name: str, hub: str | None = None) -> Callable[[Callable[[Path | None], Raw]], Callable[[Path | None], Raw]]:
-    """Register the function that loads a data set and takes the data root. `hub` is its `user/name` on the Hugging Face hub."""
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from.
 
-    def mark(function: Callable[[Path | None], Raw]) -> Callable[[Path | None], Raw]:
-        LOADERS[name] = function
-        if hub:
-            HUB_NAMES[name] = hub
+    Attributes:
+        load: given the data root, if any. Raises UserError.
+        hub: its `user/name` on the Hugging Face hub, of one that is there.
+        folder: of one that lies in a folder of the user's.
+    """
+
+    load: Loader
+    hub: str | None = None
+    folder: Path | None = None
+
+
+# All data sets: those below, and those that a grid file defines (own.py). Each has a protocol of the same name in PROTOCOLS.
+SOURCES: dict[str, Source] = {}
+
+
+def loader(name: str, hub: str | None = None) -> Callable[[Loader], Loader]:
+    """Register the function that loads a data set."""
+
+    def mark(function: Loader) -> Loader:
+        SOURCES[name] = Source(function, hub)
         return function
 
     return mark
 
 
+def find_data_root(given: str | Path | None) -> Path | None:
+    """The folder that holds hub data sets as `user/name`: the one given, $DIFFVIT_DATA, or None for the hub."""
+    root = given or os.environ.get("DIFFVIT_DATA")
+    return Path(os.path.expanduser(root)).resolve() if root else None
+
+
 @loader("CIFAR-100", hub="uoft-cs/cifar100")
 def _cifar100(data_root: Path | None) -> Raw:
     """uoft-cs/cifar100: 50 of each class's 500 training images become validation."""
-    parts = load_hub("uoft-cs/cifar100", data_root, columns={"img", "fine_label"})
+    parts = load_hub("uoft-cs/cifar100", data_root, "img", "fine_label")
     train, test = parts["train"], parts["test"]
     (train_labels, names), (test_labels, test_names) = (labels_of(part, "fine_label", classes=100) for part in (train, test))
     if names != test_names or len(names or range(100)) != 100:
@@ -87,7 +110,7 @@ def _bach(data_root: Path | None) -> Raw:
     eva's held-out patients are the test set. Ten images a class, neighbours in file-name order and so mostly of the same
     patients, are taken off the rest for validation.
     """
-    part = load_hub("1aurent/BACH", data_root, columns={"image", "label"}, splits=("train",))["train"]
+    part = load_hub("1aurent/BACH", data_root, "image", "label", splits=lambda _: ("train",))["train"]
     stored, names = labels_of(part, "label")
     assert names
     used = {names[label] for label in stored}
@@ -118,12 +141,11 @@ def _bach(data_root: Path | None) -> Raw:
     size = protocol_of("BACH").image_size
 
     def decode(rows: np.ndarray) -> np.ndarray:
-        from PIL.Image import Resampling
+        from diffvit.data.images import squeezed
 
         out = np.empty((len(rows), 3, size, size), dtype=np.uint8)
         for i, image in enumerate(decoded(part, "image", part_rows[rows])):
-            # The whole slide, squeezed to a square: its label holds for all of it, so nothing is cropped away.
-            out[i] = np.asarray(image.resize((size, size), Resampling.BILINEAR)).transpose(2, 0, 1)
+            out[i] = squeezed(image, size)
         return out
 
     return Raw(

@@ -11,7 +11,7 @@ from diffvit.protocol import stable_seed
 
 def mixed(rows: np.ndarray) -> np.ndarray:
     """Rows in an order that looks random and is always the same."""
-    return np.asarray(sorted(rows.tolist(), key=lambda row: stable_seed("mixed", row)))
+    return np.asarray(sorted(rows.tolist(), key=lambda row: stable_seed("mixed", row)), dtype=np.int64)
 
 
 def split_rows(labels: np.ndarray, fractions: Sequence[float], salt: str) -> list[np.ndarray]:

@@ -61,12 +61,11 @@ def unreachable(fault: Callable[[], str], seconds: float = 120.0, here_too: bool
     return failed
 
 
-def check_shared_folder(checkpoints: Path, data_root: str | None) -> None:
-    """Raise UserError unless all nodes see the same checkpoints folder and the data."""
+def check_shared_folder(checkpoints: Path, data: list[str]) -> None:
+    """Raise UserError unless all nodes see the same checkpoints folder and have the folders of data."""
     mark = checkpoints.resolve() / ".state" / f"reach-{uuid.uuid4().hex}"
     mark.parent.mkdir(parents=True, exist_ok=True)
     mark.touch()
-    data = str(Path(data_root).resolve()) if data_root else None
     try:
         failed = unreachable(lambda: _cannot_see(str(mark), data))
     finally:
@@ -79,34 +78,33 @@ def check_shared_folder(checkpoints: Path, data_root: str | None) -> None:
         )
 
 
-def check_storage_and_data(storage: str, data_root: str | None) -> None:
-    """Raise UserError unless all nodes reach the storage and the data."""
-    data = str(Path(data_root).resolve()) if data_root else None
+def check_storage_and_data(storage: str, data: list[str]) -> None:
+    """Raise UserError unless all nodes reach the storage and have the folders of data."""
     failed = unreachable(lambda: _cannot_reach(storage, data), here_too=True)
     if failed:
         listed = "; ".join(f"{node}: {reason}" for node, reason in failed.items())
         raise UserError(f"not every node can reach the storage and the data: {listed}.", "check the address and access on these nodes.")
 
 
-def _cannot_see(mark: str, data_root: str | None) -> str:
+def _cannot_see(mark: str, data: list[str]) -> str:
     if not os.path.exists(mark):
         return f"{Path(mark).parent.parent} is another folder there"
     if not os.access(mark, os.W_OK):
         return f"{Path(mark).parent.parent} cannot be written"
-    return _no_data(data_root)
+    return _no_data(data)
 
 
-def _cannot_reach(storage: str, data_root: str | None) -> str:
+def _cannot_reach(storage: str, data: list[str]) -> str:
 
     try:
         open_storage(storage).check()
     except DiffvitError as error:
         return error.message
-    return _no_data(data_root)
+    return _no_data(data)
 
 
-def _no_data(data_root: str | None) -> str:
-    return f"there is no data folder {data_root}" if data_root and not os.path.isdir(data_root) else ""
+def _no_data(data: list[str]) -> str:
+    return next((f"there is no data folder {folder}" for folder in data if not os.path.isdir(folder)), "")
 
 
 class StopFlag:

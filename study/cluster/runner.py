@@ -37,6 +37,7 @@ from ray.tune import Callback, ResultGrid, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
+from diffvit.data.own import OwnData, register
 from diffvit.dataset import load
 from diffvit.errors import DiffvitError, RunIsBusyError, StorageError, UserError, first_line, redacted
 from diffvit.keeping.keeper import RunKeeper
@@ -46,6 +47,7 @@ from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import Step
 from diffvit.ledger.spec import RunSpec
 from diffvit.loop.fit import Stopped
+from diffvit.protocol import Protocol
 from diffvit.signals import StopSignals
 from diffvit.tracking import Tracking
 from diffvit.train import train
@@ -79,6 +81,7 @@ class Settings:
     Attributes:
         checkpoints: absolute path of the ledger.
         compute: but for its memory_share, which follows from the placement.
+        own_data: definitions of grid files, which a worker's process has to know.
         study: a name for this execution of a study.
     """
 
@@ -88,7 +91,17 @@ class Settings:
     compute: Compute = DEFAULT_COMPUTE
     saving: Saving = DEFAULT_SAVING
     tracker: str | None = None
+    own_data: tuple[tuple[OwnData, Protocol], ...] = ()
     study: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
+
+    def know_data(self) -> None:
+        """Make the data sets that grid files define known to this process."""
+        for own, protocol in self.own_data:
+            register(own, protocol)
+
+    def data_folders(self) -> list[str]:
+        """The folders that every node must have."""
+        return [*filter(None, [self.data_root, *(own.folder for own, _ in self.own_data)])]
 
 
 def run_all(
@@ -270,6 +283,7 @@ def _trainer(config: dict[str, Any], placement: Placement) -> TorchTrainer:
 def _worker(config: dict[str, Any]) -> None:
     """One training process: the shared loop, which reports to Tune."""
     settings, spec = config["settings"], config["run"]["spec"]
+    settings.know_data()
     placement: Placement = settings.placement
     alone = placement.workers == 1
     report = tune.report if alone else ray_train.report

@@ -13,7 +13,8 @@ from diffvit.checks import usable_path
 from diffvit.errors import UserError, shown
 from diffvit.hub.account import find_account, find_token
 from diffvit.keeping.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, HUB_SCHEME, Every, Saving, is_on_hub
-from diffvit.protocol import ledger_model, resolve_dataset, resolve_size
+from diffvit.protocol import ledger_model, resolve_size
+from study.grid import find_dataset
 
 _AUTO = {"auto": None, "true": True, "false": False}
 
@@ -120,7 +121,9 @@ def parse_resource(text: str) -> tuple[str, float]:
     return name, number
 
 
-def full_names(model: str | None, size: str | None, dataset: str | None) -> tuple[str | None, str | None, str | None]:
+def full_names(
+    model: str | None, size: str | None, dataset: str | None, data_root: str | None
+) -> tuple[str | None, str | None, str | None]:
     """Model, size and data set as the ledger spells them; None stays None. Raises UserError."""
-    dataset = resolve_dataset(dataset) if dataset else None
+    dataset = find_dataset(dataset, data_root) if dataset else None
     return ledger_model(model) if model else None, resolve_size(size, dataset) if size and dataset else None, dataset

@@ -104,6 +104,7 @@ class _Prober:
 
     def __init__(self, settings: Settings):
         placement = settings.placement
+        settings.know_data()
         self._data_root = settings.data_root
         if not placement.gpus_per_run:
             torch.set_num_threads(placement.cpus_per_run)

@@ -143,6 +143,7 @@ def _folders(settings: Settings) -> Iterator[Settings]:
 
 def _rehearse_cell(spec: RunSpec, settings: Settings) -> dict[str, Any]:
     """A Ray task: the fields of a Rehearsed but for the title. What fails is returned, not raised."""
+    settings.know_data()
     placement = settings.placement
     if not placement.gpus_per_run:
         torch.set_num_threads(placement.cpus_per_run)
