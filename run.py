@@ -75,7 +75,7 @@ _data_and_ledger = options(_data, _checkpoints)
 _device = click.option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]")
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _compute_options = options(
-    click.option("--precision", default="auto", show_default=True, help="fp32, bf16, or auto: bf16 where the GPU has it."),
+    click.option("--precision", default="auto", show_default=True, help="fp32, bf16, fp16, or auto: what the device is fast in."),
     click.option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images per accumulated pass. [default: what fits]"),
     auto_option("--fused", "Compute the blocks in fused kernels; auto: on a GPU, where measured to be faster."),
     auto_option("--graphs", "Replay CUDA graphs; auto: on a GPU, with fused blocks."),

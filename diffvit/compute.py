@@ -19,7 +19,7 @@ from torch import Tensor
 from diffvit.errors import UserError, first_line
 from diffvit.kernels.dropout import has_kernels
 from diffvit.machine.caches import cache_folder, recall, remember
-from diffvit.machine.device import autocast, autocast_dtype
+from diffvit.machine.device import autocast, autocast_dtype, is_half
 from diffvit.vit import AttentionLayer, Block, VisionTransformer, set_form
 
 
@@ -176,7 +176,7 @@ def _random_like(model: VisionTransformer, images: int) -> Tensor:
 
 
 def _alike(result: list[Tensor], expected: list[Tensor], precision: str) -> bool:
-    return all(_distance(a, b) < (2e-2 if precision == "bf16" else 1e-4) for a, b in zip(result, expected, strict=True))
+    return all(_distance(a, b) < (2e-2 if is_half(precision) else 1e-4) for a, b in zip(result, expected, strict=True))
 
 
 def _distance(result: Tensor, expected: Tensor) -> float:

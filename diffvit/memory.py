@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from diffvit.data.batches import Prepare
-from diffvit.machine.device import autocast
+from diffvit.machine.device import autocast, autocast_dtype, is_half
 from diffvit.protocol import Protocol
 from diffvit.vit import AttentionLayer, Block, VisionTransformer
 
-# Bytes of a parameter in fp32 with its gradient and AdamW's two moments; with bf16 comes a copy that the products use.
+# Bytes of a parameter in fp32 with its gradient and AdamW's two moments; in 16 bits comes a copy that the products use.
 _PARAMETER_BYTES = 16
 
 # Values that an attention layer keeps for each token and channel between its two projections, by its form: q, k, v, the output, and one
@@ -38,21 +38,20 @@ def activation_bytes(model: VisionTransformer, precision: str, device: str, reco
     """An upper bound on the bytes of activations that one image's forward pass keeps for the backward pass. The model may be on "meta".
 
     Args:
-        precision: "fp32" or "bf16".
         device: kind of device that it trains on, "cpu" or "cuda"; on a GPU with bf16 the blocks are taken to be fused.
         recompute: only the blocks' inputs are kept, and one block's values at a time.
     """
     tokens, d_model = model.pos_embed.shape[1:]
     patches, depth = model.patch_embed, len(model.blocks)
     pixels = patches.in_channels * (tokens - 1) * patches.weight[0, 0].numel()
-    narrow = 2 if precision == "bf16" else 4
+    narrow = autocast_dtype(precision).itemsize
     stream = 4 * tokens * d_model  # between blocks it is fp32 at any precision
-    ends = (4 + (narrow if precision == "bf16" else 0)) * pixels + 2 * stream  # the prepared image, the embedding's mask, the last norm
+    ends = (4 + (narrow if is_half(precision) else 0)) * pixels + 2 * stream  # the prepared image, the embedding's mask, the last norm
     block = _block_bytes(model, precision, device)
     if recompute:
         return ends + depth * (stream + tokens * narrow * d_model * _fused(model, precision, device)) + block
     # Of the last block: its input, the norm of it, keys and values.
-    last = stream + tokens * narrow * d_model * (4 if precision == "bf16" else 3)
+    last = stream + tokens * narrow * d_model * (4 if is_half(precision) else 3)
     return ends + (depth - 1) * block + (block if model.plain else min(last, block))
 
 
@@ -65,8 +64,8 @@ def _block_bytes(model: VisionTransformer, precision: str, device: str) -> int:
     tokens, d_model = model.pos_embed.shape[1:]
     block = cast(Block, model.blocks[0])
     hidden = block.mlp.fc1.out_features
-    narrow = 2 if precision == "bf16" else 4
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = autocast_dtype(precision)
+    narrow = dtype.itemsize
     form = "plain" if model.plain else cast(AttentionLayer, block.attn).form_on(device, dtype, tokens)
     if _fused(model, precision, device):
         form = "triton" if form in ("sdpa", "sdpa, normed", "two_calls") else form
@@ -78,7 +77,7 @@ def _block_bytes(model: VisionTransformer, precision: str, device: str) -> int:
         values += 4 * model.heads * tokens
     if form == "maps":  # both softmaxes and their difference; a classic layer's heads are twice the pairs
         values += 3 * cast(int, block.attn.pairs) * tokens
-    if precision == "bf16":
+    if is_half(precision):
         values += 2 * d_model  # what autocast converts
     masks = (2 * d_model + hidden) if model.dropout.p else 0
     return tokens * (4 * 2 * d_model + narrow * values + (1 if device == "cuda" else narrow) * masks)  # the norms' inputs are fp32
@@ -90,8 +89,8 @@ def training_memory(model: VisionTransformer, images: int, precision: str, devic
 
 
 def parameter_bytes(model: VisionTransformer, precision: str) -> int:
-    """Bytes of parameters, gradients and AdamW's moments, and with bf16 of the copy for matrix products."""
-    return (_PARAMETER_BYTES + (2 if precision == "bf16" else 0)) * sum(p.numel() for p in model.parameters())
+    """Bytes of parameters, gradients and AdamW's moments, and in 16 bits of the copy for matrix products."""
+    return (_PARAMETER_BYTES + (2 if is_half(precision) else 0)) * sum(p.numel() for p in model.parameters())
 
 
 def micro_batch_within(
@@ -152,4 +151,4 @@ def evaluation_bytes(model: VisionTransformer, precision: str) -> int:
     """An upper bound on the bytes that an image takes during evaluation."""
     tokens, d_model = model.pos_embed.shape[1:]
     hidden = cast(Block, model.blocks[0]).mlp.fc1.out_features
-    return tokens * (3 * 4 * d_model + (2 if precision == "bf16" else 4) * (8 * d_model + 2 * hidden))
+    return tokens * (3 * 4 * d_model + autocast_dtype(precision).itemsize * (8 * d_model + 2 * hidden))

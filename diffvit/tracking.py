@@ -83,7 +83,7 @@ class TrackedRun:
 
     def numbers(self, step: Step) -> dict[str, float]:
         """What is drawn of a step."""
-        numbers = {name: float(value) for name, value in step._asdict().items() if name not in ("step", "seconds")}
+        numbers = {name: float(value) for name, value in step.columns.items() if name not in ("step", "seconds")}
         numbers["images_per_second"] = step.images_per_second(self.config["batch_size"])
         if self.dollars_per_second is not None:
             numbers["dollars"] = step.seconds * self.dollars_per_second

@@ -14,7 +14,7 @@ import pandas as pd
 from diffvit.errors import UserError, first_line
 from diffvit.ledger.disk import write_atomically
 from diffvit.ledger.files import RunFiles
-from diffvit.ledger.log import LogRows, Step, read_rows
+from diffvit.ledger.log import STEP_COLUMNS, LogRows, read_rows
 from diffvit.ledger.results import Result, read_results
 from diffvit.ledger.spec import RunSpec, overrides_text
 from diffvit.protocol import PROTOCOLS
@@ -209,7 +209,7 @@ def write_step_csv(checkpoints: Path, table: pd.DataFrame, path: Path) -> None:
     """
 
     def write(file: BinaryIO) -> None:
-        file.write(_csv_line([*_RUN_COLUMNS, *Step._fields]) + b"\n")
+        file.write(_csv_line([*_RUN_COLUMNS, *STEP_COLUMNS]) + b"\n")
         for run, rows in _logs(checkpoints, table):
             front = _csv_line([getattr(run, name) for name in _RUN_COLUMNS]) + b","
             file.write((front + rows.text[:-1].replace(b"\n", b"\n" + front) + b"\n") if rows.text else b"")
@@ -225,7 +225,7 @@ def _logs(checkpoints: Path, table: pd.DataFrame) -> Iterator[tuple[Any, LogRows
 
 def _check_length(log: Path, steps: int) -> None:
     """Raises UserError for a log that is too short to have so many steps: each has a digit and a separator for each field."""
-    if not log.is_file() or log.stat().st_size < 2 * len(Step._fields) * steps:
+    if not log.is_file() or log.stat().st_size < 2 * len(STEP_COLUMNS) * steps:
         read_rows(log, steps)
 
 

@@ -108,7 +108,7 @@ BAD_INPUT = [
     ((*TRAIN, "--batch_size", "1259"), "at most 1258"),
     ((*TRAIN, "--max_steps", "-1"), "at least 1"),
     ((*TRAIN, "--seed", "-1"), "at least 0"),
-    ((*TRAIN, "--precision", "fp16"), "Known: fp32, bf16"),
+    ((*TRAIN, "--precision", "fp8"), "Known: fp32, bf16, fp16"),
     ((*TRAIN, "--deterministic", "--fused", "true"), "leave --fused or --deterministic out"),
     ((*TRAIN, "--compile", "true", "--fused", "true"), "leave --fused or --compile out"),
     ((*TRAIN[:-1], "cuda:7"), "--device cpu"),

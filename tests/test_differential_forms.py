@@ -10,11 +10,11 @@ from torch import Tensor
 from diffvit.kernels import forms as differential_forms
 from diffvit.kernels.forms import FORMS, default_form
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 CPU_FORMS = [form for form in FORMS if form != "triton"]  # it has tests of its own
 ON_A_CPU = [
     *((form, dtype) for form in CPU_FORMS for dtype in (torch.float32, torch.float64)),
-    *((form, torch.bfloat16) for form in ("maps", "two_calls", "padded")),
+    *((form, dtype) for form in ("maps", "two_calls", "padded") for dtype in (torch.bfloat16, torch.float16)),
 ]
 
 

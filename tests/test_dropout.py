@@ -12,7 +12,7 @@ from diffvit.vit import build_model
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_as_many_values_are_dropped_as_should_be(p: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     out = Dropout(p)(torch.ones(400_001, dtype=dtype))

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from diffvit.errors import UserError
-from diffvit.ledger.log import LogPosition, Step, TrainingLog, WorkAgain, read_log, read_rows
+from diffvit.ledger.log import STEP_COLUMNS, LogPosition, Step, TrainingLog, WorkAgain, read_log, read_rows
 
 
 def _steps(first: int, last: int) -> list[Step]:
@@ -89,7 +89,7 @@ def test_an_unfinished_log_is_read_up_to_the_line_that_is_cut(tmp_path: Path) ->
         steps = sum(line[0].isdigit() for line in lines)
         table = read_log(path)
         assert table["step"].tolist() == list(range(1, steps + 1))
-        assert list(table) == list(Step._fields)
+        assert list(table) == list(STEP_COLUMNS)
         if steps < 5:
             with pytest.raises(UserError, match=r"run\.log is damaged"):
                 read_log(path, steps=5)

@@ -85,7 +85,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, dict[str, st
 
 
 REPORT = {
-    **Step(step=3, epoch=1, learning_rate=0.1, train_loss=1.5, val_loss=2.5, val_accuracy=0.5, grad_norm=1.0, seconds=7.0)._asdict(),
+    **Step(step=3, epoch=1, learning_rate=0.1, train_loss=1.5, val_loss=2.5, val_accuracy=0.5, grad_norm=1.0, seconds=7.0).columns,
     "total_steps": 12,
     "images_per_second": 100.0,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -21,6 +22,7 @@ from diffvit.ledger.results import read_result, read_results
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.verify import verify_run
 from diffvit.ledger.weights import load_weights
+from diffvit.loop import loss_scale
 from diffvit.loop.fit import Stopped, fit
 from diffvit.memory import micro_batch_within
 from diffvit.protocol import ARMS, PROTOCOLS
@@ -29,6 +31,7 @@ from diffvit.vit import build_model
 from study.grid import find_grid
 
 SHORT = {"max_steps": 12, "batch_size": 32}
+TOO_HIGH = 2.0**22  # a loss scale in fp16 at which the first gradients overflow
 
 
 def _losses(files: RunFiles) -> pd.DataFrame:
@@ -101,16 +104,17 @@ def test_micro_batches_change_neither_losses_nor_norms(tmp_path: Path, short: Ru
     assert json.loads(split.result.read_text())["micro_batch"] == 5
 
 
-def _in_a_group(rank: int, folder: str, rounds: list[tuple[dict, bool]]) -> None:
+def _in_a_group(rank: int, folder: str, rounds: list[tuple[dict, bool, str]]) -> None:
     """One of two processes trains in each round, of which the second process alone may be asked to stop; notes how each ended."""
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    for number, (overrides, stops) in enumerate(rounds):
+    loss_scale.FIRST_SCALE = TOO_HIGH
+    for number, (overrides, stops, precision) in enumerate(rounds):
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous{number}", rank=rank, world_size=2)
         asked, outcome = iter(range(1, 1000)), "ended"
         try:
-            spec = RunSpec.of("vit_differential", "0.1M", "digits", overrides=overrides)
+            spec = RunSpec.of("vit_differential", "0.1M", "digits", precision=precision, overrides=overrides)
             train(spec, Path(folder), device="cpu", should_stop=lambda: stops and rank == 1 and next(asked) >= 10)  # noqa: B023
         except Stopped as stopped:
             outcome = f"stopped after {stopped.step}"
@@ -119,24 +123,33 @@ def _in_a_group(rank: int, folder: str, rounds: list[tuple[dict, bool]]) -> None
 
 
 def test_groups_of_workers(tmp_path: Path) -> None:
-    """They give the losses of one worker, and stop, resume and diverge together."""
+    """They give the losses of one worker, and stop, resume, diverge and skip steps in fp16 together."""
     # AdamW hides a wrong scale of the gradient; clipping some of the steps does not.
     compared = [
         {"max_steps": 10, "batch_size": 32, "clip_norm": 11.0},
         {"max_steps": 3, "batch_size": 1257, "clip_norm": 11.0},  # the last batch is one image: a worker without any
     ]
     interrupted, diverges = {"epochs": 1}, {"epochs": 1, "lr": 1e8}
-    rounds = [*((each, False) for each in compared), (interrupted, True), (interrupted, False), (diverges, False)]
+    cases = [*((each, False) for each in compared), (interrupted, True), (interrupted, False), (diverges, False)]
+    rounds = [*((*case, "fp32") for case in cases), (compared[0], False, "fp16")]
     mp.start_processes(_in_a_group, args=(str(tmp_path), rounds), nprocs=2, start_method="spawn")
     outcomes = [{(tmp_path / f"outcome{number}-{rank}").read_text() for rank in (0, 1)} for number in range(len(rounds))]
-    assert outcomes == [{"ended"}, {"ended"}, {"stopped after 11"}, {"ended"}, {"ended"}]
+    assert outcomes == [{"ended"}, {"ended"}, {"stopped after 11"}, {"ended"}, {"ended"}, {"ended"}]
 
     for overrides in compared:
         alone = _run(tmp_path / "alone", overrides=overrides)
         together = RunFiles(tmp_path, "vit_differential", alone.stem.split("_")[1], "0.1M", "digits")
         pd.testing.assert_frame_equal(_losses(alone), _losses(together), rtol=2e-4, atol=1e-5)
+    half = RunSpec.of("vit_differential", "0.1M", "digits", precision="fp16", overrides=compared[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_scale, "FIRST_SCALE", TOO_HIGH)
+        alone_id = train(half, tmp_path / "alone", device="cpu").run_id
+    alone, together = (read_log(RunFiles.of(folder, half, alone_id).log) for folder in (tmp_path / "alone", tmp_path))
+    skipped = [~np.isfinite(log["grad_norm"]) for log in (alone, together)]
+    assert skipped[0].tolist() == skipped[1].tolist() and 0 < skipped[0].sum() < 10
+    pd.testing.assert_series_equal(alone["train_loss"], together["train_loss"], rtol=2e-2)
     results = read_results(tmp_path)
-    assert [result.workers for result in results] == [2] * 4
+    assert [result.workers for result in results] == [2] * 5
     statuses = {result.status: result for result in results if "epochs" in result.overrides}
     assert set(statuses) == {"done", "diverged"}
     log = RunFiles(tmp_path, "vit_differential", statuses["done"].run_id, "0.1M", "digits").log

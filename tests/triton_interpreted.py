@@ -225,7 +225,7 @@ def test_equal_maps_cancel() -> None:
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("factor", [-300.0, 300.0])
 def test_scores_of_any_size(dtype: torch.dtype, factor: float, maps: int) -> None:
     case = Case(maps, dtype, images=1, tokens=33, groups=1)

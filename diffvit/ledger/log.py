@@ -6,6 +6,8 @@ step,epoch,learning_rate,train_loss,val_loss,val_accuracy,grad_norm,seconds
 1,1,2.000e-07,4.8163,4.8020,0.0098,1.93,0.41
 …
 # test_accuracy=0.4312 test_loss=2.1310
+
+In fp16 a comment follows the line of a step whose update was skipped; its gradient's norm is then infinite or no number.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class Step(NamedTuple):
         val_loss, val_accuracy: of one validation batch, without dropout, after the update.
         grad_norm: L2 norm of the whole gradient, before clipping.
         seconds: training time so far.
+        overflowed_at: where the gradient overflowed fp16 and the update was therefore skipped: its loss scale. No column.
     """
 
     step: int
@@ -46,22 +49,34 @@ class Step(NamedTuple):
     val_accuracy: float
     grad_norm: float
     seconds: float
+    overflowed_at: float | None = None
 
     @property
-    def is_finite(self) -> bool:
-        """Whether training still works: a loss or a gradient that is not a number spoils all weights for good."""
-        return all(map(math.isfinite, (self.train_loss, self.val_loss, self.grad_norm)))
+    def columns(self) -> dict[str, float]:
+        """What the log has of it: name -> number."""
+        return {name: getattr(self, name) for name in STEP_COLUMNS}
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether training still works: a loss that is not a number, or an update by such a gradient, spoils it for good."""
+        losses = math.isfinite(self.train_loss) and math.isfinite(self.val_loss)
+        return losses and (math.isfinite(self.grad_norm) or self.overflowed_at is not None)
 
     def images_per_second(self, batch_size: int) -> float:
         """Mean since the run's first step."""
         return self.step * batch_size / max(self.seconds, 1e-9)
 
     def line(self) -> str:
-        """The step as a line of the log. Losses keep nine digits: enough to give an fp32 back exactly."""
+        """The step as a line of the log, and a skipped one's comment. Losses keep nine digits: enough to give an fp32 back exactly."""
+        scale = self.overflowed_at
+        skipped = f"\n# step {self.step} was skipped: its gradient overflowed fp16 at a loss scale of {scale:.0f}" if scale else ""
         return (
             f"{self.step},{self.epoch},{self.learning_rate:.6e},{self.train_loss:.9g},{self.val_loss:.9g},"
-            f"{self.val_accuracy:.6g},{self.grad_norm:.6g},{self.seconds:.3f}"
+            f"{self.val_accuracy:.6g},{self.grad_norm:.6g},{self.seconds:.3f}{skipped}"
         )
+
+
+STEP_COLUMNS = Step._fields[:-1]
 
 
 class LogPosition(NamedTuple):
@@ -103,7 +118,7 @@ class TrainingLog:
         self.note(" ".join(f"{key}={value}" for key, value in facts.items()))
         for note in notes:
             self.note(note)
-        self._append(",".join(Step._fields) + "\n")
+        self._append(",".join(STEP_COLUMNS) + "\n")
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -179,7 +194,7 @@ def was_interrupted(path: Path) -> bool:
 def _steps_and_seconds(text: str) -> tuple[int, float]:
     """How many whole step lines there are, and the training time that the last one says."""
     lines = [line.split(",") for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    steps = [cells for cells in lines if len(cells) == len(Step._fields) and cells[0].isdigit()]
+    steps = [cells for cells in lines if len(cells) == len(STEP_COLUMNS) and cells[0].isdigit()]
     try:
         return len(steps), float(steps[-1][-1]) if steps else 0.0
     except ValueError:
@@ -225,7 +240,7 @@ def read_rows(path: Path, steps: int | None = None) -> LogRows:
         raise UserError(f"{path} is damaged: {_damage(content, steps) or first_line(error)}.", _hint(steps)) from error
 
 
-_HEADER = ",".join(Step._fields).encode()
+_HEADER = ",".join(STEP_COLUMNS).encode()
 _WHOLE_NUMBERS = ("step", "epoch")
 
 
@@ -243,7 +258,7 @@ def _rows(content: bytes, steps: int | None) -> LogRows:
     count = text.count(b"\n")
     if steps is not None and count != steps:
         raise ValueError(f"it has {count} steps instead of {steps}")
-    kinds = {name: pyarrow.int64() if name in _WHOLE_NUMBERS else pyarrow.float64() for name in Step._fields}
+    kinds = {name: pyarrow.int64() if name in _WHOLE_NUMBERS else pyarrow.float64() for name in STEP_COLUMNS}
     if not count:
         return LogRows(text, {name: np.empty(0, kind.to_pandas_dtype()) for name, kind in kinds.items()})
     table = csv.read_csv(
@@ -282,9 +297,9 @@ def _damage(content: bytes, steps: int | None) -> str:
             continue
         step += 1
         cells = line.split(b",")
-        if len(cells) != len(Step._fields):
-            return f"line {number} has {len(cells)} of {len(Step._fields)} values: {_shown(line)}"
-        for name, cell in zip(Step._fields, cells, strict=True):
+        if len(cells) != len(STEP_COLUMNS):
+            return f"line {number} has {len(cells)} of {len(STEP_COLUMNS)} values: {_shown(line)}"
+        for name, cell in zip(STEP_COLUMNS, cells, strict=True):
             whole = name in _WHOLE_NUMBERS
             if not (_WHOLE_NUMBER if whole else _NUMBER).fullmatch(cell):
                 return f"line {number} has {_shown(cell)} for {name}, which is no {'whole ' if whole else ''}number"

@@ -15,7 +15,7 @@ from diffvit.protocol import OVERRIDES, Protocol, check_override, protocol_of, r
 # Raise it when a change in the code changes what a run computes: old results then count as other work.
 SEMANTICS_VERSION = 4
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RunSpec:
     """One training run. Build it with RunSpec.of, which checks and resolves names.
 
     Attributes:
-        precision: "fp32", or "bf16" for autocast to bfloat16.
+        precision: "fp32"; "bf16" and "fp16" for autocast to these, fp16 with loss scaling.
         overrides: protocol values that replace the data set's own.
         source: the code of an architecture from the user's own file; None for a built-in one.
     """

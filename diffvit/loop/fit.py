@@ -75,7 +75,7 @@ def fit(
 
     Raises:
         Stopped: should_stop said so.
-        Diverged: a loss or the gradient is not a number.
+        Diverged: a loss is not a number, or the gradient; in fp16, a gradient that no loss scale keeps from overflowing.
         UserError: the memory does not suffice for a single image.
     """
     rank, workers = group = rank_and_workers()
@@ -88,15 +88,15 @@ def fit(
     saved_at, saved_step = time.monotonic(), stepper.step
     for train_batch, val_batch in stepper.batches():
         train_loss = stepper.differentiate(train_batch)
-        norm = stepper.update()
+        norm, scale = stepper.update()
         val_loss, val_accuracy = stepper.validate(val_batch)
-        stop = recorder.add(stepper.step, train_loss, val_loss, val_accuracy, norm, should_stop())
+        stop = recorder.add(stepper.step, train_loss, val_loss, val_accuracy, norm, scale, should_stop())
         if stepper.step == stepper.total:
             break
         if rank == 0 and on_save and (stop or save_every.over(time.monotonic() - saved_at, stepper.step - saved_step)):
             last = recorder.flush()
             if last:  # else the next step finds that training has diverged
-                on_save({**stepper.state(), "last": list(last)})
+                on_save({**stepper.state(), "last": list(last.columns.values())})
             saved_at, saved_step = time.monotonic(), stepper.step
         if stop:
             raise Stopped(stepper.step)

@@ -20,6 +20,7 @@ from diffvit.data.batches import Prepare
 from diffvit.dataset import ImageSet
 from diffvit.errors import UserError, first_line
 from diffvit.kernels.dropout import at_image, has_kernels, seed_masks
+from diffvit.loop.loss_scale import LossScale
 from diffvit.machine.device import autocast
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ class Passes:
         evaluation_batch: the same for validation; default: the micro-batch.
         graphs: replay CUDA graphs, for the shapes given to `capture`.
         group: (rank, workers) of this process.
+        loss_scale: default: none, the loss as it is.
 
     Attributes:
         micro_batch, evaluation_batch: as they are now.
@@ -52,10 +54,12 @@ class Passes:
         evaluation_batch: int | None = None,
         graphs: bool = False,
         group: tuple[int, int] = (0, 1),
+        loss_scale: LossScale | None = None,
     ):
         self.micro_batch, self.evaluation_batch = micro_batch, evaluation_batch or micro_batch
         self._model, self._prepare, self._precision = model, prepare, precision
         self._device = next(model.parameters()).device
+        self._loss_scale = loss_scale or LossScale(self._device, "fp32")
         self._rank, self._workers = group
         self._parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if self._workers > 1 else model
         self._graphs = _Graphs() if graphs and self._workers == 1 else None
@@ -64,7 +68,7 @@ class Passes:
         self._captured_for: tuple[ImageSet, Collection[int], ImageSet, Collection[int]] | None = None
 
     def differentiate(self, batch: tuple[Tensor, Tensor], images: int, seed: int) -> Tensor:
-        """Add a training batch's gradient to the parameters'. Returns this process's part of the batch's mean loss.
+        """Add a training batch's gradient, times the loss scale, to the parameters'. Returns this process's part of the batch's mean loss.
 
         Args:
             batch: pixels and labels, this process's part of the global batch.
@@ -171,7 +175,7 @@ class Passes:
 
     def _training_pass(self, pixels: Tensor, labels: Tensor, images: Tensor) -> None:
         loss = F.cross_entropy(self._logits(self._parallel, pixels), labels, reduction="sum") / images
-        (loss * self._workers).backward()  # the group takes the mean of its gradients; a step wants their sum
+        self._loss_scale.scaled(loss * self._workers).backward()  # the group takes the mean of its gradients; a step wants their sum
         self._train_sums += loss.detach()
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from diffvit.ledger.log import Step
+from diffvit.loop.loss_scale import SMALLEST_SCALE
 from diffvit.protocol import Protocol
 
 # Called with the steps since the last call and the number of all steps; at most about once a second.
@@ -19,7 +21,7 @@ _FLUSH_SECONDS = 1.0
 
 
 class Diverged(Exception):  # noqa: N818 (an outcome, not a fault of the program)
-    """A loss or the gradient is not a number: no later step could mend the weights.
+    """A loss or the gradient is not a number, and no later step could mend that.
 
     Attributes:
         step: the record of the step where it was first seen.
@@ -54,14 +56,15 @@ class Recorder:
         self._flushed = time.perf_counter()
         self._start = self._flushed - (last.seconds if last else 0.0)
 
-    def add(self, step: int, train_loss: Tensor, val_loss: Tensor, val_accuracy: Tensor, norm: Tensor, stop: bool) -> bool:
+    def add(self, step: int, train_loss: Tensor, val_loss: Tensor, val_accuracy: Tensor, norm: Tensor, scale: Tensor, stop: bool) -> bool:
         """Take a step's numbers, of which a group's processes have parts. Returns whether to stop; in a group, if any process asked to.
 
         Raises:
-            Diverged: a step that was handed on is not finite.
+            Diverged: after a step that was handed on training no longer works.
         """
-        # Losses are parts of a sum; the gradient is the same on all processes.
-        record = torch.stack([train_loss, val_loss, val_accuracy, norm / self._workers, torch.full_like(norm, float(stop))])
+        # Losses are parts of a sum; the gradient and its scale are the same on all processes.
+        shared = [norm / self._workers, scale / self._workers]
+        record = torch.stack([train_loss, val_loss, val_accuracy, *shared, torch.full_like(norm, float(stop))])
         if self._workers > 1:
             dist.all_reduce(record)
             stop = self._was_asked_to_stop()
@@ -82,26 +85,34 @@ class Recorder:
         return self._newest[-1].item() > 0
 
     def check(self) -> None:
-        """Raise Diverged if a step that was handed on is not finite."""
+        """Raise Diverged if a step that was handed on is not sound."""
         if self._bad is not None:
             raise Diverged(self._bad)
 
     def flush(self) -> Step | None:
-        """Fetch the waiting steps and call on_steps, up to the first that is not finite. Returns the last; None once one was not finite."""
+        """Fetch the waiting steps and call on_steps, up to the first that is not sound. Returns the last; None once one was not."""
         if self._waiting and self._bad is None:
             rows = torch.stack([record for _, _, record in self._waiting]).tolist()
             # The last step's time is taken now: on a GPU its work has only just ended.
             self._flushed = time.perf_counter()
             steps = [
                 Step(
-                    step, self._epoch(step), self._protocol.learning_rate(step, self._total), train_loss, val_loss, accuracy, norm, seconds
+                    step,
+                    self._epoch(step),
+                    self._protocol.learning_rate(step, self._total),
+                    train_loss,
+                    val_loss,
+                    accuracy,
+                    norm,
+                    seconds,
+                    scale if not math.isfinite(norm) and scale > SMALLEST_SCALE else None,
                 )
-                for (step, seconds, _), (train_loss, val_loss, accuracy, norm, _) in zip(self._waiting, rows, strict=True)
+                for (step, seconds, _), (train_loss, val_loss, accuracy, norm, scale, _) in zip(self._waiting, rows, strict=True)
             ]
             steps[-1] = steps[-1]._replace(seconds=self._flushed - self._start)
-            finite = list(itertools.takewhile(lambda step: step.is_finite, steps))
-            self._bad = steps[len(finite)] if len(finite) < len(steps) else None
-            steps = steps[: len(finite) + 1]
+            sound = list(itertools.takewhile(lambda step: step.is_sound, steps))
+            self._bad = steps[len(sound)] if len(sound) < len(steps) else None
+            steps = steps[: len(sound) + 1]
             self._last = steps[-1]
             if self._on_steps:
                 self._on_steps(steps, self._total)

@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from diffvit.checks import HEX, any_of, fault, list_of, real, record, text, whole
-from diffvit.ledger.log import Step
+from diffvit.ledger.log import STEP_COLUMNS
 from diffvit.ledger.spec import RunSpec
+from diffvit.loop.loss_scale import SMALLEST_SCALE
 from diffvit.vit import build_model
 
 _STATE = record(
     {
-        "step": whole(1), "micro_batch": whole(1), "last": list_of(real(), len(Step._fields), len(Step._fields)),
+        "step": whole(1), "micro_batch": whole(1), "last": list_of(real(infinite=True), len(STEP_COLUMNS), len(STEP_COLUMNS)),
         "started": text(), "log": list_of(any_of(whole(), text(HEX)), 2, 2),
-    }
+    },
+    {"loss_scale": record({"scale": real(low=SMALLEST_SCALE), "steps": whole()})},
 )  # fmt: skip
 
 
@@ -44,7 +46,8 @@ def fits_run(state: dict[str, Any], spec: RunSpec, total: int) -> bool:
     model = build_model(spec.model, spec.size, spec.protocol, "meta")
     moments: dict[Tensor, dict[str, Tensor]] = {p: {"step": torch.empty(()), "exp_avg": p, "exp_avg_sq": p} for p in model.parameters()}
     same_tensors = _shapes(state["tensors"]) == _shapes(tensors_of(model, moments))
-    return same_tensors and state["last"][0] == state["step"] < total
+    same_kind = ("loss_scale" in state) == (spec.precision == "fp16")
+    return same_tensors and same_kind and state["last"][0] == state["step"] < total
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:

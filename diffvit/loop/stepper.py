@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffvit.data.batches import Prepare, StepBatches, make_loader
 from diffvit.dataset import Dataset, ImageSet
+from diffvit.loop.loss_scale import LossScale
 from diffvit.loop.optimizer import make_optimizer
 from diffvit.loop.passes import Passes
 from diffvit.loop.resume import load_tensors, tensors_of
@@ -54,6 +55,7 @@ class Stepper:
         self.model, self.protocol, self.seed = model, protocol, seed
         self.step, self.total = 0, protocol.total_steps(len(data.train))
         self.optimizer = make_optimizer(model, protocol)
+        self._loss_scale = LossScale(device, precision)
         micro_batch = min(micro_batch or protocol.batch_size, -(-protocol.batch_size // group[1]))
         if resume is not None:
             self.load(resume)
@@ -66,7 +68,7 @@ class Stepper:
         self.steps_per_epoch = self._train_batches.per_epoch
         self.passes = Passes(
             model, Prepare(protocol.image_size, data.mean, data.std, device), precision=precision, micro_batch=micro_batch,
-            evaluation_batch=evaluation_batch, graphs=graphs, group=group,
+            evaluation_batch=evaluation_batch, graphs=graphs, group=group, loss_scale=self._loss_scale,
         )  # fmt: skip
         model.train()
         # Room for the optimiser's moments, which are made after the first step: graphs must leave it.
@@ -83,17 +85,23 @@ class Stepper:
         self.step += 1
         return self.passes.differentiate(batch, self._train_batches.batch_length(self.step), stable_seed("dropout", self.seed, self.step))
 
-    def update(self) -> Tensor:
-        """Update the weights and forget the gradient. Returns the gradient's norm, before clipping."""
+    def update(self) -> tuple[Tensor, Tensor]:
+        """Update the weights, unless the gradient overflowed fp16, and forget it.
+
+        Returns:
+            The gradient's norm, before clipping, and the loss scale that it was computed at.
+        """
+        scale = self._loss_scale.current.clone()
+        self._loss_scale.unscale(self.optimizer)
         # Without a clip_norm this only measures.
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         if self.protocol.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.protocol.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.protocol.learning_rate(self.step, self.total)
-        self.optimizer.step()
+        self._loss_scale.update(self.optimizer)
         self.passes.zero_gradients()
-        return norm
+        return norm, scale
 
     def validate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """This process's part of a validation batch's mean loss and accuracy."""
@@ -101,11 +109,13 @@ class Stepper:
 
     def state(self) -> dict[str, Any]:
         """The state for `load`, which goes on after this step to the same bits. Tensors are live: the next step changes them."""
-        return {"step": self.step, "micro_batch": self.passes.micro_batch, "tensors": tensors_of(self.model, self.optimizer.state)}
+        tensors = tensors_of(self.model, self.optimizer.state)
+        return {"step": self.step, "micro_batch": self.passes.micro_batch, **self._loss_scale.state(), "tensors": tensors}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take step, weights and moments from a state."""
+        """Take step, weights, moments and loss scale from a state."""
         self.step = state["step"]
+        self._loss_scale.load(state)
         load_tensors(self.model, self.optimizer, state["tensors"])
 
 

@@ -49,9 +49,12 @@ def resolve_device(name: str | None = None) -> torch.device:
 
 
 def default_precision(device: torch.device) -> str:
-    """bf16 on a GPU that has it, else fp32: a CPU computes bf16 much more slowly."""
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bf16" if has_bf16 else "fp32"
+    """bf16 on a GPU that has it, fp16 where its tensor cores have nothing else (V100, T4), else fp32: CPUs are slow in either."""
+    if device.type != "cuda":
+        return "fp32"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16"
+    return "fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"
 
 
 def _cpu_name() -> str:
@@ -76,19 +79,24 @@ def _git_commit() -> str | None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a forward pass runs at a precision, "fp32" or "bf16"."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    """The context in which a forward pass runs at a precision."""
+    return torch.autocast(device.type, dtype=autocast_dtype(precision), enabled=is_half(precision))
 
 
 def autocast_dtype(precision: str) -> torch.dtype:
-    """The dtype of matrix products at a precision, "fp32" or "bf16"."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    """The dtype of matrix products at a precision."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def is_half(precision: str) -> bool:
+    """Whether matrix products take numbers of 16 bits."""
+    return precision != "fp32"
 
 
 def set_matmul_precision(precision: str) -> None:
-    """Set how a GPU computes fp32 products: in TF32 in a bf16 run, in full fp32 in an fp32 run."""
-    torch.set_float32_matmul_precision("high" if precision == "bf16" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "bf16"
+    """Set how a GPU computes fp32 products: in full fp32 in an fp32 run, else in TF32 where it has that."""
+    torch.set_float32_matmul_precision("high" if is_half(precision) else "highest")
+    torch.backends.cudnn.allow_tf32 = is_half(precision)
 
 
 def device_memory(device: torch.device) -> int:

@@ -294,7 +294,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     def on_steps(steps: list[Step], total: int) -> None:
         last = steps[-1]
-        numbers = {**last._asdict(), "total_steps": total, "images_per_second": last.images_per_second(spec.protocol.batch_size)}
+        numbers = {**last.columns, "total_steps": total, "images_per_second": last.images_per_second(spec.protocol.batch_size)}
         gauges.set(numbers)
         if alone:  # a worker group must report together, and only its first process has the steps
             report(numbers)

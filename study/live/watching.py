@@ -66,7 +66,7 @@ class WatchedRun:
         if (last := last_step(files.log)) is not None and last.step != row.step:
             pace = last.images_per_second(self.run.spec.protocol.batch_size)
             row.opened = row.opened or (0, 0.0)  # its log has all of its training
-            row.report({**last._asdict(), "images_per_second": pace})
+            row.report({**last.columns, "images_per_second": pace})
         row.state = "training" if trained(files) else "stopped"
         return files
 
