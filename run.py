@@ -337,6 +337,8 @@ def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: 
 @click.option("--gpu", metavar="NAME", help="A GPU by its data sheet, such as h100, 4090 or L4. [default: the machine at hand]")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="How many of them; on a CPU, machines.")
 @_price("of them.")
+@click.option("--session", type=click.FloatRange(min=0, min_open=True), metavar="HOURS",
+              help="How long a lent machine lasts, such as 12: say whether one session suffices.")  # fmt: skip
 @click.option("--probe", is_flag=True, help="Measure the machine at hand first, and keep what was measured.")
 @click.option("--probe_seconds", type=click.FloatRange(min=0, min_open=True), metavar="S",
               help="How long --probe measures each cell, about. [default: 5]")  # fmt: skip
@@ -344,8 +346,8 @@ def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: 
 @_place_options
 @_data_and_ledger
 @_compute_options
-def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, probe: bool, probe_seconds: float | None, json_path: Path | None,
-         **given: Any) -> None:  # fmt: skip
+def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, session: float | None, probe: bool, probe_seconds: float | None,
+         json_path: Path | None, **given: Any) -> None:  # fmt: skip
     """Say what a study will take before it starts: parameters, FLOPs, memory, time and money of each run, and when the last ends.
 
     Numbers are measured on the machine at hand (--probe), were measured there earlier, or are estimated from a data sheet (--gpu);
@@ -363,7 +365,7 @@ def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, probe: bool
     from study.cost.forecast import forecast_json, forecast_text
     from study.cost.planning import plan_study
 
-    forecast = plan_study(_study_options({**given, "grid": chosen}), gpu, gpus, (probe_seconds or 5.0) if probe else None)
+    forecast = plan_study(_study_options({**given, "grid": chosen}), gpu, gpus, (probe_seconds or 5.0) if probe else None, session)
     if json_path:
         write_atomically(json_path, (json.dumps(forecast_json(forecast), indent=1) + "\n").encode())
     click.echo(forecast_text(forecast, terminal_width()))

@@ -232,7 +232,7 @@ def test_measurements_that_cannot_be_kept_are_used_all_the_same(tmp_path: Path, 
 def test_data_sheets_give_sane_times() -> None:
     names = {
         "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA A100-SXM4-40GB": "a100-40",
-        "NVIDIA L40S": "l40s", "NVIDIA GeForce RTX 4090": "4090", "NVIDIA A10": "a10", "Tesla T4": "t4", "NVIDIA A10G": None,
+        "NVIDIA L40S": "l40s", "NVIDIA GeForce RTX 4090": "4090", "NVIDIA A10": "a10", "Tesla T4": "t4", "NVIDIA A10G": None, "Tesla V100-SXM2-32GB": "v100-32",
         "NVIDIA L4": "l4", "NVIDIA RTX A6000": "a6000", "NVIDIA RTX 6000 Ada Generation": "6000-ada", "NVIDIA GeForce RTX 5090": "5090",
         "NVIDIA B200": "b200", "AMD Instinct MI300X": "mi300x",
     }  # fmt: skip
@@ -243,7 +243,8 @@ def test_data_sheets_give_sane_times() -> None:
         forecast = forecast_study(runs, sheet_fleet(sheet, 1, DEFAULT_COMPUTE, None), Path("nowhere"))
         hours[sheet.name] = forecast.makespan / 3600
         assert all(each.fits and each.rate.source == "sheet" for each in forecast.runs)
-        peak = (sheet.bf16 or sheet.fp32) * 1e12
+        precision, peak = sheet.peak(sheet.precision)
+        assert precision == sheet.precision
         assert forecast.seconds > sum(run.train_flops for run in runs) / peak  # nothing is faster than its peak
         slower = forecast_study(runs, sheet_fleet(sheet, 1, Compute(recompute=True), None), Path("nowhere"))
         assert slower.seconds > forecast.seconds and slower.runs[4].micro_batch > forecast.runs[4].micro_batch
@@ -281,8 +282,22 @@ def test_plan_of_the_full_grid(cli, tmp_path: Path) -> None:
     assert f"{plan['runs'][0]['parameters']:,}" in outcome.out
     alone = cli("plan", "--grid", "full", "--gpu", "H100")
     assert alone.code == 0 and "$" not in alone.out and "--price P" in alone.out
-    assert "fp32, 16 GB" in cli("plan", "--grid", "full", "--gpu", "t4").out
+    assert "fp16, 16 GB" in cli("plan", "--grid", "full", "--gpu", "t4").out
+    assert "fp32, 16 GB" in cli("plan", "--grid", "full", "--gpu", "t4", "--precision", "fp32").out
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]  # no ledger
+
+
+def test_plan_says_how_many_sessions_it_takes(cli, tmp_path: Path) -> None:
+    pilot = ("plan", "--grid", "pilot", "--gpu", "t4", "--gpus", "2", "--json", "plan.json")
+    assert "sessions" not in cli(*pilot).out
+    start = json.loads((tmp_path / "plan.json").read_text())["start_seconds"]
+    for hours, counted in ((1000, 1), (3, None), (0.5, None)):
+        said = cli(*pilot, "--session", str(hours)).out
+        plan = json.loads((tmp_path / "plan.json").read_text())
+        work, usable = plan["makespan_seconds"] - start, 3600 * hours - start
+        assert usable * (plan["sessions"] - 1) < work <= usable * plan["sessions"] and counted in (None, plan["sessions"])
+        assert ("one suffices" if plan["sessions"] == 1 else f"{plan['sessions']} of them") in said
+    assert "over before the first run begins" in cli(*pilot, "--session", "0.01").err
 
 
 def test_plan_says_what_does_not_fit(cli) -> None:

@@ -77,9 +77,20 @@ def test_a_forecast_says_on_what_it_was_measured() -> None:
     for said in (here, elsewhere):
         assert f"fitted to measurements on NVIDIA H200 SXM, {SHEETS['h200'].measured}" in said
     assert "not measured on this GPU" in elsewhere and "not measured" not in here
-    for name in ("t4", "h200"):
-        said = _text(sheet_fleet(SHEETS[name], 1, DEFAULT_COMPUTE, None), "fp32")
-        assert "50 % of peak, which is assumed; not measured at fp32" in said
+    for name, precision, words in (
+        ("h200", "fp32", "50 % of peak, which is assumed; not measured at fp32"),
+        ("t4", "fp32", "50 % of peak, which is assumed; 1.8 times that for plain blocks, as on an H200; not measured at fp32"),
+        ("t4", "fp16", "66 % of peak, as large matrices reached on a V100; 1.8 times that for plain blocks, as on an H200; not measured"),
+    ):
+        assert words in _text(sheet_fleet(SHEETS[name], 1, DEFAULT_COMPUTE, None), precision)
+
+
+def test_tensor_cores_without_bf16_are_used_in_fp16() -> None:
+    t4, fleet = SHEETS["t4"], sheet_fleet(SHEETS["t4"], 1, DEFAULT_COMPUTE, None)
+    assert t4.precision == "fp16" and t4.peak("bf16") == ("fp32", 8.1e12)
+    half, full = (forecast_study(_runs(precision), fleet, Path("nowhere")) for precision in ("fp16", "fp32"))
+    assert least_seconds(t4, _runs("fp16")[0])[0] == _runs()[0].forward_flops / 65e12
+    assert 4 < full.seconds / half.seconds < 65 / 8.1 * 0.66 / 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------- the fit

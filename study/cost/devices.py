@@ -30,6 +30,7 @@ class Sheet:
         names: a regular expression for what torch calls it.
         bf16: dense bf16 products summed up in fp32, TFLOP/s; None where it has no bf16.
         fp32: fp32 outside of the tensor cores, TFLOP/s: what a run at fp32 uses.
+        fp16: as bf16, of a GPU whose tensor cores have fp16 only; others take both alike.
         memory: GB as it is sold, which are 2^30 bytes each.
         bandwidth: of its memory, GB/s.
         measured: when cells of the full grid were measured on it, and by which torch; "": never.
@@ -43,11 +44,17 @@ class Sheet:
     memory: float
     bandwidth: float
     measured: str = ""
+    fp16: float | None = None
 
     @property
     def precision(self) -> str:
         """The precision that `--precision auto` gives on it."""
-        return "fp32" if self.bf16 is None else "bf16"
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+    def peak(self, precision: str) -> tuple[str, float]:
+        """The precision that a run's products have on it, which is fp32 where it has no other, and their peak in FLOP/s."""
+        half = {"bf16": self.bf16, "fp16": self.bf16 or self.fp16}.get(precision)
+        return (precision, half * 1e12) if half else ("fp32", self.fp32 * 1e12)
 
 
 # The makers' data sheets and, for GeForce cards, the white papers of the Blackwell, Ada and Ampere architectures.
@@ -67,8 +74,9 @@ SHEETS = {
         Sheet("4090", "NVIDIA GeForce RTX 4090", r"RTX 4090$", 165, 82.6, 24, 1008),
         Sheet("3090", "NVIDIA GeForce RTX 3090", r"RTX 3090$", 71, 35.6, 24, 936),
         Sheet("a10", "NVIDIA A10", r"A10$", 125, 31.2, 24, 600),
-        Sheet("v100", "NVIDIA V100 SXM2 16 GB", r"V100-SXM2-16GB", None, 15.7, 16, 900),
-        Sheet("t4", "NVIDIA T4", r"T4$", None, 8.1, 16, 320),
+        Sheet("v100", "NVIDIA V100 SXM2 16 GB", r"V100-SXM2-16GB", None, 15.7, 16, 900, fp16=125),
+        Sheet("v100-32", "NVIDIA V100 SXM2 32 GB", r"V100-SXM2-32GB", None, 15.7, 32, 900, fp16=125),
+        Sheet("t4", "NVIDIA T4", r"T4$", None, 8.1, 16, 320, fp16=65),
         Sheet("mi300x", "AMD Instinct MI300X", r"MI300X", 1307, 163, 192, 5300),
     )
 }

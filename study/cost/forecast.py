@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import io
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import nn
 from diffvit.compute import Compute
 from diffvit.keeping.state import StateFolder
 from diffvit.ledger.spec import RunSpec, overrides_text
+from diffvit.machine.device import is_half
 from diffvit.memory import micro_batch_within, training_memory
 from diffvit.protocol import images_in_steps
 from study.cost.devices import SHEETS, Machine, Sheet
@@ -29,9 +31,11 @@ from study.text import clock, duration, significant
 
 # The model of a GPU of which only the data sheet is known, for fused or compiled blocks: a pass takes its products at a share of
 # the peak, and the bytes that its blocks move at a share of the bandwidth. Both add up. `python -m bench.fit_sheet` fits the shares to
-# measured cells; fp32 was not measured, and its share is assumed. The size of a micro-batch makes no difference.
-SHARE_OF_PEAK = {"bf16": 0.75, "fp32": 0.5}
+# measured cells; fp16's is what a V100 reached with large matrices, 83 of 125 TFLOP/s (arXiv 1803.04014); fp32's is assumed. The size of
+# a micro-batch makes no difference.
+SHARE_OF_PEAK = {"bf16": 0.75, "fp16": 0.66, "fp32": 0.5}
 SHARE_OF_BANDWIDTH = 0.61
+PLAIN_BLOCKS = 1.8  # times as long, where there are no kernels to fuse them: measured on an H200, at bf16 (docs/performance.md)
 PASSES_TRAINING = 3  # one forward, and a backward pass of twice that; one more with recomputation
 _PASSES_OF_A_PRODUCT = 2  # its input and its output are written by one kernel and read by the next
 _PASSES_OF_THE_STREAM = 6  # fp32 between the layers: each of the two residual sums reads and writes it, and the norm reads it again
@@ -103,6 +107,7 @@ class Fleet:
         runs_per_device: runs that share a device.
         slots: runs that train at a time on all of them.
         start: seconds until the first run begins, loading data included.
+        session: seconds after which a lent device is taken away; None: never.
         rate: of a run's cell.
         sheet: the data sheet that rates are estimated from; None where they were measured.
         price: of a device, per hour; None: unknown.
@@ -111,7 +116,6 @@ class Fleet:
     title: str
     kind: str
     memory: int
-    precision: str
     devices: int
     runs_per_device: int
     slots: int
@@ -120,6 +124,7 @@ class Fleet:
     compute: Compute
     sheet: Sheet | None = None
     price: float | None = None
+    session: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,18 @@ class StudyForecast:
     def pending(self) -> list[RunForecast]:
         """Runs that have not ended."""
         return [each for each in self.runs if not each.run.ended]
+
+    @property
+    def precision(self) -> str:
+        """The precision of its runs."""
+        return self.runs[0].run.spec.precision
+
+    @property
+    def sessions(self) -> int | None:
+        """How many sessions of its fleet's length it takes; each begins with the study's start."""
+        if self.fleet.session is None:
+            return None
+        return math.ceil((self.makespan - self.fleet.start) / (self.fleet.session - self.fleet.start)) if self.pending else 0
 
     @property
     def seconds(self) -> float:
@@ -215,7 +232,8 @@ def sheet_rate(sheet: Sheet, recompute: bool = False) -> Callable[[PlannedRun], 
 
     def rate(run: PlannedRun) -> Rate:
         products, moved = least_seconds(sheet, run)
-        forward = products / SHARE_OF_PEAK[_precision_on(sheet, run)] + moved / SHARE_OF_BANDWIDTH
+        share = SHARE_OF_PEAK[sheet.peak(run.spec.precision)[0]]
+        forward = (products / share + moved / SHARE_OF_BANDWIDTH) * (PLAIN_BLOCKS if sheet.bf16 is None else 1.0)
         return Rate((PASSES_TRAINING + recompute) * forward, forward, SHEET_RUN_START, SHEET)
 
     return rate
@@ -223,18 +241,13 @@ def sheet_rate(sheet: Sheet, recompute: bool = False) -> Callable[[PlannedRun], 
 
 def least_seconds(sheet: Sheet, run: PlannedRun) -> tuple[float, float]:
     """Seconds of an image's forward pass for its products at full peak, and for its bytes at full bandwidth."""
-    model, precision = model_of(run.spec), _precision_on(sheet, run)
+    model, (precision, peak) = model_of(run.spec), sheet.peak(run.spec.precision)
     tokens, d_model = model.pos_embed.shape[1:]
     layers = [module for module in model.blocks[0].modules() if isinstance(module, nn.Linear)]
-    values = (2 if precision == "bf16" else 4) * sum(layer.in_features + layer.out_features for layer in layers)
+    values = (2 if is_half(precision) else 4) * sum(layer.in_features + layer.out_features for layer in layers)
     blocks = len(model.blocks) - 1  # of the last one only the class token is computed
     moved = blocks * tokens * (_PASSES_OF_A_PRODUCT * values + _PASSES_OF_THE_STREAM * 4 * d_model)
-    peak = sheet.bf16 if precision == "bf16" and sheet.bf16 else sheet.fp32
-    return run.forward_flops / (peak * 1e12), moved / (sheet.bandwidth * 1e9)
-
-
-def _precision_on(sheet: Sheet, run: PlannedRun) -> str:
-    return run.spec.precision if sheet.bf16 else "fp32"
+    return run.forward_flops / peak, moved / (sheet.bandwidth * 1e9)
 
 
 def measured_rate(machine: Machine) -> Callable[[PlannedRun], Rate]:
@@ -256,7 +269,7 @@ def sheet_fleet(sheet: Sheet, devices: int, compute: Compute, price: float | Non
     compiles = compute.compile or compute.fused or not (compute.deterministic or compute.compile is compute.fused is False)
     start = SHEET_STUDY_START + (SHEET_FIRST_RUN if compiles else 0.0)  # the first runs compile side by side
     return Fleet(
-        title=sheet.title, kind="cuda", memory=int(sheet.memory * 2**30), precision=sheet.precision,
+        title=sheet.title, kind="cuda", memory=int(sheet.memory * 2**30),
         devices=devices, runs_per_device=1, slots=devices,
         start=start, rate=sheet_rate(sheet, bool(compute.recompute)), compute=compute, sheet=sheet, price=price,
     )  # fmt: skip
@@ -269,7 +282,7 @@ def measured_fleet(machine: Machine, runs: Iterable[PlannedRun], devices: int, c
     # The study loads each data set itself, and so does each process that trains.
     start = machine.start + 2 * sum(machine.load.get(dataset, known) for dataset in datasets)
     return Fleet(
-        title=machine.device_name, kind=machine.device, memory=machine.memory, precision=machine.precision, devices=devices,
+        title=machine.device_name, kind=machine.device, memory=machine.memory, devices=devices,
         runs_per_device=machine.at_once, slots=devices * machine.at_once, start=start, rate=measured_rate(machine), compute=compute,
         price=price,
     )  # fmt: skip
@@ -316,13 +329,16 @@ def _sentences(forecast: StudyForecast) -> list[str]:
     where = f"{fleet.devices} x {fleet.title}" + (f", {fleet.runs_per_device} runs at a time on each" if fleet.runs_per_device > 1 else "")
     ended, begun = len(forecast.runs) - len(pending), sum(bool(each.steps_done) for each in pending)
     lines = [
-        f"place     {where}, {fleet.precision}, {fleet.memory / 2**30:,.0f} GB",
+        f"place     {where}, {forecast.precision}, {fleet.memory / 2**30:,.0f} GB",
         f"runs      {len(pending)} to train" + (f", {begun} of them begun" if begun else "") + f"; {ended} already finished",
         f"work      {duration(forecast.seconds / fleet.runs_per_device)} of {unit} time"
         + (f", ${forecast.price(forecast.seconds):,.2f}" if fleet.price is not None else "; --price P says what that costs"),
         f"end       {duration(forecast.makespan)} after the start, longest runs first"
         + (f"; ${forecast.bill:,.2f} where all is paid until then" if forecast.bill is not None else ""),
     ]
+    if fleet.session and (sessions := forecast.sessions):
+        enough = "one suffices" if sessions == 1 else f"{sessions} of them, each of which goes on from the last saved states"
+        lines.append(f"sessions  of {duration(fleet.session)}, if they last as long: {enough}")
     lines += _sources(forecast)
     if any(each.run.run_id is None for each in forecast.runs):
         lines.append("note      data that are not here: whether their runs are done cannot be seen")
@@ -354,12 +370,14 @@ def _sources(forecast: StudyForecast) -> list[str]:
 def _assumptions(sheet: Sheet | None, run: PlannedRun) -> str:
     """The assumptions of an estimate from a data sheet."""
     assert sheet
-    precision = _precision_on(sheet, run)
+    precision, _ = sheet.peak(run.spec.precision)
     memory = f"memory at {100 * SHARE_OF_BANDWIDTH:.0f} % of bandwidth"
     products = f"products at {100 * SHARE_OF_PEAK[precision]:.0f} % of peak"
     fitted = "fitted to measurements on " + " and ".join(f"{each.title}, {each.measured}" for each in SHEETS.values() if each.measured)
     if precision != "bf16":
-        return f"{memory}, {fitted}, and {products}, which is assumed; not measured at {precision}: {_TO_BE_MEASURED}"
+        why = "as large matrices reached on a V100" if precision == "fp16" else "which is assumed"
+        plain = "" if sheet.bf16 else f"; {PLAIN_BLOCKS:g} times that for plain blocks, as on an H200"
+        return f"{memory}, {fitted}, and {products}, {why}{plain}; not measured at {precision}: {_TO_BE_MEASURED}"
     return f"{products} and {memory}, {fitted}" + ("" if sheet.measured else f"; not measured on this GPU: {_TO_BE_MEASURED}")
 
 
@@ -367,10 +385,11 @@ def forecast_json(forecast: StudyForecast) -> dict[str, Any]:
     """The forecast as JSON values: seconds, bytes, dollars."""
     fleet = forecast.fleet
     return {
-        "device": fleet.title, "kind": fleet.kind, "precision": fleet.precision, "devices": fleet.devices,
+        "device": fleet.title, "kind": fleet.kind, "precision": forecast.precision, "devices": fleet.devices,
         "runs_per_device": fleet.runs_per_device,
         "memory": fleet.memory, "price": fleet.price, "start_seconds": fleet.start, "seconds": forecast.seconds,
         "makespan_seconds": forecast.makespan, "dollars": forecast.price(forecast.seconds), "bill": forecast.bill,
+        "session_seconds": fleet.session, "sessions": forecast.sessions,
         "runs": [
             {
                 **each.run.spec.names(str(each.run.run_id)), "run_id": each.run.run_id, "overrides": dict(each.run.spec.overrides),

@@ -48,16 +48,19 @@ def dry_run_table(options: StudyOptions) -> str:
     return "\n".join([*lines, f"{len(runs)} runs, {ended} already finished, {significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
 
 
-def plan_study(options: StudyOptions, gpu: str | None = None, gpus: int = 1, probe_seconds: float | None = None) -> StudyForecast:
+def plan_study(
+    options: StudyOptions, gpu: str | None = None, gpus: int = 1, probe_seconds: float | None = None, session: float | None = None
+) -> StudyForecast:
     """Forecast a study from measurements or a data sheet. Data sets need not be at hand, unless they are measured with.
 
     Args:
         gpu: a name in study.cost.devices.SHEETS; None: the machine at hand.
         gpus: how many of it; machines, where the device is a CPU.
         probe_seconds: measure the machine at hand first, so long for each cell.
+        session: hours after which the machine is taken away.
 
     Raises:
-        UserError: an unknown GPU, or nothing is known of the machine at hand.
+        UserError: an unknown GPU, a session that ends before the study begins, or nothing is known of the machine at hand.
     """
     from study.cost.forecast import forecast_study, measured_fleet, sheet_fleet
 
@@ -85,6 +88,10 @@ def plan_study(options: StudyOptions, gpu: str | None = None, gpus: int = 1, pro
     else:
         assert sheet
         fleet = sheet_fleet(sheet, gpus, compute, price)
+    if session is not None:
+        fleet = dataclasses.replace(fleet, session=3600 * session)
+        if 3600 * session <= fleet.start:
+            raise UserError(f"a session of {session:g} h is over before the first run begins.", f"that takes {fleet.start:.0f} s.")
     return forecast_study(runs, fleet, options.checkpoints)
 
 
