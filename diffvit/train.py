@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,7 +24,7 @@ from diffvit.keeping.keeper import RunKeeper
 from diffvit.keeping.saving import DEFAULT_SAVING, Every, Saving
 from diffvit.ledger.disk import disk_faults, file_sha256, write_atomically
 from diffvit.ledger.files import RunFiles
-from diffvit.ledger.log import LogPosition, Step, TrainingLog, WorkAgain, read_rows
+from diffvit.ledger.log import LogPosition, Step, TrainingLog, WorkAgain, skipped_steps
 from diffvit.ledger.results import DivergedAt, Result, write_result
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.weights import save_weights, weight_facts
@@ -286,7 +285,7 @@ def _evaluate(run: _Run, fitted: Fit, log: TrainingLog) -> _Outcome:
     prepare = Prepare(spec.protocol.image_size, data.mean, data.std, run.device)
     if fitted.micro_batch < run.placed.micro_batch:
         log.note(f"memory was short: {fitted.micro_batch} instead of {run.placed.micro_batch} images at once")
-    if skipped := int((~np.isfinite(read_rows(files.log).columns["grad_norm"])).sum()):
+    if skipped := skipped_steps(files.log):
         run.notes.append(f"{skipped} of {fitted.last.step} steps were skipped, for their gradients overflowed fp16")
 
     def measure(images: ImageSet) -> Evaluation:

@@ -191,6 +191,11 @@ def was_interrupted(path: Path) -> bool:
         return False
 
 
+def skipped_steps(path: Path) -> int:
+    """How many steps' updates were skipped, by the comments of a log."""
+    return len(re.findall(r"^# step [0-9]+ was skipped: ", path.read_text(), re.MULTILINE))
+
+
 def _steps_and_seconds(text: str) -> tuple[int, float]:
     """How many whole step lines there are, and the training time that the last one says."""
     lines = [line.split(",") for line in text.splitlines(keepends=True) if line.endswith("\n")]
