@@ -22,9 +22,13 @@ COLUMNS = ("balanced_accuracy", "majority_answer", *_CALIBRATION, "brier", "near
 def with_predictions(table: pd.DataFrame, checkpoints: Path | None) -> pd.DataFrame:
     """The run table with COLUMNS, computed from each run's predictions; empty where these are missing or damaged.
 
+    A table that has COLUMNS already is returned as it is.
+
     Args:
         checkpoints: the ledger; None leaves all empty.
     """
+    if set(COLUMNS) <= set(table):
+        return table
     rows = [_measure(checkpoints, table.iloc[[row]]) if checkpoints else {} for row in range(len(table))]
     return pd.concat([table, pd.DataFrame(rows, table.index, list(COLUMNS), float)], axis=1)
 

@@ -41,7 +41,9 @@ def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool, judg
         return True
     print(table_text(table))
     runs, steps = (options.checkpoints / f"{options.name}_{what}.csv" for what in ("runs", "steps"))
-    write_csv(with_predictions(table, options.checkpoints) if draw else table, runs)  # on a stop, nothing that takes long
+    if draw:  # on a stop, nothing that takes long
+        table = with_predictions(table, options.checkpoints)
+    write_csv(table, runs)
     write_step_csv(options.checkpoints, table, steps)
     say(f"\ntable    {runs}")
     if options.tracker:

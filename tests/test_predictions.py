@@ -80,6 +80,7 @@ def test_an_ended_run_has_all_columns_and_an_older_one_the_balanced_accuracy(tmp
         assert with_predictions(runs, tmp_path)[list(COLUMNS)].isna().all(axis=None)
     path.unlink()
     assert with_predictions(runs, tmp_path)[list(COLUMNS)].isna().all(axis=None)
+    assert with_predictions(table, tmp_path) is table  # a study's end hands it on, and reads no file twice
 
 
 def test_near_duplicates_are_known_by_their_pixels_and_left_out_of_the_second_error(tmp_path: Path, monkeypatch) -> None:
