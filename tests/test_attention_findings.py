@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from diffvit.data.batches import Prepare
 from diffvit.dataset import Dataset, load
@@ -308,6 +310,13 @@ def test_pictures_of_other_images_are_refused(found) -> None:
         attention_pictures({"vit_classic": found["vit_classic"], "vit_differential": other}, "Digits")
 
 
+def _curves(runs: list[tuple[str, str, dict]]) -> Figure:
+    """The figure of runs: model, size, what was found."""
+    table = pd.DataFrame([{"run_id": str(i), "model": model, "size": size, "parameters": 1e6 * float(size.rstrip("M"))}
+                          for i, (model, size, _) in enumerate(runs)])  # fmt: skip
+    return attention_curves(table, {str(i): each for i, (*_, each) in enumerate(runs)}, "digits")
+
+
 def test_curves_have_all_layers_seeds_and_the_uniform_level(found) -> None:
     short = json.loads(json.dumps(found["vit_classic"]))
     short["layers"] = short["layers"][:2]
@@ -315,10 +324,10 @@ def test_curves_have_all_layers_seeds_and_the_uniform_level(found) -> None:
     for layer in second["layers"]:
         layer["entropy"] += 0.5
     runs = [("vit_classic", "0.1M", short), *((name, "0.2M", found[name]) for name in MODELS), ("vit_differential", "0.2M", second)]
-    figure = attention_curves(runs, "digits")
+    figure = _curves(runs)
     figure.draw_without_rendering()
     cells = np.array(figure.axes).reshape(3, 2)
-    assert [axes.get_title() for axes in cells[0]] == ["0.102 M, 2 layers", "0.202 M, 4 layers"]
+    assert [axes.get_title() for axes in cells[0]] == ["0.1 M, 2 layers", "0.2 M, 4 layers"]  # of the runs
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "uniform attention",
         "Classic ViT",
@@ -341,7 +350,7 @@ def test_curves_have_all_layers_seeds_and_the_uniform_level(found) -> None:
 
 
 def test_nothing_of_the_curves_overlaps(found) -> None:
-    figure = attention_curves([(name, "0.2M", found[name]) for name in MODELS], "digits")
+    figure = _curves([(name, "0.2M", found[name]) for name in MODELS])
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     assert legend.y0 >= figure.axes[0].title.get_window_extent().y1

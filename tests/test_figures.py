@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import itertools
 import os
 import subprocess
@@ -19,7 +20,17 @@ from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.protocol import MODELS, PROTOCOLS
 from study.report.attention_figures import attention_curves
 from study.report.drawing import our_style, save
-from study.report.figures import _MODEL_STYLES, draw_figures, loss_figure, scaling_figure, wilson
+from study.report.figures import (
+    _MODEL_STYLES,
+    _size_colour,
+    batch_lengths,
+    draw_figures,
+    loss_figure,
+    running_mean,
+    scaling_figure,
+    smoothing_window,
+    wilson,
+)
 from study.report.noise_figures import noise_figure
 from study.table import COLUMNS
 
@@ -144,10 +155,68 @@ def test_architectures_can_be_told_apart_in_grey() -> None:
     assert len({style["marker"] for style in _MODEL_STYLES.values()}) == len(MODELS)
 
 
-def test_both_architectures_share_a_vertical_range() -> None:
-    runs, _ = _tables(("digits",))
-    ranges = {scaling_figure(of_model, scale_like=runs).axes[0].get_ylim() for _, of_model in runs.groupby("model")}
-    assert len(ranges) == 1
+def test_sizes_have_a_hue_that_no_architecture_has_and_are_told_apart_in_grey() -> None:
+    from matplotlib.colors import to_rgb
+
+    sizes = [to_rgb(_size_colour("CIFAR-100", size)) for size in PROTOCOLS["CIFAR-100"].sizes]
+    greys = [float(np.dot(colour, (0.299, 0.587, 0.114))) for colour in sizes]
+    assert min(-np.diff(greys)) > 0.2  # darker with size
+    hues = [360 * colorsys.rgb_to_hls(*colour)[0] for colour in sizes]
+    assert max(hues) - min(hues) < 15
+    models = [360 * colorsys.rgb_to_hls(*to_rgb(style["color"]))[0] for style in _MODEL_STYLES.values()]
+    assert min(abs((a - b + 180) % 360 - 180) for a in hues for b in models) > 45
+
+
+def test_both_architectures_share_their_axes() -> None:
+    runs, steps = _tables(("digits",))
+    steps.loc[steps["run_id"].str.contains("differential"), ["train_loss", "val_loss"]] *= 3
+    steps.loc[steps["step"] == 50, "val_loss"] = np.inf
+    by_model = [of_model for _, of_model in runs.groupby("model")]
+    assert len({scaling_figure(of_model, scale_like=runs).axes[0].get_ylim() for of_model in by_model}) == 1
+    losses = [loss_figure(of_model, steps, "val_loss", scale_like=runs).axes[0] for of_model in by_model]
+    assert len({(axes.get_xlim(), axes.get_ylim()) for axes in losses}) == 1
+
+
+def test_a_running_mean_weighs_batches_by_their_images() -> None:
+    # Digits: 39 batches of 32 and one of 10 are its 1,258 training images; 5 of 32 and one of 20 the 180 for validation.
+    steps = pd.RangeIndex(1, 81)
+    train, val = (batch_lengths("digits", "", loss, steps) for loss in ("train_loss", "val_loss"))
+    assert [*train[[0, 38, 39, 40, 79]]] == [32, 32, 10, 32, 10] and [*val[4:7]] == [32, 20, 32]
+    assert [*batch_lengths("digits", "batch_size=629", "train_loss", steps[10:13])] == [629, 629, 629]
+    curve = pd.Series(np.where(train == 10, 0.0, 1.0), steps)
+    smooth = running_mean(curve, 3, train)
+    assert smooth[39] == pytest.approx(64 / 74) and smooth[20] == pytest.approx(1) and running_mean(curve, 1, train).equals(curve)
+    assert running_mean(curve.where(train > 10), 3, train)[40] == pytest.approx(1)
+    assert [smoothing_window(count) for count in (1, 600, 4400)] == [1, 15, 111]
+    runs, of_runs = _tables(("digits",), seeds=3)
+    caption = loss_figure(runs[runs["model"] == "vit_classic"], of_runs, "train_loss").get_supxlabel()
+    assert "running mean over 5 steps and all seeds, batches weighted by their images" in caption
+
+
+def test_noise_has_bars_over_seeds_axes_on_every_panel_and_says_how_many_seeds() -> None:
+    for seeds, said in ((1, "mean over 3 sizes; 1 seed, so no bars"), (3, "bars: ± 1 standard deviation over 3 seeds")):
+        runs, _ = _tables(("digits",), seeds)
+        accuracies = {run.run_id: [run.test_accuracy - level / 10 for level in range(6)] for run in runs.itertuples()}
+        found = {
+            run_id: {"conditions": [{"corruption": name if level else "clean", "severity": level, "accuracy": accuracy}
+                                    for name in CORRUPTIONS for level, accuracy in enumerate(values) if level or name == next(iter(CORRUPTIONS))]}
+            for run_id, values in accuracies.items()
+        }  # fmt: skip
+        figure = noise_figure(runs, found, "digits")
+        figure.draw_without_rendering()
+        assert said in figure.get_supxlabel()
+        panels = figure.axes[: len(CORRUPTIONS)]
+        for axes in panels:
+            assert axes.get_xlabel() and axes.get_ylabel()
+            assert all(
+                any(label.get_visible() and label.get_text() for label in axis.get_ticklabels()) for axis in (axes.xaxis, axes.yaxis)
+            )
+        bars = [bar for bar in panels[0].collections if len(bar.get_segments())]
+        assert len(bars) == (0 if seeds == 1 else len(MODELS))
+        if seeds > 1:
+            of_model = runs[runs["model"] == "vit_classic"].groupby("seed")["test_accuracy"].mean()
+            (_, low), (_, high) = bars[0].get_segments()[0]
+            assert high - low == pytest.approx(200 * of_model.std())
 
 
 def testwilson_interval() -> None:
@@ -200,7 +269,7 @@ def _every_kind(out: Path) -> list[bytes]:
     attention = {"layers": layers, "uniform_entropy": 1.4, "signal_area": 0.3, "images": 64}
     with our_style():
         noise = noise_figure(runs, {run_id: {"conditions": severities} for run_id in runs["run_id"]}, "digits")
-        curves = attention_curves([("vit_classic", "0.1M", attention)], "digits")
+        curves = attention_curves(runs[:1], {runs["run_id"][0]: attention}, "digits")
         paths = [*save(noise, out / "noise"), *save(curves, out / "attention")]
     paths += draw_figures(runs[runs["model"] == "vit_classic"], steps, out)
     return [path.read_bytes() for path in paths]

@@ -9,6 +9,7 @@ import study.report.drawing  # noqa: F401  (first: it sees to how matplotlib is 
 
 # isort: split
 import numpy as np
+import pandas as pd
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -17,8 +18,7 @@ from matplotlib.patheffects import Stroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from diffvit.findings.attention import picture_pixels
-from diffvit.protocol import MODELS, protocol_of
-from diffvit.vit import build_model
+from diffvit.protocol import MODELS
 from study.report.figures import add_caption, millions, model_style, model_title
 
 if TYPE_CHECKING:
@@ -75,40 +75,38 @@ def attention_pictures(findings_by_model: Mapping[str, Mapping[str, Any]], title
     return figure
 
 
-def attention_curves(runs: Sequence[tuple[str, str, Mapping[str, Any]]], dataset: str, subject: str | None = None) -> Figure:
+def attention_curves(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any]], name: str) -> Figure:
     """Entropy and share of attention on the object over relative depth: a column a size, a line an architecture.
 
     A run is a thin line where an architecture has several at a size, and their mean the thick one. The level of uniform attention is
     drawn thin and grey.
 
     Args:
-        runs: model, size label and what evaluate_attention found, for every run.
-        dataset: whose sizes they are. subject: for the title; by default the data set.
+        runs: rows of a run table. findings: run_id -> what evaluate_attention found, for all of them.
+        name: of the data set, for the title.
 
     Raises:
         ValueError: no runs.
     """
-    if not runs:
+    if runs.empty:
         raise ValueError("there is nothing to draw")
-    sizes = [size for size in protocol_of(dataset).sizes if any(size == of for _, of, _ in runs)]
-    models = [model for model in MODELS if any(model == of for of, _, _ in runs)]
-    backgrounds = list(runs[0][2]["layers"][0]["signal_share"])
+    sizes = [of_size for _, of_size in sorted(runs.groupby("size"), key=lambda of_size: of_size[1]["parameters"].min())]
+    models = [model for model in MODELS if (runs["model"] == model).any()]
+    some = findings[runs["run_id"].iloc[0]]
     measures = [
         ("entropy", "entropy (nats)"),
-        *((background, f"share on object (%),\n{_behind(background)}") for background in backgrounds),
+        *((background, f"share on object (%),\n{_behind(background)}") for background in some["layers"][0]["signal_share"]),
     ]
 
     figure = Figure(figsize=(2.6 * max(2, len(sizes)) + 1.2, 2.0 * len(measures) + 1.1), layout="constrained")
     cells = figure.subplots(len(measures), len(sizes), sharex=True, sharey="row", squeeze=False)
-    for (measure, name), of_measure in zip(measures, cells, strict=True):
-        for size, axes in zip(sizes, of_measure, strict=True):
-            of_size = [(model, findings) for model, of, findings in runs if of == size]
-            _draw_measure(axes, measure, models, of_size)
-        of_measure[0].set_ylabel(name)
-    for size, axes in zip(sizes, cells[0], strict=True):
-        depth = protocol_of(dataset).depths[size]
-        parameters = build_model(models[0], size, protocol_of(dataset), "meta").count_parameters()
-        axes.set_title(f"{millions(parameters)}, {depth} layers", fontsize=10, loc="center")
+    for (measure, label), of_measure in zip(measures, cells, strict=True):
+        for of_size, axes in zip(sizes, of_measure, strict=True):
+            _draw_measure(axes, measure, models, [(run.model, findings[run.run_id]) for run in of_size.itertuples()])
+        of_measure[0].set_ylabel(label)
+    for of_size, axes in zip(sizes, cells[0], strict=True):
+        depth = len(findings[of_size["run_id"].iloc[0]]["layers"])
+        axes.set_title(f"{millions(of_size['parameters'].min())}, {depth} layers", fontsize=10, loc="center")
     for axes in cells[-1]:
         axes.set_xlabel("depth (0: first layer, 1: last)")
         axes.set_xlim(-0.04, 1.04)
@@ -116,10 +114,10 @@ def attention_curves(runs: Sequence[tuple[str, str, Mapping[str, Any]]], dataset
     lines = {line.get_label(): line for axes in cells.flat for line in axes.lines if not str(line.get_label()).startswith("_")}
     # The title is the legend's: constrained layout would put a legend outside on top of a title of the figure.
     legend = figure.legend(lines.values(), lines.keys(), loc="outside upper left", ncols=2, frameon=False, handlelength=3, fontsize=9,
-                           title=f"Attention of the class token on {subject or dataset}", alignment="left")  # fmt: skip
+                           title=f"Attention of the class token on {name}", alignment="left")  # fmt: skip
     legend.get_title().set(fontsize=11.5, fontweight="bold")
-    images = min(findings["images"] for _, _, findings in runs)
-    seeds = max(sum((model, size) == (m, s) for m, s, _ in runs) for model, size, _ in runs)
+    images = min(findings[run_id]["images"] for run_id in runs["run_id"])
+    seeds = int(runs.groupby(["model", "size"]).size().max())
     add_caption(figure, f"over the patches, mean over heads and {images:,} test images; {_seeds(seeds)}")
     return figure
 

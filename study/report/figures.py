@@ -1,8 +1,9 @@
 """The user's figures: loss per batch, accuracy over size, and both architectures in one picture. PNG and SVG.
 
 For each data set: training and validation loss per step for each architecture, all sizes in one plot; test accuracy over
-model size for each architecture; and one overlay of all. Runs under overrides have figures of their own, whose names
-and titles say them. Colours differ in lightness too, so that grey prints work, and lines are named at their end.
+model size for each architecture; and one overlay of all. Figures of one kind share their axes. Runs under overrides have
+figures of their own, whose names and titles say them. Colours differ in lightness too, so that grey prints work, and
+lines are named at their end.
 """
 
 from __future__ import annotations
@@ -16,28 +17,30 @@ from study.report.drawing import our_style, save
 # isort: split
 import numpy as np
 import pandas as pd
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, protocol_of
+from diffvit.ledger.spec import parse_overrides
+from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, images_in_steps, protocol_of
 from study.report import curves, scaling
 from study.table import all_overrides, comparable, file_stem
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Light to dark with size, and a lightness of its own for each architecture, classic ones blue; safe for the common forms of
-# colour blindness.
-_SIZE_COLOURS = ("#E9A03B", "#C2477F", "#2A1E6E")
+# Sizes: one hue, which no architecture has, light to dark. Architectures: a lightness of their own each, so that the common forms of colour
+# blindness and grey prints tell them apart.
+_SIZE_COLOURS = LinearSegmentedColormap.from_list("sizes", ["#C77BD9", "#8E35A3", "#450B54"])
 _MODEL_STYLES: dict[str, dict[str, Any]] = {
     "vit_classic": {"color": "#1F3A6E", "marker": "o", "linestyle": "-"},
     "vit_differential": {"color": "#E07B39", "marker": "s", "linestyle": (0, (5, 1.5))},
     "vit_classic_wide_heads": {"color": "#8DB6DB", "marker": "^", "linestyle": (0, (6, 1.5, 1, 1.5))},
-    "vit_classic_sub_norm": {"color": "#0B1A38", "marker": "P", "linestyle": (0, (1, 1.2))},
-    "vit_differential_v2": {"color": "#B0413E", "marker": "v", "linestyle": (0, (2, 1))},
+    "vit_classic_sub_norm": {"color": "#2E8B8B", "marker": "P", "linestyle": (0, (1, 1.2))},
+    "vit_differential_v2": {"color": "#9C3432", "marker": "v", "linestyle": (0, (2, 1))},
 }
 _OTHER_STYLE: dict[str, Any] = {"color": "#6B7A89", "marker": "D", "linestyle": ":"}
-_LOSSES = {"train_loss": "training", "val_loss": "validation"}
+LOSSES = {"train_loss": "training", "val_loss": "validation"}
 
 
 def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path, prefix: str = "") -> list[Path]:
@@ -60,8 +63,8 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path, prefix: str
             have_accuracy = []
             for model in models:
                 of_model = of_dataset[of_dataset["model"] == model]
-                for loss in _LOSSES:
-                    figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss, overrides)
+                for loss in LOSSES:
+                    figures[f"{model}_{loss}"] = loss_figure(of_model, steps, loss, overrides, of_dataset)
                 if (of_model["status"] == "done").any():
                     have_accuracy.append(model)
                     figures[f"{model}_scaling"] = scaling_figure(of_model, of_dataset, overrides)
@@ -72,22 +75,24 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path, prefix: str
     return written
 
 
-def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, overrides: str = "") -> Figure:
-    """Loss per batch of one architecture on one data set: the raw curve thin, its running mean on top, a colour a size.
+def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, overrides: str = "", scale_like: pd.DataFrame | None = None) -> Figure:
+    """Loss per batch of one architecture on one data set: the raw curves thin, their running mean over steps and seeds on top.
 
     Args:
-        overrides: a second line of the title.
+        overrides: of the runs, as text; a second line of the title.
+        scale_like: runs whose losses set both ranges, so that two figures can be compared.
     """
     model, dataset = runs["model"].iloc[0], runs["dataset"].iloc[0]
     figure, axes = _axes()
-    ends = []
+    ends, window = [], 1
     for size, of_size in runs.groupby("size", sort=False):
         colour = _size_colour(dataset, size)
         curves = steps[steps["run_id"].isin(of_size["run_id"])].pivot(index="step", columns="run_id", values=loss)
         curves = curves.replace([np.inf, -np.inf], np.nan)
         for run_id in curves:
             axes.plot(curves.index, curves[run_id], color=colour, linewidth=0.5, alpha=0.4)
-        smooth = _running_mean(curves.mean(axis=1))
+        window = smoothing_window(len(curves))
+        smooth = running_mean(curves.mean(axis=1), window, batch_lengths(dataset, overrides, loss, curves.index))
         axes.plot(smooth.index, smooth, color=colour, linewidth=2.0)
         drawn = smooth.dropna()
         diverged = int((of_size["status"] == "diverged").sum())
@@ -95,17 +100,21 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, overrides: s
         name = millions(of_size["parameters"].iloc[0]) + (f" ({of_several}diverged)" if diverged else "")
         if len(drawn):
             ends.append((drawn.index[-1], drawn.iloc[-1], name, colour))
+    shown = steps if scale_like is None else steps[steps["run_id"].isin(scale_like["run_id"])]
+    losses = shown[loss].where((shown[loss] > 0) & (shown[loss] < np.inf))
+    if losses.notna().any():
+        axes.set_ylim(losses.min() / 1.1, losses.max() * 1.1)
     _log_loss_axis(axes)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, shown["step"].max())
     axes.set_xlabel("training step (one batch each)")
     axes.set_ylabel("cross-entropy (nats), log scale")
-    axes.set_title(f"{model_title(model)} on {dataset}: {_LOSSES[loss]} loss per batch" + _second_line(overrides))
+    axes.set_title(f"{model_title(model)} on {dataset}: {LOSSES[loss]} loss per batch" + _second_line(overrides))
     _name_ends(axes, ends)
     seeds = runs["seed"].nunique()
     batch = "each step's own batch, before its update" if loss == "train_loss" else "one validation batch after each step"
-    add_caption(
-        figure, f"thin: {batch}{'' if seeds == 1 else f', {seeds} seeds'}; thick: running mean{'' if seeds == 1 else ' over seeds'}"
-    )
+    thin, thick = (f", {seeds} seeds", " and all seeds") if seeds > 1 else ("", "")
+    mean = f"running mean over {window} steps{thick}, batches weighted by their images"
+    add_caption(figure, f"thin: {batch}{thin}\nthick: {mean}")
     return figure
 
 
@@ -227,9 +236,23 @@ def wilson(percent: float, n: int) -> tuple[float, float]:
     return 100 * (centre - half), 100 * (centre + half)
 
 
-def _running_mean(curve: pd.Series) -> pd.Series:
-    """A centred mean over about a fortieth of the curve; shorter windows at its ends."""
-    return curve.rolling(max(1, len(curve) // 40), center=True, min_periods=1).mean()
+def smoothing_window(steps: int) -> int:
+    """Steps that a running mean is over: about a fortieth of the curve, an odd number."""
+    return 2 * (steps // 80) + 1
+
+
+def running_mean(curve: pd.Series, window: int, weights: np.ndarray) -> pd.Series:
+    """A centred, weighted mean; over fewer values at the curve's ends."""
+    known = pd.Series(weights, curve.index).where(curve.notna())
+    total, weight = (each.rolling(window, center=True, min_periods=1).sum() for each in (curve * known, known))
+    return total / weight
+
+
+def batch_lengths(dataset: str, overrides: str, loss: str, steps: pd.Index) -> np.ndarray:
+    """Images of each step's training or validation batch: the last one of an epoch has what is left."""
+    protocol = protocol_of(dataset).with_overrides(parse_overrides(overrides))
+    rows = protocol.images[0 if loss == "train_loss" else 1]
+    return np.diff([images_in_steps(rows, protocol.batch_size, step) for step in (steps[0] - 1, *steps)]) if len(steps) else np.empty(0)
 
 
 def _name_ends(axes: Axes, ends: list[tuple[float, float, str, str]]) -> None:
@@ -253,7 +276,7 @@ def add_caption(figure: Figure, text: str) -> None:
 
 def _size_colour(dataset: str, size: Any) -> str:
     sizes = protocol_of(dataset).sizes
-    return _SIZE_COLOURS[sizes.index(size) % len(_SIZE_COLOURS)]
+    return to_hex(_SIZE_COLOURS(sizes.index(size) / max(1, len(sizes) - 1)))
 
 
 def millions(parameters: float) -> str:

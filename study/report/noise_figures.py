@@ -19,32 +19,39 @@ from study.report.figures import add_caption, model_style, model_title
 def noise_figure(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any]], name: str) -> Figure:
     """Error in % over severity, a panel a corruption, means over sizes and seeds; severity 0 is the clean test set.
 
+    Bars are one standard deviation over seeds, of the mean over sizes.
+
     Args:
         runs: rows of a run table; sizes and seeds that not all architectures have are left out.
         findings: run_id -> what evaluate_corruptions found; other runs are left out.
         name: of the data set, for the title.
     """
-    figure = Figure(figsize=(7.2, 4.8), layout="constrained")
-    panels = figure.subplots(2, 3, sharey=True, sharex=True).ravel()
+    figure = Figure(figsize=(8.4, 5.6), layout="constrained")
+    panels = figure.subplots(2, 3, sharey=True).ravel()
     runs = runs[runs["run_id"].isin(list(findings))]
     # Means over other sizes or seeds would compare those.
     models = runs["model"].nunique()
     runs = runs[runs.groupby(["size", "seed"])["model"].transform("nunique") == models]
     for axes, corruption in zip(panels, CORRUPTIONS, strict=False):
-        for model, of_model in runs.groupby("model", sort=False):
-            curves = np.asarray([_errors(findings[run_id], corruption) for run_id in of_model["run_id"]])
-            style = {**model_style(str(model)), "markersize": 4, "linewidth": 1.8, "label": model_title(str(model))}
-            axes.plot(range(curves.shape[1]), 100 * curves.mean(axis=0), **style)
+        for place, (model, of_model) in enumerate(runs.groupby("model", sort=False)):
+            curves = pd.DataFrame([_errors(findings[run_id], corruption) for run_id in of_model["run_id"]], of_model["seed"])
+            by_seed = 100 * curves.groupby(level=0).mean()
+            x = np.arange(by_seed.shape[1]) + 0.1 * (place - (models - 1) / 2)  # bars beside each other
+            bars = by_seed.std() if len(by_seed) > 1 else None
+            style = {**model_style(str(model)), "markersize": 3.5, "linewidth": 1.3, "label": model_title(str(model))}
+            axes.errorbar(x, by_seed.mean(), yerr=bars, elinewidth=1, capsize=2, **style)
         axes.set_title(corruption, fontsize=10)
-    for axes in panels[3:]:
+        axes.set_xticks(range(6))
         axes.set_xlabel("severity (0: clean)")
-    for axes in panels[::3]:
         axes.set_ylabel("test error (%)")
+        axes.tick_params(labelleft=True)
     last = panels[len(CORRUPTIONS)]
     last.axis("off")
     last.legend(*panels[0].get_legend_handles_labels(), loc="center", frameon=False)
     figure.suptitle(f"{name}: test error under corruption", x=0.01, ha="left", fontsize=11.5, fontweight="bold")
-    add_caption(figure, f"mean over {runs['size'].nunique()} sizes and {runs['seed'].nunique()} seeds; CIFAR-C's constants")
+    sizes, seeds = (runs[what].nunique() for what in ("size", "seed"))
+    bars_are = "1 seed, so no bars" if seeds == 1 else f"bars: ± 1 standard deviation over {seeds} seeds"
+    add_caption(figure, f"{f'mean over {sizes} sizes' if sizes > 1 else '1 size'}; {bars_are}; CIFAR-C's constants")
     return figure
 
 

@@ -52,8 +52,7 @@ def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
                 written += save(noise_figure(part.table, corrupted, part.name), out / f"{stem}_noise")
             runs = part.table[part.table["run_id"].isin(list(attended))]
             if len(runs):
-                found = [(run.model, run.size, attended[run.run_id]) for run in runs.itertuples()]
-                written += save(attention_curves(found, part.dataset, part.name), out / f"{stem}_attention")
+                written += save(attention_curves(runs, attended, part.name), out / f"{stem}_attention")
                 with contextlib.suppress(ValueError):  # models that were shown different pictures have none to compare
                     pictures = attention_pictures(_side_by_side(runs, attended), f"{part.name}: where the largest models look")
                     written += save(pictures, out / f"{stem}_attention_maps")
