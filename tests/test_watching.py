@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,14 @@ def test_curves_have_each_step_once_while_the_log_grows_and_shrinks(folders: tup
         files.log.write_text("".join(whole[: begin + steps]) + ("7,1,0.0" if steps == 3 else ""))
         curves.draw(DONE, files)
     (folder,) = (tmp_path / "tracking" / "tensorboard").iterdir()
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    assert [event.step for event in events.Scalars("train_loss")] == list(range(1, 13))
+
+    def drawn() -> list[int]:
+        curves.draw(DONE, files)  # each time, what the writer's thread has made of the last one is flushed
+        events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        events.Reload()
+        return [event.step for event in events.Scalars("train_loss")]
+
+    deadline = time.monotonic() + 60
+    while len(drawn()) < 12 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert drawn() == list(range(1, 13))

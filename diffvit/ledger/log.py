@@ -217,6 +217,15 @@ class LogRows(NamedTuple):
     text: bytes
     columns: dict[str, np.ndarray]
 
+    @property
+    def last(self) -> int:
+        """The last step; 0 where there is none."""
+        return len(self.columns["step"])
+
+    def after(self, step: int) -> list[Step]:
+        """The steps that follow one, in order; after 0, all."""
+        return [Step(*(self.columns[name][number].item() for name in STEP_COLUMNS)) for number in range(step, self.last)]
+
 
 def read_log(path: Path, steps: int | None = None) -> pd.DataFrame:
     """The log as a DataFrame, one row a step, columns as in Step. Arguments and errors as in read_rows."""

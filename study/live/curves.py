@@ -11,7 +11,7 @@ from pathlib import Path
 
 from diffvit.errors import UserError, first_line
 from diffvit.ledger.files import RunFiles
-from diffvit.ledger.log import Step, read_rows
+from diffvit.ledger.log import read_rows
 from diffvit.ledger.spec import RunSpec
 from diffvit.tracking import NO_TRACKING, TrackedRun, Tracker, open_tracker
 
@@ -35,8 +35,8 @@ class Curves:
 
     def draw(self, spec: RunSpec, files: RunFiles) -> None:
         """Draw the steps of a run's log that are not drawn yet; steps that it has lost since go. Raises UserError for a damaged log."""
-        columns = read_rows(files.log).columns
-        last = len(columns["step"])
+        rows = read_rows(files.log)
+        last = rows.last
         run, tracker, drawn = self._drawn.get(files.run_id, (None, None, 0))
         if run is None or tracker is None or last < drawn:
             if tracker:
@@ -44,8 +44,7 @@ class Curves:
             drawn = min(last, drawn)
             run = TrackedRun.of(spec, files.run_id, self._folder, drawn, NO_TRACKING)
             tracker = open_tracker("tensorboard", run)
-        steps = [Step(*(columns[name][number].item() for name in Step._fields)) for number in range(drawn, last)]
-        tracker.log([(step.step, run.numbers(step)) for step in steps])
+        tracker.log([(step.step, run.numbers(step)) for step in rows.after(drawn)])
         self._drawn[files.run_id] = run, tracker, last
 
 

@@ -19,7 +19,7 @@ from diffvit.keeping.runs import remote_result, state_folder
 from diffvit.keeping.storage import open_storage
 from diffvit.ledger.disk import write_atomically
 from diffvit.ledger.files import RunFiles
-from diffvit.ledger.log import Step, read_rows
+from diffvit.ledger.log import read_rows
 from diffvit.ledger.results import read_result, read_results
 from diffvit.ledger.spec import RunSpec
 from study.live.board import Board
@@ -63,20 +63,13 @@ class WatchedRun:
             row.report({"steps": result.steps, "seconds": result.seconds, "run_seconds": math.inf, "test_accuracy": result.test_accuracy})
             row.state, row.ended = result.status, row.ended or next(self.order)
             return files
-        if (last := last_step(files.log)) is not None and last.step != row.step:
-            pace = last.images_per_second(self.run.spec.protocol.batch_size)
+        rows = read_rows(files.log)
+        if rows.last not in (0, row.step):
+            (last,) = rows.after(rows.last - 1)
             row.opened = row.opened or (0, 0.0)  # its log has all of its training
-            row.report({**last.columns, "images_per_second": pace})
+            row.report({**last.columns, "images_per_second": last.images_per_second(self.run.spec.protocol.batch_size)})
         row.state = "training" if trained(files) else "stopped"
         return files
-
-
-def last_step(log: Path) -> Step | None:
-    """The last step of a log; None where there is none. Raises UserError for a damaged log."""
-    columns = read_rows(log).columns
-    if not len(columns["step"]):
-        return None
-    return Step(*(columns[name][-1].item() for name in Step._fields))
 
 
 class LedgerSource:
