@@ -28,7 +28,7 @@ from diffvit.hub.http import is_missing, quiet_client
 from diffvit.ledger.disk import listed, readable
 from diffvit.ledger.results import LONGEST_RESULT
 from diffvit.ledger.weights import load_weights
-from diffvit.protocol import ledger_model, resolve_dataset, resolve_size
+from diffvit.protocol import known_dataset, ledger_model, resolve_size
 
 if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
@@ -273,8 +273,9 @@ def from_pretrained(
     Raises:
         UserError: unknown names, no such model there, or a damaged file.
     """
-    dataset = resolve_dataset(dataset)
-    model, size = ledger_model(model), resolve_size(size, dataset)
+    model = ledger_model(model)
+    if known := known_dataset(dataset):  # else one that a grid file defined, of which the checkpoint knows enough
+        dataset, size = known, resolve_size(size, known)
     hub = Hub(Account(parse_repository(repository), find_token()))
     try:
         commit = hub.head(revision)

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,7 +17,7 @@ import torch
 from conftest import SHARED, needs_cifar, needs_tissue
 from PIL import Image
 
-from diffvit import dataset
+from diffvit import dataset, from_pretrained
 from diffvit.data import own, parts
 from diffvit.data.own import OwnData
 from diffvit.data.sources import SOURCES
@@ -30,6 +30,9 @@ from diffvit.protocol import PROTOCOLS, Protocol, protocol_of
 from diffvit.train import train
 from diffvit.vit import build_model
 from study.grid import find_dataset, find_grid
+
+if TYPE_CHECKING:
+    from hub.server import HubServer
 
 SMALL = {"image_size": 32, "patch_size": 8, "d_model": 64, "heads": 4, "parameters": ["0.1M", "0.2M"], "batch_size": 4, "epochs": 2}
 
@@ -412,6 +415,31 @@ def test_two_data_sets_of_one_name_are_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({"datasets": [{"name": "mine", "folder": "data", **SMALL}, {"name": "Mine", "folder": "data", **SMALL}]}))
     with pytest.raises(UserError, match="Mine cannot be the name of a data set: mine is another data set of a grid file"):
         find_grid(str(path))
+
+
+def test_more_images_than_fit_into_memory_are_refused_before_they_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _folder(tmp_path / "data", {"a": 12, "b": 12})
+    monkeypatch.setattr(parts, "memory_bytes", lambda: 24 * 3 * 16**2 - 1)
+    with pytest.raises(UserError, match=r"mine takes 0\.0 GB while it is decoded"):
+        _define_and_load(tmp_path, folder="data")
+    monkeypatch.setattr(parts, "memory_bytes", lambda: 24 * 3 * 16**2)
+    assert len(_define_and_load(tmp_path, folder="data").train) == 16
+
+
+def test_a_model_is_loaded_from_the_hub_without_the_grid_file(
+    tmp_path: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch, cli: Callable
+) -> None:
+    monkeypatch.setenv("HF_REPOSITORY", "user/study")
+    _folder(tmp_path / "data", {"a": 12, "b": 12})
+    path = _grid_file(tmp_path, **SMALL, folder="data")
+    options = ("--size", "0.1M", "--dataset", f"{path}:mine", "--max_steps", "1", "--device", "cpu", "--upload", "true")
+    assert cli("train", "--model", "classic", *options).code == 0
+    _forget()
+    model = from_pretrained("user/study", model="classic", size="0.1M", dataset="mine")
+    assert model.facts["classes"] == ["a", "b"] and model.facts["protocol"].images == (16, 4, 4)
+    listed, wanting = cli("list"), cli("evaluate", "--run_id", model.facts["run_id"])
+    assert listed.code == 0 and "mine" in listed.out
+    assert wanting.code == 2 and "FILE:NAME" in wanting.err
 
 
 # ------------------------------------------------------------------------------------------------------------------ a study

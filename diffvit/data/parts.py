@@ -22,6 +22,7 @@ from diffvit.data.images import decode_rgb, squeezed
 from diffvit.data.sources import Raw
 from diffvit.data.splits import mixed, split_rows
 from diffvit.errors import UserError, shown
+from diffvit.machine.host import memory_bytes
 
 if TYPE_CHECKING:
     from diffvit.data.own import OwnData
@@ -95,7 +96,14 @@ def raw_of(own: OwnData, data_root: Path | None) -> Raw:
 
     @functools.cache
     def side() -> int:
-        return _stored_side(parts.values(), own.image_size)
+        found = _stored_side(parts.values(), own.image_size)
+        needed, there = 3 * found**2 * len(labels), memory_bytes()
+        if needed > there:
+            raise UserError(
+                f"{own.name} takes {needed / 1e9:.1f} GB while it is decoded, and this machine has {there / 1e9:.1f} GB of memory.",
+                "give a smaller image_size, or bring the cache folder, DIFFVIT_CACHE, from a larger machine.",
+            )
+        return found
 
     def decode(rows: np.ndarray) -> np.ndarray:
         out = np.empty((len(rows), 3, side(), side()), dtype=np.uint8)

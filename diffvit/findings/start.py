@@ -58,7 +58,7 @@ def start_rows(specs: Iterable[RunSpec], images: int = 4, data_root: str | Path 
     """What measure_start finds for each cell and architecture of a list of runs, at its first seed, and what was looked at.
 
     Args:
-        images: how many, of the validation split; of data on the hub that are not at hand photographs from scikit-learn.
+        images: how many, of the validation split; of data that are not at hand photographs from scikit-learn.
         quick: images of at most 8 x 8 patches, and photographs for all data from the hub.
     """
     rows = {}
@@ -80,7 +80,7 @@ def _start_row(
         protocol = dataclasses.replace(protocol, image_size=side * protocol.patch_size)
     mean: Sequence[float]
     std: Sequence[float]
-    if hub_name(dataset) and (quick or not at_hand(dataset, data_root)):
+    if (quick and hub_name(dataset)) or not at_hand(dataset, data_root):
         pixels, mean, std, source = *_photographs(images), "photographs"
     else:
         data = load(dataset, data_root)
