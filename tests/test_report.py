@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import os
 import re
@@ -18,7 +19,7 @@ from diffvit.train import train
 from study.grid import find_grid
 from study.report import sentences
 from study.report.analysis import analyse
-from study.report.document import Code, Figures, Heading, Items, Paragraph, Table, to_html, to_markdown
+from study.report.document import Code, Contents, Facts, Figures, Finding, Findings, Heading, Items, Paragraph, Table, to_html, to_markdown
 from study.report.page import page
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -39,7 +40,7 @@ def _starts(monkeypatch: pytest.MonkeyPatch) -> None:
 def _text(page_html: str) -> str:
     """What a person reads."""
     body = re.sub(r"<style>.*?</style>", "", page_html, flags=re.DOTALL)
-    body = body.replace("\N{NO-BREAK SPACE}", " ").replace("\N{NON-BREAKING HYPHEN}", "-")
+    body = body.replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
 
@@ -107,14 +108,19 @@ def test_both_forms_say_the_same_and_html_needs_nothing_else(tmp_path: Path) -> 
     picture.parent.mkdir()
     picture.write_bytes(b"\x89PNG")
     blocks = [
-        Heading("A <title> & more", 1), Paragraph("a lead", lead=True, tag="better"), Items(["one", "two"]), Code("run.py study"),
-        Table(["x", "y | z"], [["1", "2"]], "numbers", closed=True), Figures([(picture, "a picture")]),
+        Heading("A <title> & more", 1), Contents(), Facts([("asked", "now")]), Findings([Finding("better", "▲", "better", "q?", "a -2 %", "-2 %", "<svg/>")], "<svg/>"),
+        Heading("Part 1: one"), Paragraph("on 2026-11-28 at -0.5 of 1e-05"), Items(["one", "two"]), Code("run.py study"),
+        Table(["x", "y | z"], [["1", "-2"]], "numbers", closed=True), Figures([(picture, "a picture")]), Code("a,b", "rows", "rows.csv"),
     ]  # fmt: skip
     markdown, page_html = to_markdown(blocks, tmp_path), to_html(blocks, "t")
-    assert markdown.startswith("# A <title> & more\n\n**Better.** a lead\n\n- one\n- two\n\n```\nrun.py study\n```")
-    assert "| x | y / z |\n| --- | ---: |\n| 1 | 2 |" in markdown and "![a picture](figures/a.png)" in markdown
+    opening = "# A <title> & more\n\n- [Part 1: one](#part-1-one)\n\n- asked: now\n\n- ▲ **better.** a −2 %\n\n## Part 1: one\n\n"
+    assert markdown.startswith(opening + "on 2026-11-28 at −0.5 of 1e-05\n\n- one\n- two\n\n```\nrun.py study\n```")
+    assert "| x | y / z |\n| --- | ---: |\n| 1 | −2 |" in markdown and "![a picture](figures/a.png)" in markdown
     assert "A &lt;title&gt; &amp; more" in page_html and "data:image/png;base64,iVBORw==" in page_html
-    assert not re.search(r"(?:src|href)=\"(?!data:)", page_html) and "<script" not in page_html
+    assert '<a href="#part-1-one">Part 1: one</a>' in page_html and '<h2 id="part-1-one">' in page_html and page_html.count("<svg/>") == 2
+    link = re.search(r'download="rows.csv" href="data:text/plain;charset=utf-8;base64,([^"]+)"', page_html)
+    assert link and base64.b64decode(link[1]) == b"a,b" and "rows: in report.html" in markdown
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)", page_html) and "<script" not in page_html
 
 
 def test_a_percentage_keeps_its_sign() -> None:

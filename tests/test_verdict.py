@@ -15,6 +15,7 @@ from tables import study_table
 from diffvit.protocol import ARMS
 from study.report import compare, sentences, verdict
 from study.report.analysis import analyse, subjects
+from study.report.document import Findings
 from study.report.page import page
 from study.report.verdict import Answer, Estimate
 
@@ -42,7 +43,7 @@ def test_arms_within_the_margin_are_called_equivalent() -> None:
     found = _sentences(study_table(spread=0.003, seeds=5))
     assert found["level"][0] == found["trend"][0] == "equivalent"
     assert "equivalent at these sizes" in found["level"][1] and "scale alike" in found["trend"][1]
-    assert all("lies within +-2 %" in text for _, text in found.values())
+    assert all("lies within ±2 %" in text for _, text in found.values())
 
 
 def test_where_nothing_can_be_said_the_sentence_says_what_would_have_been_found() -> None:
@@ -169,8 +170,8 @@ def test_an_arm_that_always_diverged_is_named_in_the_opening() -> None:
     table = study_table()
     table.loc[table["model"] == "vit_differential", "status"] = "diverged"
     analysis = analyse(table, None)
-    blocks = page(analysis, [], "")
-    assert "Differential ViT: 0 done, 9 diverged" in blocks[1].text and blocks[1].tag == "no answer"
+    (findings,) = [block for block in page(analysis, [], "") if isinstance(block, Findings)]
+    assert "Differential ViT: 0 done, 9 diverged" in findings.rows[0].sentence and findings.rows[0].verdict == "no answer"
     assert "CIFAR-100: Differential ViT 10B seed 0 diverged" in analysis.left_out
 
 

@@ -14,7 +14,8 @@ import pandas as pd
 from diffvit.errors import UserError
 from diffvit.findings.kept import outdated, read_evaluations
 from diffvit.findings.robustness import summarise
-from diffvit.protocol import ARMS, protocol_of
+from diffvit.ledger.spec import parse_overrides
+from diffvit.protocol import ARMS, Protocol, protocol_of
 from study.predictions import with_predictions
 from study.report import compare, verdict
 from study.report.caveats import at_chance, losses_left_out, same_images, with_remarks, with_sensitivity
@@ -49,6 +50,11 @@ class Subject:
     def overrides(self) -> set[str]:
         """Names of the overrides that make the condition."""
         return {part.partition("=")[0] for part in self.condition.split()}
+
+    @property
+    def protocol(self) -> Protocol:
+        """The data set's, with all overrides of these runs."""
+        return protocol_of(self.dataset).with_overrides(parse_overrides(self.table["overrides"].iloc[0]))
 
     def adds(self, override: str, base: Subject) -> bool:
         """Whether the condition is that of `base`, which has no noise, and this override, nothing else."""

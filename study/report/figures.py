@@ -236,6 +236,12 @@ def wilson(percent: float, n: int) -> tuple[float, float]:
     return 100 * (centre - half), 100 * (centre + half)
 
 
+def with_wilson(accuracy: float, images: float) -> str:
+    """An accuracy in percent with its 95 % Wilson interval over so many test images."""
+    low, high = wilson(100 * accuracy, int(images))
+    return f"{100 * accuracy:.2f} % ({low:.1f} to {high:.1f})"
+
+
 def smoothing_window(steps: int) -> int:
     """Steps that a running mean is over: about a fortieth of the curve, an odd number."""
     return 2 * (steps // 80) + 1

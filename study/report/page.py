@@ -5,26 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from diffvit.data.corruptions import CORRUPTIONS
-from diffvit.findings.robustness import summarise
-from diffvit.ledger.spec import parse_overrides
-from diffvit.protocol import ARMS, MODELS, Protocol, protocol_of
+from diffvit.protocol import ARMS, MODELS, protocol_of
 from study.report import compare, scaling, verdict
-from study.report.analysis import Analysis, Subject
+from study.report.analysis import Analysis
 from study.report.choices import choices_section
 from study.report.compare import ArmComparison
 from study.report.curves import Ratio
 from study.report.document import Block, Code, Figures, Heading, Items, Paragraph, Table
-from study.report.figures import model_title, wilson
+from study.report.evaluated import attention_section, noise_section
+from study.report.figures import model_title, with_wilson
+from study.report.first import first_screen
 from study.report.focus import focus_section
 from study.report.predictions import predictions_section
 from study.report.scaling import Cells, Estimate
-from study.report.sentences import p_value, percent, relative, sentence
+from study.report.sentences import between, p_value, relative
 from study.report.start import start_section
 
 
@@ -34,40 +31,25 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
     Args:
         figures: PNG files among these are shown, by the names that draw_figures gives.
     """
-    blocks: list[Block] = [Heading("Does a Differential ViT scale better than a classic ViT, and does noise change it?", 1)]
-    blocks += [Paragraph(sentence(answer), lead=True, tag=answer.verdict) for answer in analysis.answers]
-    for part in analysis.subjects:
-        if part.base and part.name not in analysis.comparisons:
-            blocks.append(Paragraph(_nothing_to_compare(part), lead=True, tag="no answer"))
-    if not any(answer.question == "noise" for answer in analysis.answers):
-        blocks.append(Paragraph("Whether noise changes the difference has not been measured here.", lead=True))
-    elif analysis.noise_source:
+    blocks = [*first_screen(analysis, command), Heading("How the questions were decided"), Paragraph(_RULE)]
+    if analysis.noise_source:
         blocks.append(Paragraph(f"With noise means here {analysis.noise_source}; without, the same on clean images."))
-    blocks.append(Paragraph(_RULE))
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
     blocks += predictions_section(analysis)
     blocks += _figures(analysis, figures)
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
     blocks += _tuning_section(analysis)
     blocks += choices_section(analysis.choices, figures, analysis.stems)
-    blocks += _noise_section(analysis, figures)
-    blocks += [*_attention_section(analysis, figures), *focus_section(analysis), *start_section(analysis)]
+    blocks += noise_section(analysis, figures)
+    blocks += [*attention_section(analysis, figures), *focus_section(analysis), *start_section(analysis)]
     blocks += [Heading("What this does not show"), Items(_limits(analysis))]
     blocks += [Heading("Reproduce"), Code(command), *_provenance(analysis.table)]
     return blocks
 
 
-def _nothing_to_compare(part: Subject, arms: tuple[str, str] = ARMS) -> str:
-    ended = []
-    for arm in arms:
-        statuses = part.table[part.table["model"] == arm]["status"]
-        ended.append(f"{model_title(arm)}: {(statuses == 'done').sum()} done, {(statuses == 'diverged').sum()} diverged")
-    return f"On {part.name}, the two architectures have no finished run of one size and seed in common ({'; '.join(ended)})."
-
-
 _RULE = (
     "The rule, fixed before the data: better or worse if p < 0.05 after Holm's correction over the questions; else equivalent if the 95 % "
-    f"interval lies within +-{100 * verdict.MARGIN:.0f} %; else undecided. Each size has its own spread between seeds, and a size with one "
+    f"interval lies within ±{100 * verdict.MARGIN:.0f} %; else undecided. Each size has its own spread between seeds, and a size with one "
     "pair allows no verdict. Whether noise hits one harder is answered on log-odds of an error, and only where log error, log accuracy and "
     "points agree. Runs that diverged are left out, and a verdict that counting them as chance level would change is none. A question that "
     f"was looked at before, on fewer runs, may spend a part of {100 * verdict.LATER:.0f} % more: looks.json beside this page counts. "
@@ -92,20 +74,20 @@ def _accuracy_tables(analysis: Analysis) -> list[Block]:
                 continue
             spread = f"{100 * done['test_accuracy'].std():.2f}" if len(done) > 1 else "1 seed"
             rows.append([
-                title, parameters, _with_wilson(done["test_accuracy"].mean(), done["test_images"].min()),
+                title, parameters, with_wilson(done["test_accuracy"].mean(), done["test_images"].min()),
                 str(len(done)) + (f" (+{ended_else} diverged)" if ended_else else ""), spread, f"{done['test_loss'].mean():.4f}",
                 f"{done['seconds'].mean() / 60:.1f}",
             ])  # fmt: skip
         images = int(part.table["test_images"].min()) if part.table["test_images"].notna().any() else 0
-        header = ["model", "size", "test accuracy (95 % Wilson)", "seeds", "SD over seeds", "cross-entropy", "minutes a run"]
-        blocks.append(Table(header, rows, f"{part.name}: mean over seeds, {images:,} test images"))
+        header = ["model", "size", "test accuracy (95 % interval)", "seeds", "SD over seeds", "cross-entropy", "minutes a run"]
+        blocks.append(Table(header, rows, f"{part.name}: mean over seeds, Wilson's interval over {images:,} test images"))
     runs = [
         [model_title(run.model), run.size, run.dataset, run.overrides or "", str(run.seed), run.run_id, run.status,
-         *(["", ""] if run.status != "done" else [_with_wilson(run.test_accuracy, run.test_images), f"{run.test_loss:.4f}"])]
+         *(["", ""] if run.status != "done" else [with_wilson(run.test_accuracy, run.test_images), f"{run.test_loss:.4f}"])]
         for run in analysis.table.itertuples()
     ]  # fmt: skip
-    header = ["model", "size", "data set", "overrides", "seed", "run_id", "status", "test accuracy (95 % Wilson)", "cross-entropy"]
-    blocks.append(Table(header, runs, f"Every run ({len(runs)})", left=4, closed=True))
+    header = ["model", "size", "data set", "overrides", "seed", "run_id", "status", "test accuracy (95 % interval)", "cross-entropy"]
+    blocks.append(Table(header, runs, f"Every run ({len(runs)}), with Wilson's interval over its test images", left=4, closed=True))
     if analysis.left_out:
         blocks.append(Paragraph(f"Left out of the comparisons: {'; '.join(analysis.left_out)}."))
     return blocks
@@ -209,9 +191,9 @@ def _secondary(name: str, comparison: ArmComparison) -> list[str]:
             continue
         text = f"{name}, {answer.question}: sign flips over {answer.pairs} pairs give p {p_value(answer.flips)}"
         if answer.new_images and answer.seeds > 1:
-            text += f"; seeds and test images both resampled: {percent(answer.new_images[0])} to {percent(answer.new_images[1])}"
+            text += f"; seeds and test images both resampled: 95 % interval {between(answer.new_images)}"
         elif answer.new_images:
-            text += f"; test images alone resampled: {percent(answer.new_images[0])} to {percent(answer.new_images[1])}"
+            text += f"; test images alone resampled: 95 % interval {between(answer.new_images)}"
         sentences.append(text + ".")
     if not math.isnan(comparison.correlation):
         sentences.append(f"{name}: correlation of the two architectures' errors within pairs of a seed: {comparison.correlation:+.2f}.")
@@ -223,107 +205,6 @@ def _secondary(name: str, comparison: ArmComparison) -> list[str]:
             fits = f"a power law of {measure} with one floor for both fits with exponents {exponents} and a floor of {floor}"
             sentences.append(f"{name}: {fits}; with {freedom} these are not to be trusted.")
     return sentences
-
-
-def _noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
-    blocks: list[Block] = []
-    if analysis.other_noise:
-        rows = [[what, relative(answer.estimate), _interval(answer.new_images), str(answer.pairs)] for what, answer in analysis.other_noise]
-        header = ["compared with clean", "change of the difference in odds of an error (95 %)", "seeds and images resampled", "pairs"]
-        blocks.append(Table(header, rows, "Other noise, exploratory"))
-    labels = analysis.table[analysis.table["memorised"].notna()] if "memorised" in analysis.table else analysis.table.iloc[:0]
-    if len(labels):
-        rows = [
-            [f"{model_title(model)}, {size}", str(overrides), f"{cell['false_labels'].mean():.0f}",
-             *(f"{100 * cell[column].mean():.1f} %" for column in ("memorised", "recovered")),
-             _with_wilson(cell["test_accuracy"].mean(), cell["test_images"].min())]
-            for (overrides, size, model), cell in labels.groupby(["overrides", "size", "model"], sort=False)
-        ]  # fmt: skip
-        header = ["model", "condition", "false labels", "memorised", "true label given", "clean test accuracy (95 % Wilson)"]
-        blocks.append(Table(header, rows, "False training labels: what the final model answers for their images", left=2))
-    evaluated = {run_id: found["corruptions"] for run_id, found in analysis.findings.items() if "corruptions" in found}
-    for part in analysis.subjects:
-        runs = part.table[part.table["run_id"].isin(list(evaluated))]
-        if runs.empty:
-            continue
-        names = [row["corruption"] for row in summarise(next(iter(evaluated.values())))]
-        lost = {key: _lost([evaluated[run_id] for run_id in cell["run_id"]]) for key, cell in runs.groupby(["size", "model"])}
-        rows = []
-        for (_, model), cell in runs.groupby(["parameters", "model"]):
-            size = cell["size"].iloc[0]
-            relative_mce = (
-                f"{np.mean(lost[size, model] / lost[size, ARMS[0]]):.2f}"
-                if (size, ARMS[0]) in lost and (lost[size, ARMS[0]] > 0).all()
-                else ""
-            )
-            found = [{row["corruption"]: row for row in summarise(evaluated[run_id])} for run_id in cell["run_id"]]
-            errors = [100 * float(np.mean([each[name]["error"] for each in found])) for name in names]
-            clean = errors[names.index("clean")]
-            to_clean = f"{errors[names.index('mean')] / clean:.2f}" if clean else ""
-            title = f"{model_title(model)}, {cell['parameters'].iloc[0] / 1e6:.3g} M"
-            rows.append([title, *(f"{error:.1f}" for error in errors), to_clean, relative_mce])
-        caption = (
-            f"{part.name}: error in % on corrupted test images, mean over severities and seeds; the five's mean also relative to clean; "
-            "relative mCE: what the five add to the clean error, over what they add for the classic model (Hendrycks and Dietterich 2019)"
-        )
-        blocks.append(Table(["model", *names, "mean / clean", "relative mCE"], rows, caption))
-        drawn = [path for path in figures if path.name == f"{part.stem}_noise.png"]
-        blocks += [Figures([(path, f"{part.name}: error under corruption, by severity") for path in drawn])] if drawn else []
-    return [Heading("Noise"), Paragraph(_NOISE_AXES), *blocks] if blocks else []
-
-
-def _lost(evaluations: Sequence[dict[str, Any]]) -> np.ndarray:
-    """What each of the five corruptions adds to the clean error, mean over runs. [5]"""
-    by_run = [{row["corruption"]: row["error"] for row in summarise(each)} for each in evaluations]
-    return np.mean([[errors[name] - errors["clean"] for name in CORRUPTIONS] for errors in by_run], axis=0)
-
-
-_NOISE_AXES = (
-    "Noise in images and noise in labels are different things. BACH is a case of the first: large images whose label rests on a small "
-    "part, with the rest, stain and scanner as noise; its labels were agreed on by pathologists. Corruptions have CIFAR-C's constants, "
-    "which are for 32 pixels; in larger images noise has larger grains in proportion, and blur is wider by the square root of that."
-)
-
-
-def _attention_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
-    attended = {run_id: found["attention"] for run_id, found in analysis.findings.items() if "attention" in found}
-    blocks: list[Block] = []
-    for part in analysis.subjects:
-        runs = part.table[part.table["run_id"].isin(list(attended))]
-        if runs.empty:
-            continue
-        rows = []
-        for (_, model), cell in runs.groupby(["parameters", "model"]):
-            found = [attended[run_id] for run_id in cell["run_id"]]
-            rows.append([f"{model_title(str(model))}, {cell['parameters'].iloc[0] / 1e6:.3g} M", *_attention_cells(found)])
-        first = attended[runs["run_id"].iloc[0]]
-        header = ["model", "lambda", "entropy", "on object, noise", "on object, images", "logits top-1", "median", "hidden top-1", "median"]
-        uniform = f"uniform attention: entropy {first['uniform_entropy']:.2f} nats, {100 * first['signal_area']:.0f} % on the object"
-        blocks.append(Table(header, rows, f"{part.name}: mean over layers and seeds, {first['images']} test images; {uniform}"))
-        stem = part.stem
-        titles = {f"{stem}_attention": "Entropy and share on the object, over depth", f"{stem}_attention_maps": "The last layer's maps"}
-        blocks.append(
-            Figures([(path, f"{part.name}: {titles[path.stem]}") for path in figures if path.suffix == ".png" and path.stem in titles])
-        )
-    return [Heading("Where attention goes"), Paragraph(_ATTENTION), *blocks] if blocks else []
-
-
-_ATTENTION = (
-    "From the exact maps of every layer: entropy of the class token's attention over the patches; the share of it that falls on the object "
-    "when the image is pasted at a random place before noise or before other images; and the largest (top-1) and median absolute attention "
-    "logits and hidden states. Differential maps have negative parts, so shares and entropies are those of absolute values."
-)
-
-
-def _attention_cells(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Means over layers and runs; of top-1 the largest."""
-    layers = [layer for each in found for layer in each["layers"]]
-    lambdas = [layer["lambda"] for layer in layers if layer["lambda"] is not None]
-    cells = [f"{np.mean(lambdas):.2f}" if lambdas else "none", f"{np.mean([layer['entropy'] for layer in layers]):.2f}"]
-    cells += [f"{100 * np.mean([layer['signal_share'][background] for layer in layers]):.1f} %" for background in ("noise", "images")]
-    for what in ("attention_logits", "hidden_states"):
-        cells += [f"{max(layer[what]['top1'] for layer in layers):.1f}", f"{np.mean([layer[what]['median'] for layer in layers]):.2f}"]
-    return cells
 
 
 def _tuning_section(analysis: Analysis, arms: tuple[str, str] = ARMS) -> list[Block]:
@@ -340,9 +221,9 @@ def _tuning_section(analysis: Analysis, arms: tuple[str, str] = ARMS) -> list[Bl
         by_rate = runs.pivot_table(index=["model", "size"], columns="rate", values="val_accuracy")
         names = sorted(by_rate.columns, key=lambda name: float(name.partition("=")[2]))
         images = protocol_of(dataset).images[1]
-        rows = [[f"{model_title(model)}, {size}", *(_with_wilson(value, images) if value == value else "diverged" for value in row)]
+        rows = [[f"{model_title(model)}, {size}", *(with_wilson(value, images) if value == value else "diverged" for value in row)]
                 for (model, size), row in zip(by_rate.index, by_rate[names].to_numpy(), strict=True)]  # fmt: skip
-        blocks.append(Table(["model", *names], rows, f"{dataset}: validation accuracy by learning rate (95 % Wilson), mean over seeds"))
+        blocks.append(Table(["model", *names], rows, f"{dataset}: validation accuracy by learning rate (95 % interval), mean over seeds"))
         best = by_rate.idxmax(axis=1)
         chosen = runs[[best[model, size] == rate for model, size, rate in zip(runs["model"], runs["size"], runs["rate"], strict=True)]]
         if tuned := compare.compare(chosen, dataset, arms):
@@ -359,7 +240,7 @@ def _limits(analysis: Analysis) -> list[str]:
         if not part.base:
             continue
         done = part.table[part.table["status"] == "done"]
-        protocol = _protocol(part)
+        protocol = part.protocol
         if (patch := protocol.patch_size) != (usual := protocol_of(part.dataset).patch_size):
             tokens, usual_tokens = ((protocol.image_size // size) ** 2 + 1 for size in (patch, usual))
             limits.append(
@@ -401,10 +282,6 @@ def _tuning(analysis: Analysis) -> str:
     return "Whether another learning rate would favour one of them is what `study --grid lr` answers; it is not answered here."
 
 
-def _protocol(part: Subject) -> Protocol:
-    return protocol_of(part.dataset).with_overrides(parse_overrides(part.table["overrides"].iloc[0]))
-
-
 def _provenance(table: pd.DataFrame) -> list[Block]:
     facts = {"code": "git_commit", "device": "device_name", **{name: name for name in ("precision", "torch", "diffvit", "attention")}}
     rows = [[what, "; ".join(sorted({str(value) for value in table[column].dropna()}))] for what, column in facts.items()]
@@ -414,18 +291,9 @@ def _provenance(table: pd.DataFrame) -> list[Block]:
     return [Table(["", ""], rows, left=2)]
 
 
-def _with_wilson(accuracy: float, images: float) -> str:
-    low, high = wilson(100 * accuracy, int(images))
-    return f"{100 * accuracy:.2f} % ({low:.1f} to {high:.1f})"
-
-
 def _number(estimate: Estimate) -> str:
     low, high = estimate.interval
     return f"{estimate.value:+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if estimate.known else " (no interval)")
-
-
-def _interval(ends: tuple[float, float] | None) -> str:
-    return f"{percent(ends[0])} to {percent(ends[1])}" if ends else ""
 
 
 def _ratio(ratio: Ratio) -> str:

@@ -78,7 +78,7 @@ def _consequences(answer: Answer) -> list[str]:
         where = "inside" if abs(answer.estimate.value) <= answer.null_half else "outside"
         said.append(f"No effect at all would produce {low} to {high}, {answer.null_source}; the value lies {where}.")
     if answer.verdict == "equivalent":
-        said.append(f"The interval lies within +-{100 * MARGIN:.0f} %.")
+        said.append(f"The interval lies within ±{100 * MARGIN:.0f} %.")
     if answer.verdict == "undecided":
         distance = answer.estimate.detectable(alpha=answer.alpha / answer.questions)
         if distance > math.log(10):
@@ -114,8 +114,12 @@ def relative(estimate: Estimate, alpha: float = ALPHA) -> str:
     """A relative change with its interval, of 95 %, or the one that leaves out `alpha`."""
     if not estimate.known:
         return f"{percent(estimate.value)} (no interval)"
-    low, high = estimate.interval_at(alpha)
-    return f"{percent(estimate.value)} ({percent(low)} to {percent(high)})"
+    return f"{percent(estimate.value)} ({between(estimate.interval_at(alpha))})"
+
+
+def between(ends: tuple[float, float]) -> str:
+    """An interval of log ratios as relative changes: "-5.1 % to -1.2 %"."""
+    return f"{percent(ends[0])} to {percent(ends[1])}"
 
 
 def p_value(p: float) -> str:

@@ -1,0 +1,97 @@
+"""The page's first screen: what was asked of what, and a line a question."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pandas as pd
+
+from diffvit.protocol import ARMS, MODEL_TITLES, MODELS
+from study.report.analysis import Analysis, Subject
+from study.report.document import Block, Contents, Facts, Finding, Findings, Heading
+from study.report.figures import millions, model_title
+from study.report.interval import MARKS, OPEN, axis_picture, half_width, interval_picture, kind_of
+from study.report.sentences import relative, sentence
+from study.report.verdict import MARGIN, Answer
+
+TITLE = "Does a Differential ViT scale better than a classic ViT, and does noise change it?"
+_QUESTIONS = {"level": "a lower error?", "trend": "scales better with depth?", "noise": "loses less by noise?"}
+
+_KEY = (
+    f"{MARKS['better']} better, {MARKS['equivalent']} equivalent, {MARKS['worse']} worse, {OPEN} open. Line: the interval; dotted: what no "
+    f"effect at all would produce. Band: the margin of ±{100 * MARGIN:.0f} %."
+)
+
+
+def first_screen(analysis: Analysis, command: str) -> list[Block]:
+    """Title, facts, the questions with their answers, and links to the sections.
+
+    Args:
+        command: lines that reproduce the runs.
+    """
+    half = half_width(analysis.answers)
+    rows = [_finding(answer, half) for answer in analysis.answers]
+    for part in analysis.subjects:
+        if part.base and part.name not in analysis.comparisons:
+            rows.append(Finding("open", OPEN, "no answer", part.name, _nothing_to_compare(part)))
+    if not any(answer.question == "noise" for answer in analysis.answers):
+        text = "Whether noise changes the difference has not been measured here."
+        rows.append(Finding("open", OPEN, "not measured", _QUESTIONS["noise"].capitalize(), text))
+    axis = axis_picture(half, MODEL_TITLES[ARMS[1]]) if analysis.answers else ""
+    return [Heading(TITLE, 1), _facts(analysis.table, command), Findings(rows, axis, _KEY), Contents()]
+
+
+def _finding(answer: Answer, half: float) -> Finding:
+    number = "" if math.isnan(answer.estimate.value) else relative(answer.estimate, answer.alpha)
+    kind, question = kind_of(answer), f"{answer.subject}: {_QUESTIONS[answer.question]}"
+    return Finding(kind, MARKS.get(kind, OPEN), answer.verdict, question, sentence(answer), number, interval_picture(answer, half))
+
+
+def _nothing_to_compare(part: Subject, arms: tuple[str, str] = ARMS) -> str:
+    ended = []
+    for arm in arms:
+        statuses = part.table[part.table["model"] == arm]["status"]
+        ended.append(f"{model_title(arm)}: {(statuses == 'done').sum()} done, {(statuses == 'diverged').sum()} diverged")
+    return f"On {part.name}, the two architectures have no finished run of one size and seed in common ({'; '.join(ended)})."
+
+
+def _facts(table: pd.DataFrame, command: str) -> Facts:
+    """What was asked, of what, when and with what."""
+    studies = [line for line in command.splitlines() if " study " in line]
+    models = [model_title(model) for model in [*MODELS, *table["model"]] if (table["model"] == model).any()]
+    datasets: dict[str, list[str]] = {}  # of the same sizes
+    for dataset, runs in table.groupby("dataset", sort=False):
+        sizes = dict.fromkeys(millions(count) for count in sorted(runs.groupby("size")["parameters"].min()))
+        datasets.setdefault(", ".join(sizes), []).append(str(dataset))
+    of = "; ".join(f"{' and '.join(names)} ({sizes} parameters)" for sizes, names in datasets.items())
+    seeds = table.groupby(["dataset", "overrides", "size", "model"])["seed"].nunique()
+    each = f"{seeds.min()} to " if seeds.min() < seeds.max() else ""
+    diverged = int((table["status"] == "diverged").sum())
+    runs_are = f"{len(table)}, {each}{counted(seeds.max(), 'seed')} a model and size" + (f"; {diverged} diverged" if diverged else "")
+    times = sorted(str(time)[:16].replace("T", " ") for what in ("started", "finished") for time in table[what].dropna())
+    commits = dict.fromkeys(re.sub(r"\b([0-9a-f]{10})[0-9a-f]+", r"\1", commit) for commit in _values(table, "git_commit"))
+    versions = [f"{what} {'/'.join(_values(table, what))}" for what in ("torch", "diffvit") if _values(table, what)]
+    rows = [
+        ("asked", "; ".join(studies)), ("of", f"{', '.join(dict.fromkeys(models))}, on {of}"), ("runs", runs_are),
+        ("when", f"{times[0]} to {times[-1]} UTC" if times else ""),
+        ("cost", f"{hours(table)} on {', '.join(_values(table, 'device_name')) or 'unknown devices'}"),
+        ("code", ", ".join([*(f"commit {commit}" for commit in commits), *versions, *_values(table, "precision")])),
+    ]  # fmt: skip
+    return Facts([(name, text) for name, text in rows if text])
+
+
+def hours(table: pd.DataFrame) -> str:
+    """The training time of all runs, by kind of device: "7.4 GPU hours"."""
+    kinds = table["device"].fillna("").astype(str).str.partition(":")[0].map({"cuda": "GPU hours", "cpu": "hours on CPUs"})
+    spent = (table["seconds"] * table["workers"].fillna(1).astype(float)).groupby(kinds.fillna("hours")).sum() / 3600
+    return " and ".join(f"{value:.3g} {kind}" for kind, value in spent.items())
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 seed", "3 seeds"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _values(table: pd.DataFrame, column: str) -> list[str]:
+    return sorted({str(value) for value in table[column].dropna()})
