@@ -19,6 +19,7 @@ from study.report.evaluated import attention_section, noise_section
 from study.report.figures import model_title, with_wilson
 from study.report.first import first_screen
 from study.report.focus import focus_section
+from study.report.paper import paper_section
 from study.report.predictions import predictions_section
 from study.report.scaling import Cells, Estimate
 from study.report.sentences import between, p_value, relative
@@ -43,6 +44,7 @@ def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Bloc
     blocks += noise_section(analysis, figures)
     blocks += [*attention_section(analysis, figures), *focus_section(analysis), *start_section(analysis)]
     blocks += [Heading("What this does not show"), Items(_limits(analysis))]
+    blocks += paper_section(analysis)
     blocks += [Heading("Reproduce"), Code(command), *_provenance(analysis.table)]
     return blocks
 
