@@ -30,6 +30,7 @@ from diffvit.ledger.disk import disk_faults, write_atomically
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.weights import trust_source
 from diffvit.machine.host import outlive_readers
+from diffvit.protocol import resolve_model
 from diffvit.tracking import TRACKERS, check_tracker
 from study.commands.parsing import FOLDER, ShellPath, StrictGroup, auto_option, full_names, options, parse_resource, parse_saving, taken
 from study.commands.terminal import fail, own_command, terminal_width, transfer, warn
@@ -330,6 +331,26 @@ def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: 
         click.echo(dry_run_table(settings))
         return
     sys.exit(collect_study(settings) if collect else rehearse_study(settings) if rehearse else run_study(settings))
+
+
+@cli.command()
+@click.argument("model", metavar="FILE.py:CLASS")
+@click.option("--grid", metavar=_GRIDS, help="The sizes and data sets of this grid only. [default: all]")
+@_grid_dataset
+def check(model: str, grid: str | None, dataset: str | None) -> None:
+    """Check an architecture of your own, in seconds on a CPU, before it costs money; exit code 1 if something does not hold.
+
+    Shapes, parameters and FLOPs at every size, gradients, determinism, and that images do not see each other.
+    """
+    name = resolve_model(model)
+    specs = find_grid(grid, dataset).runs(seeds=1) if grid else None
+    from diffvit.soundness import cells_of, check_architecture
+
+    sound = True
+    for each in check_architecture(cells_of(name, specs)):
+        click.echo(each.line())
+        sound = sound and each.holds is not False
+    sys.exit(0 if sound else 1)
 
 
 @cli.command()

@@ -217,3 +217,33 @@ def test_named_sources_are_read_and_not_executed(tmp_path: Path) -> None:
     trap = tmp_path / "trap.py"
     trap.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Mine: ...\n")
     assert isinstance(read_source(f"{trap}:Mine"), Source) and not (tmp_path / "executed").exists()
+
+
+BARE = """
+import torch
+from torch import nn
+
+
+class Mean(nn.Module):
+    def __init__(self, d_model, heads, layer, dropout):
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+
+    @staticmethod
+    def map_flops(d_model, tokens, queries=None):
+        return 0
+
+    def forward(self, x, queries=None):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj((q + k + v).mean(1, keepdim=True) + v)[:, :queries]
+"""
+
+
+def test_a_class_needs_no_more_than_the_contract(cli) -> None:
+    Path("mean.py").write_text(BARE)
+    arguments = ("--model", "mean.py:Mean", "--size", "0.1M", "--dataset", "digits", "--max_steps", "2")
+    trained, evaluated, inside = cli("train", *arguments), cli("evaluate", *arguments), cli("evaluate", *arguments, "--attention")
+    assert trained.code == evaluated.code == 0, trained.err + evaluated.err
+    assert inside.code == 2 and "has no logits, maps, apply_maps, lambdas" in inside.err
+    corrupted = cli("evaluate", *arguments, "--corruptions", "--limit", "64")
+    assert corrupted.code == 0 and "gaussian" in corrupted.out

@@ -33,7 +33,8 @@ def measure_start(model: VisionTransformer, images: Tensor) -> dict[str, Any]:
     Returns:
         "cosine" between the tokens of an image after the last block, mean over pairs and images; "uniform_entropy", the largest that
         there can be; and "layers", the first, the middle and the last, each with its "layer", counted from 0, "attention_rms" and
-        "mlp_rms", of what the branches add, and "entropy" in nats, of the class token's attention over the patches, mean over maps.
+        "mlp_rms", of what the branches add, and "entropy" in nats, of the class token's attention over the patches, mean over maps;
+        None where the architecture has none to show.
     """
     model.eval()
     last = len(model.blocks) - 1
@@ -46,9 +47,10 @@ def measure_start(model: VisionTransformer, images: Tensor) -> dict[str, Any]:
         mlp_BND = block.mlp(block.norm2(x_BND))
         x_BND = x_BND + mlp_BND
         if layer in shown:
-            shares = patch_shares(cast(AttentionLayer, block.attn).maps(normed_BND))
+            offered = hasattr(block.attn, "maps")
+            entropy = share_entropy(patch_shares(cast(AttentionLayer, block.attn).maps(normed_BND))).mean().item() if offered else None
             rms = {f"{name}_rms": branch.square().mean().sqrt().item() for name, branch in (("attention", attention_BND), ("mlp", mlp_BND))}
-            layers[layer] = {"layer": layer, **rms, "entropy": share_entropy(shares).mean().item()}
+            layers[layer] = {"layer": layer, **rms, "entropy": entropy}
     unit_BND, tokens = F.normalize(x_BND, dim=-1), x_BND.shape[1]
     cosine = (unit_BND.sum(1).square().sum(-1) - tokens) / (tokens * (tokens - 1))  # of all pairs but each token's with itself
     return {"cosine": cosine.mean().item(), "uniform_entropy": math.log(tokens - 1), "layers": [layers[layer] for layer in shown]}

@@ -53,7 +53,9 @@ _START = (
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    of_layers = [f"{layer[what]:.2f}" for what in ("attention_rms", "mlp_rms", "entropy") for layer in row["layers"]]
+    of_layers = [
+        "" if layer[what] is None else f"{layer[what]:.2f}" for what in ("attention_rms", "mlp_rms", "entropy") for layer in row["layers"]
+    ]
     dataset = " ".join(filter(None, (row["dataset"], overrides_text(row["overrides"]))))
     return model_title(row["model"]), row["size"], dataset, f"{row['cosine']:.2f}", *of_layers, f"{row['uniform_entropy']:.2f}"
 
