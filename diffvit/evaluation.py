@@ -214,7 +214,10 @@ def open_checkpoint(
     # A header's numbers may fit its tensors and still ask for anything.
     ours, theirs = protocol_of(facts["dataset"]), facts["protocol"]
     if any(getattr(ours, name) != getattr(theirs, name) for name in _OF_DATASET):
-        raise UserError(f"{path} was made for other images than those of {facts['dataset']}.", "evaluate it with the version that made it.")
+        raise UserError(
+            f"{path} was made for other images than those of {facts['dataset']}.",
+            "evaluate it with the version, or the grid file, that made it.",
+        )
     ours.with_overrides({name: getattr(theirs, name) for name in _OF_RUN if getattr(ours, name) != getattr(theirs, name)})
     return model.to(device), facts, data, Prepare(facts["protocol"].image_size, facts["mean"], facts["std"], device)
 

@@ -110,7 +110,7 @@ def test_an_image_folder_trains_and_its_checkpoint_is_rebuilt(tmp_path: Path) ->
     assert data.classes == ("benign", "malignant") and data.train.pixels.shape == (28, 3, 32, 32)
     for split, each in ((data.train, 14), (data.val, 2), (data.test, 4)):
         assert torch.bincount(split.labels).tolist() == [each] * 2
-    assert "several" in data.notes[0]
+    assert data.notes[0] == "classes: 2, images: [28, 4, 8]" and "several" in data.notes[1]
     whole = Image.open(min((tmp_path / "tissue/malignant").iterdir())).resize((32, 32), Image.Resampling.BILINEAR)
     everything = torch.cat([data.train.pixels, data.val.pixels, data.test.pixels])
     assert (everything == torch.tensor(np.asarray(whole)).permute(2, 0, 1)).flatten(1).all(1).sum() == 1
@@ -205,6 +205,8 @@ def test_a_plan_needs_no_data_where_the_entry_has_their_numbers(tmp_path: Path, 
     planned = cli("study", "--dry_run", "--grid", path)
     assert planned.code == 0 and planned.out.count("data not here") == 4 and "4 runs" in planned.out
     assert cli("plan", "--grid", path, "--gpu", "t4").code == 0
+    started = cli("untrained", "--grid", path, "--images", "1", "--json")
+    assert started.code == 0 and {row["of"] for row in json.loads(started.out)} == {"photographs"}
     refused = cli("study", "--grid", path, "--address", "local")
     assert refused.code == 2 and f"there is no folder {tmp_path / 'nowhere'}" in refused.err
 
@@ -409,6 +411,16 @@ def test_a_hub_data_set_that_is_another_one_is_one_sentence(tmp_path: Path, kind
     assert refused.value.hint and "schema of" not in refused.value.hint
 
 
+def test_one_of_several_configurations_is_named(tmp_path: Path) -> None:
+    _parquet(tmp_path, lambda numbers: numbers, few=30, many=60)
+    configs = [{"config_name": name, "data_files": [{"split": "train", "path": f"{name}.parquet"}]} for name in ("few", "many")]
+    (tmp_path / "user/mine/README.md").write_text(f"---\n{json.dumps({'configs': configs})}\n---\n")
+    assert _define(tmp_path, tmp_path, hub="user/mine", config="many").images == (42, 6, 12)
+    for entry in ({}, {"config": "all"}):
+        with pytest.raises(UserError, match="user/mine has the configurations 'few', 'many'"):
+            _define(tmp_path, tmp_path, hub="user/mine", **entry)
+
+
 def test_two_data_sets_of_one_name_are_refused(tmp_path: Path) -> None:
     _folder(tmp_path / "data", {"a": 12, "b": 12})
     path = tmp_path / "two.yaml"
@@ -458,4 +470,11 @@ def test_a_study_trains_an_image_folder(tmp_path: Path, cli: Callable) -> None:
     assert again.code == 0 and "all 4 runs are done already" in again.err
     found = cli("evaluate", "--model", "differential", "--size", "0.2M", "--dataset", f"{path}:mine", "--json")
     assert found.code == 0 and '"images": 8' in found.out
+    # On a machine without the data, with what a run's log says of them.
+    _forget()
+    shutil.rmtree(tmp_path / "data")
+    assert cli("report", "--grid", str(path)).code == 2
+    noted = next((tmp_path / "checkpoints/vit_classic").glob("*.log")).read_text()
+    assert "data: classes: 2, images: [28, 4, 8]" in noted
+    _grid_file(tmp_path, **SMALL, folder="data", classes=2, images=[28, 4, 8])
     assert cli("report", "--grid", str(path)).code == 0

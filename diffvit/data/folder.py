@@ -28,8 +28,8 @@ def split_folders(root: Path, known: Sequence[str], named: bool) -> list[str]:
     if not root.is_dir():
         raise UserError(
             f"there is no folder {root}.",
-            "check folder: in the grid file, which is read from that file's folder; with classes: and images: there, plans and reports "
-            "need no data.",
+            "check folder: in the grid file, which is read from where that file lies; with classes: and images: in it, as each run's log "
+            "notes them, plans and reports need no data.",
         )
     found = _subfolders(root)
     if named:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -134,6 +135,8 @@ def _loading_failed(name: str, path: str, error: BaseException, unreachable: str
         with contextlib.suppress(OSError), open(file, "rb") as opened:
             if is_lfs_pointer(opened.read(100)):
                 return lfs_pointer(str(file))
+    if configs := re.search(r"(?:configs|Available): \[(.*?)\]", str(error)):
+        return UserError(f"{name} has the configurations {configs[1]}.", "name one of them with config: in its entry of the grid file.")
     return UserError(f"{name} cannot be loaded from {path}: {first_sentence(error)}.", "download it again.")
 
 

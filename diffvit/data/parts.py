@@ -115,7 +115,8 @@ def raw_of(own: OwnData, data_root: Path | None) -> Raw:
     digest = hashlib.sha256(json.dumps([own.image_size, *(part.key for part in parts.values())]).encode())
     for split in rows.values():
         digest.update(split.tobytes())
-    return Raw(classes, labels, rows, decode, [*notes, *drawn], f"{digest.hexdigest()[:16]}-{own.image_size}")
+    counted = f"classes: {len(classes)}, images: {[len(each) for each in rows.values()]}"  # as an entry may have it
+    return Raw(classes, labels, rows, decode, [counted, *notes, *drawn], f"{digest.hexdigest()[:16]}-{own.image_size}")
 
 
 def _aligned(own: OwnData, parts: Mapping[str, _Part]) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
