@@ -367,6 +367,7 @@ SPLITS: dict[str, tuple[dict[str, int], dict[str, Any], tuple[int, int, int] | s
     "drawn though they are there": ({"train": 30, "validation": 9, "test": 6}, {"splits": "stratified"}, (21, 3, 6)),
     "one": ({"train": 30}, {}, (21, 3, 6)),
     "named": ({"train": 30, "test": 6, "validation": 9}, {"splits": {"train": "train", "test": "validation"}}, (27, 3, 9)),
+    "a test split aside": ({"train": 30, "test": 6}, {"splits": "stratified"}, (21, 3, 6)),
     "no test": ({"train": 30, "validation": 9}, {}, "mine has no test split: it has train, validation"),
     "a name that is not there": (
         {"train": 30},

@@ -143,15 +143,18 @@ def _loading_failed(name: str, path: str, error: BaseException, unreachable: str
 MOST_CLASSES = 2**20
 
 
-def labels_of(part: Any, column: str, classes: int = 0) -> tuple[np.ndarray, list[str] | None]:
+def labels_of(
+    part: Any, column: str, classes: int = 0, mend: str = "download the data set again."
+) -> tuple[np.ndarray, list[str] | None]:  # fmt: skip
     """A column of labels as int64, and the classes' names; None for numbers without names. Raises UserError.
 
     Args:
         classes: the number of classes, MOST_CLASSES where it is unknown; 0: the labels must have names.
+        mend: what the user can do about labels that are none.
     """
     values, names = part.with_format("arrow")[:][column], getattr(part.features[column], "names", None)
     if values.null_count:
-        raise UserError(f"{values.null_count} of {len(values)} labels in the column {column} are missing.", "download the data set again.")
+        raise UserError(f"{values.null_count} of {len(values)} labels in the column {column} are missing.", mend)
     numbers = values.to_numpy()
     if numbers.dtype.kind == "O" and all(isinstance(value, str) for value in numbers):
         texts, numbers = np.unique(numbers.astype(str), return_inverse=True)
@@ -163,10 +166,8 @@ def labels_of(part: Any, column: str, classes: int = 0) -> tuple[np.ndarray, lis
         )
     classes = classes if names is None else len(names)
     if numbers.dtype.kind not in "iuf" or not ((numbers >= 0) & (numbers < classes) & (numbers == np.floor(numbers))).all():
-        raise UserError(
-            f"the labels in the column {column} are not whole numbers from 0 to {classes - 1} or names of classes.",
-            "download the data set again.",
-        )
+        bounds = f"from 0 to {classes - 1}" if classes < MOST_CLASSES else "of at least 0"
+        raise UserError(f"the labels in the column {column} are not whole numbers {bounds} or names of classes.", mend)
     return numbers.astype(np.int64), names
 
 

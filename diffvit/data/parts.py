@@ -57,11 +57,14 @@ def _hub_parts(own: OwnData, data_root: Path | None) -> dict[str, _Part]:
         roles.update(own.roles(available))
         return list(roles.values())
 
-    mend = "its entry in the grid file names columns with image: and label:, and splits with splits:."
+    mend = (
+        "its entry in the grid file names columns with image: and label:, and splits with splits:; "
+        "stratified leaves a test split without labels aside."
+    )
     parts = load_hub(own.hub, data_root, own.image, own.label, choose, own.config or None, mend)
     return {
         role: _Part(
-            *labels_of(parts[split], own.label, MOST_CLASSES),
+            *labels_of(parts[split], own.label, MOST_CLASSES, mend),
             functools.partial(encoded, parts[split], own.image), fingerprint(parts[split]),
         )
         for role, split in roles.items()
@@ -136,7 +139,10 @@ def _aligned(own: OwnData, parts: Mapping[str, _Part]) -> tuple[dict[str, np.nda
     used = np.unique(np.concatenate(list(labels.values())))
     if untrained := sorted({*used.tolist()} - {*labels["train"].tolist()}):
         listed = _some([str(names[label] if names is not None else label) for label in untrained])
-        raise UserError(f"no training image of {own.name} is of the class {listed}.", "each class needs images in the training split.")
+        raise UserError(
+            f"no training image of {own.name} is of the class {listed}.",
+            "each class needs some; splits: stratified leaves a test split without labels aside.",
+        )
     notes = []
     if names is not None and (unused := np.setdiff1d(np.arange(len(names)), used)).size:
         notes.append(f"classes without any image are left out: {_some([names[label] for label in unused])}")
