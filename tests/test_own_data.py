@@ -200,6 +200,20 @@ def test_a_grid_for_one_data_set_takes_one_of_ones_own(tmp_path: Path) -> None:
         find_dataset(f"{path}:yours")
 
 
+def test_it_stands_beside_others_in_a_grid_file(tmp_path: Path) -> None:
+    _folder(tmp_path / "data", {"a": 12, "b": 12})
+    table = "\n".join(f"{key} = {json.dumps(value)}" for key, value in {**SMALL, "name": "mine", "folder": "data"}.items())
+    (tmp_path / "own.toml").write_text(
+        f'models = ["vit_classic"]\noverrides.mine = {{epochs = 7}}\nseeds = {{mine = 2}}\n[[datasets]]\n{table}\n'
+    )
+    assert {(run.seed, run.protocol.epochs) for run in find_grid(str(tmp_path / "own.toml")).runs()} == {(0, 7), (1, 7)}
+    (tmp_path / "both.yaml").write_text(
+        json.dumps({"datasets": ["digits", {**SMALL, "name": "mine", "folder": "data"}], "seeds": {"mine": 2}})
+    )
+    runs = find_grid(str(tmp_path / "both.yaml")).runs()
+    assert [sum(run.dataset == name for run in runs) for name in ("digits", "mine")] == [6, 8]
+
+
 def test_a_plan_needs_no_data_where_the_entry_has_their_numbers(tmp_path: Path, cli: Callable) -> None:
     path = str(_grid_file(tmp_path, **SMALL, folder="nowhere", classes=["a", "b"], images=[16, 4, 4]))
     planned = cli("study", "--dry_run", "--grid", path)
