@@ -42,8 +42,9 @@ NAMEDTUPLE = {"_fields", "_asdict", "_replace", "_make"}  # documented
 
 # Packages whose import takes 15 ms and more, or that are not on every machine.
 HEAVY = {
-    "PIL", "datasets", "dotenv", "fsspec", "grpc", "huggingface_hub", "jinja2", "matplotlib", "mlflow", "numpy", "pandas", "psutil", "pyarrow",
-    "ray", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "tensorboardX", "timm", "torch", "torchvision", "triton", "wandb", "yaml",
+    "PIL", "datasets", "dotenv", "fsspec", "grpc", "huggingface_hub", "jinja2", "matplotlib", "mlflow", "numpy", "pandas", "plotly", "psutil",
+    "pyarrow", "ray", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "tensorboardX", "timm", "torch", "torchvision", "triton",
+    "wandb", "yaml",
 }  # fmt: skip
 
 Sources = Mapping[str, str]  # module -> its text

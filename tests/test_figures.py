@@ -22,12 +22,12 @@ from study.report.attention_figures import attention_curves
 from study.report.drawing import our_style, save
 from study.report.figures import (
     _MODEL_STYLES,
-    _size_colour,
     batch_lengths,
     draw_figures,
     loss_figure,
     running_mean,
     scaling_figure,
+    size_colour,
     smoothing_window,
     wilson,
 )
@@ -158,7 +158,7 @@ def test_architectures_can_be_told_apart_in_grey() -> None:
 def test_sizes_have_a_hue_that_no_architecture_has_and_are_told_apart_in_grey() -> None:
     from matplotlib.colors import to_rgb
 
-    sizes = [to_rgb(_size_colour("CIFAR-100", size)) for size in PROTOCOLS["CIFAR-100"].sizes]
+    sizes = [to_rgb(size_colour("CIFAR-100", size)) for size in PROTOCOLS["CIFAR-100"].sizes]
     greys = [float(np.dot(colour, (0.299, 0.587, 0.114))) for colour in sizes]
     assert min(-np.diff(greys)) > 0.2  # darker with size
     hues = [360 * colorsys.rgb_to_hls(*colour)[0] for colour in sizes]

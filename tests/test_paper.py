@@ -49,7 +49,7 @@ def test_the_csv_has_every_run_and_the_methods_their_numbers() -> None:
         assert said in training
     spent = 2 * analysis.table["seconds"].sum() / 3600  # of two workers
     for said in (
-        f"36 runs took {spent:.3g} GPU hours; 1 diverged",
+        f"36 runs took {spent:.3g} GPU hours of training; 1 diverged",
         "CIFAR-100 (input_noise=0.1)",
         "corrected over the 3 questions",
         "±2 %",

@@ -39,7 +39,7 @@ def _starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _text(page_html: str) -> str:
     """What a person reads."""
-    body = re.sub(r"<style>.*?</style>", "", page_html, flags=re.DOTALL)
+    body = re.sub(r"<(style|script)\b.*?</\1>", "", page_html, flags=re.DOTALL)
     body = body.replace("\N{NO-BREAK SPACE}", " ").replace("\N{MINUS SIGN}", "-")
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
 
@@ -109,14 +109,15 @@ def test_both_forms_say_the_same_and_html_needs_nothing_else(tmp_path: Path) -> 
     picture.write_bytes(b"\x89PNG")
     blocks = [
         Heading("A <title> & more", 1), Contents(), Facts([("asked", "now")]), Findings([Finding("better", "▲", "better", "q?", "a -2 %", "-2 %", "<svg/>")], "<svg/>"),
-        Heading("Part 1: one"), Paragraph("on 2026-11-28 at -0.5 of 1e-05"), Items(["one", "two"]), Code("run.py study"),
+        Heading("Part 1: one"), Paragraph("on 2026-11-28 at -0.5 of 1e-05, see `run.py <x>`"), Items(["one", "two"]), Code("run.py study"),
         Table(["x", "y | z"], [["1", "-2"]], "numbers", closed=True), Figures([(picture, "a picture")]), Code("a,b", "rows", "rows.csv"),
     ]  # fmt: skip
     markdown, page_html = to_markdown(blocks, tmp_path), to_html(blocks, "t")
     opening = "# A <title> & more\n\n- [Part 1: one](#part-1-one)\n\n- asked: now\n\n- ▲ **better.** a −2 %\n\n## Part 1: one\n\n"
-    assert markdown.startswith(opening + "on 2026-11-28 at −0.5 of 1e-05\n\n- one\n- two\n\n```\nrun.py study\n```")
+    assert markdown.startswith(opening + "on 2026-11-28 at −0.5 of 1e-05, see `run.py <x>`\n\n- one\n- two\n\n```\nrun.py study\n```")
     assert "| x | y / z |\n| --- | ---: |\n| 1 | −2 |" in markdown and "![a picture](figures/a.png)" in markdown
     assert "A &lt;title&gt; &amp; more" in page_html and "data:image/png;base64,iVBORw==" in page_html
+    assert "at −0.5 of 1e-05, see <code>run.py &lt;x&gt;</code>" in page_html
     assert '<a href="#part-1-one">Part 1: one</a>' in page_html and '<h2 id="part-1-one">' in page_html and page_html.count("<svg/>") == 2
     link = re.search(r'download="rows.csv" href="data:text/plain;charset=utf-8;base64,([^"]+)"', page_html)
     assert link and base64.b64decode(link[1]) == b"a,b" and "rows: in report.html" in markdown

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment
+from markupsafe import Markup, escape
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,16 @@ class Code:
     file: str = ""
 
 
-Block = Heading | Paragraph | Facts | Findings | Contents | Items | Table | Figures | Code
+@dataclass(frozen=True)
+class Scripted:
+    """A figure of a library's own HTML, after the library's script where that is not in the page yet. Not in Markdown."""
+
+    html: str
+    caption: str
+    script: str = ""
+
+
+Block = Heading | Paragraph | Facts | Findings | Contents | Items | Table | Figures | Code | Scripted
 
 
 def to_markdown(blocks: Sequence[Block], folder: Path) -> str:
@@ -126,6 +136,8 @@ def _markdown(block: Block, blocks: Sequence[Block], folder: Path) -> str:
         case Code(text, caption, file):
             where = f"{caption}: in report.html" if file else ""
             return where or "\n".join([*([f"{caption}\n"] if caption else []), f"```\n{text}\n```"])
+        case Scripted(_, caption):
+            return f"{caption}: in report.html"
         case Figures(files):
             return "\n\n".join(f"![{caption}]({_relative(path, folder)})" for path, caption in files)
         case Table(header, rows, caption, left):
@@ -163,11 +175,11 @@ def typeset(text: str) -> str:
     return re.sub(r"(?<![\w-])-(?=\.?\d)", "\N{MINUS SIGN}", text)
 
 
-def _tied(text: str) -> str:
-    """Text as set, whose numbers stay on a line with their units."""
+def _tied(text: str) -> Markup:
+    """Text as set, for HTML: numbers stay on a line with their units, and what is between backticks is code."""
     for loose in (" %", " M", "p = ", "p < "):
         text = text.replace(loose, loose.replace(" ", "\N{NO-BREAK SPACE}"))
-    return typeset(text)
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(typeset(text)))))
 
 
 def _download(text: str) -> str:
@@ -196,7 +208,7 @@ p, ul { max-width: 46rem; margin: .5rem 0; }
 ul { padding-left: 1.2rem; }
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0 0 1rem; font-size: .9rem; }
 dl.facts dt { color: var(--soft); } dl.facts dd { margin: 0; min-width: 0; }
-.finding { display: grid; grid-template-columns: 9.5rem 1fr 320px 15rem; column-gap: 1rem; align-items: center;
+.finding { display: grid; grid-template-columns: 9.5rem 1fr 320px 16.5rem; column-gap: 1rem; align-items: center;
   border-top: 1px solid var(--line); padding: .45rem 0; --own: var(--soft); }
 .finding > * { min-width: 0; }
 .finding.better { --own: #1b7f5c; } .finding.worse { --own: #b0413e; }
@@ -219,7 +231,9 @@ summary { cursor: pointer; }
 details { margin: .4rem 0; }
 figure { margin: 0; overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; padding: .4rem; }
 figure img { display: block; width: 100%; min-width: 20rem; height: auto; }
+figure.scripted { margin: .8rem 0; }
 figcaption { position: sticky; left: 0; color: var(--soft); font-size: .84rem; padding: .2rem .3rem; }
+code { font-size: .92em; }
 pre { background: var(--shade); padding: .7rem .9rem; overflow-x: auto; font-size: .88rem; }
 @media (max-width: 40rem) { body { font-size: 15px; padding: 1rem .8rem 3rem; } h1 { font-size: 1.35rem; }
   table { font-size: .8rem; } th, td { padding: .25rem .4rem; } th { min-width: 3rem; } figure { padding: .2rem; }
@@ -258,6 +272,9 @@ pre { background: var(--shade); padding: .7rem .9rem; overflow-x: auto; font-siz
 {% if block.file %}<p><a download="{{ block.file }}" href="{{ download(block.text) }}">Save as {{ block.file }}</a></p>{% endif %}
 <pre>{{ block.text }}</pre>
 {% if block.caption %}</details>{% endif %}
+{% elif kind == "Scripted" %}
+{% if block.script %}<script>{{ block.script|safe }}</script>{% endif %}
+<figure class="scripted"><figcaption>{{ block.caption }}</figcaption>{{ block.html|safe }}</figure>
 {% elif kind == "Figures" %}
 <div class="figures">
 {% for path, caption in block.files %}

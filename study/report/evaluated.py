@@ -101,7 +101,7 @@ def attention_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block
         uniform = f"uniform attention: entropy {first['uniform_entropy']:.2f} nats, {100 * first['signal_area']:.0f} % on the object"
         blocks.append(Table(header, rows, f"{part.name}: mean over layers and seeds, {first['images']} test images; {uniform}"))
         stem = part.stem
-        titles = {f"{stem}_attention": "Entropy and share on the object, over depth", f"{stem}_attention_maps": "The last layer's maps"}
+        titles = {f"{stem}_attention": "entropy and share on the object, over depth", f"{stem}_attention_maps": "the last layer's maps"}
         blocks.append(
             Figures([(path, f"{part.name}: {titles[path.stem]}") for path in figures if path.suffix == ".png" and path.stem in titles])
         )

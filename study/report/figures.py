@@ -86,7 +86,7 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, overrides: s
     figure, axes = _axes()
     ends, window = [], 1
     for size, of_size in runs.groupby("size", sort=False):
-        colour = _size_colour(dataset, size)
+        colour = size_colour(dataset, size)
         curves = steps[steps["run_id"].isin(of_size["run_id"])].pivot(index="step", columns="run_id", values=loss)
         curves = curves.replace([np.inf, -np.inf], np.nan)
         for run_id in curves:
@@ -163,7 +163,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, o
     seeds = int(runs.groupby(["model", "parameters"])["seed"].nunique().min())
     images = int(runs["test_images"].min())
     note = "no interval over seeds (1 seed)" if seeds == 1 else f"dots: {seeds} seeds"
-    caption = f"bars: 95 % Wilson interval for {images:,} test images; {note}; only depth varies"
+    caption = f"bars: 95 % interval (Wilson, {images:,} test images); {note}; only depth varies"
     if len(diverged):
         named = ", ".join(f"{model_title(run.model)} {millions(run.parameters)} seed {run.seed}" for run in diverged.itertuples())
         caption += f"\ndiverged, and so without an accuracy: {named}"
@@ -280,7 +280,8 @@ def add_caption(figure: Figure, text: str) -> None:
     figure.supxlabel(text, fontsize=8, color="#5B6570", x=0.01, ha="left")
 
 
-def _size_colour(dataset: str, size: Any) -> str:
+def size_colour(dataset: str, size: Any) -> str:
+    """A size's colour in all figures."""
     sizes = protocol_of(dataset).sizes
     return to_hex(_SIZE_COLOURS(sizes.index(size) / max(1, len(sizes) - 1)))
 

@@ -76,16 +76,17 @@ def _facts(table: pd.DataFrame, command: str) -> Facts:
         ("asked", "; ".join(studies)), ("of", f"{', '.join(dict.fromkeys(models))}, on {of}"), ("runs", runs_are),
         ("when", f"{times[0]} to {times[-1]} UTC" if times else ""),
         ("cost", f"{hours(table)} on {', '.join(_values(table, 'device_name')) or 'unknown devices'}"),
-        ("code", ", ".join([*(f"commit {commit}" for commit in commits), *versions, *_values(table, "precision")])),
+        ("code", ", ".join([*([f"commit {' and '.join(commits)}"] if commits else []), *versions, *_values(table, "precision")])),
     ]  # fmt: skip
     return Facts([(name, text) for name, text in rows if text])
 
 
 def hours(table: pd.DataFrame) -> str:
-    """The training time of all runs, by kind of device: "7.4 GPU hours"."""
-    kinds = table["device"].fillna("").astype(str).str.partition(":")[0].map({"cuda": "GPU hours", "cpu": "hours on CPUs"})
-    spent = (table["seconds"] * table["workers"].fillna(1).astype(float)).groupby(kinds.fillna("hours")).sum() / 3600
-    return " and ".join(f"{value:.3g} {kind}" for kind, value in spent.items())
+    """The training time of all runs: "7.4 GPU hours"; on other devices, hours."""
+    on_gpu = table["device"].fillna("").astype(str).str.startswith("cuda")
+    spent = table["seconds"] * table["workers"].fillna(1).astype(float) / 3600
+    parts = {"GPU hours": spent[on_gpu], "hours": spent[~on_gpu]}
+    return " and ".join(f"{part.sum():.3g} {kind}" for kind, part in parts.items() if len(part))
 
 
 def counted(number: int, noun: str) -> str:

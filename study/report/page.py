@@ -26,18 +26,18 @@ from study.report.sentences import between, p_value, relative
 from study.report.start import start_section
 
 
-def page(analysis: Analysis, figures: Sequence[Path], command: str) -> list[Block]:
+def page(analysis: Analysis, figures: Sequence[Path], command: str, curves: Sequence[Block] = ()) -> list[Block]:
     """The report's blocks.
 
     Args:
         figures: PNG files among these are shown, by the names that draw_figures gives.
+        command: lines that reproduce the runs. curves: the section of loss curves to zoom.
     """
     blocks = [*first_screen(analysis, command), Heading("How the questions were decided"), Paragraph(_RULE)]
     if analysis.noise_source:
         blocks.append(Paragraph(f"With noise means here {analysis.noise_source}; without, the same on clean images."))
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
-    blocks += predictions_section(analysis)
-    blocks += _figures(analysis, figures)
+    blocks += [*_figures(analysis, figures), *curves, *predictions_section(analysis)]
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
     blocks += _tuning_section(analysis)
     blocks += choices_section(analysis.choices, figures, analysis.stems)
@@ -96,28 +96,19 @@ def _accuracy_tables(analysis: Analysis) -> list[Block]:
 
 
 def _figures(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
-    """The user's figures, the overlay first."""
+    """The user's figures: the overlay, then a row a kind, the architectures side by side."""
     by_name = {path.stem: path for path in figures if path.suffix == ".png"}
     blocks: list[Block] = []
     for part in analysis.subjects:
-        titles = {f"{part.stem}_{name}": title for name, title in _figure_titles().items()}
-        own = [(by_name[name], title) for name, title in titles.items() if name in by_name]
-        if own:
-            blocks += [Heading(f"Figures: {part.name}", 3), Figures(own)]
-    return blocks
+        rows = [[("scaling_overlay", "Test accuracy over model size, all architectures")]]
+        rows += [[(f"{model}_{kind}", f"{model_title(model)}: {shown}") for model in MODELS] for kind, shown in _FIGURES.items()]
+        own = [[(by_name[f"{part.stem}_{name}"], title) for name, title in row if f"{part.stem}_{name}" in by_name] for row in rows]
+        if any(own):
+            blocks += [Heading(part.name, 3), *(Figures(row) for row in own if row)]
+    return [Heading("Figures"), *blocks] if blocks else []
 
 
-def _figure_titles() -> dict[str, str]:
-    """What the figures of a data set show, by the names that draw_figures gives, in order."""
-    titles = {"scaling_overlay": "Test accuracy over model size, all architectures"}
-    for what in ("scaling", "train_loss", "val_loss"):
-        shown = {
-            "scaling": "test accuracy over model size",
-            "train_loss": "training loss per batch",
-            "val_loss": "validation loss per batch",
-        }[what]
-        titles |= {f"{model}_{what}": f"{model_title(model)}: {shown}" for model in MODELS}
-    return titles
+_FIGURES = {"scaling": "test accuracy over model size", "train_loss": "training loss per batch", "val_loss": "validation loss per batch"}
 
 
 def _scaling_tables(analysis: Analysis) -> list[Block]:

@@ -42,7 +42,7 @@ def methods(analysis: Analysis) -> list[str]:
     table, bases = analysis.table, [part for part in analysis.subjects if part.base]
     diverged = int((table["status"] == "diverged").sum())
     conditions = [part.name for part in analysis.subjects if not part.base]
-    runs = f"In all, {counted(len(table), 'run')} took {hours(table)}; {diverged or 'none'} diverged."
+    runs = f"In all, {counted(len(table), 'run')} took {hours(table)} of training; {diverged or 'none'} diverged."
     if conditions:
         runs += f" Further conditions: {'; '.join(conditions)}."
     asked = max((answer.questions for answer in analysis.answers), default=0)

@@ -16,6 +16,7 @@ from study.report.choices import draw_choices
 from study.report.document import to_html, to_markdown
 from study.report.drawing import our_style, save
 from study.report.figures import draw_figures
+from study.report.interactive import curves_section
 from study.report.noise_figures import noise_figure
 from study.report.page import page
 from study.table import step_table
@@ -31,9 +32,10 @@ def write_report(checkpoints: Path, table: pd.DataFrame, out: Path, commands: Se
         The page in both forms.
     """
     analysis = analyse(table, checkpoints, looks=out / "looks.json")
-    figures = draw_figures(table, step_table(checkpoints, table), out / "figures") + _draw_findings(analysis, out / "figures")
+    steps = step_table(checkpoints, table)
+    figures = draw_figures(table, steps, out / "figures") + _draw_findings(analysis, out / "figures")
     figures += draw_choices(analysis.choices, out / "figures", analysis.stems)
-    blocks = page(analysis, figures, "\n".join(commands))
+    blocks = page(analysis, figures, "\n".join(commands), curves_section(table, steps))
     html, markdown = out / "report.html", out / "report.md"
     write_atomically(html, to_html(blocks, "Differential ViT against classic ViT").encode())
     write_atomically(markdown, to_markdown(blocks, out).encode())
