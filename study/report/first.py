@@ -7,7 +7,7 @@ import re
 
 import pandas as pd
 
-from diffvit.protocol import ARMS, MODEL_TITLES, MODELS
+from diffvit.protocol import ARMS, MODEL_TITLES, in_order
 from study.report.analysis import Analysis, Subject
 from study.report.document import Block, Contents, Facts, Finding, Findings, Heading
 from study.report.figures import millions, model_title
@@ -59,7 +59,7 @@ def _nothing_to_compare(part: Subject, arms: tuple[str, str] = ARMS) -> str:
 def _facts(table: pd.DataFrame, command: str) -> Facts:
     """What was asked, of what, when and with what."""
     studies = [line for line in command.splitlines() if " study " in line]
-    models = [model_title(model) for model in [*MODELS, *table["model"]] if (table["model"] == model).any()]
+    models = map(model_title, in_order(table["model"]))
     datasets: dict[str, list[str]] = {}  # of the same sizes
     for dataset, runs in table.groupby("dataset", sort=False):
         sizes = dict.fromkeys(millions(count) for count in sorted(runs.groupby("size")["parameters"].min()))
@@ -73,7 +73,7 @@ def _facts(table: pd.DataFrame, command: str) -> Facts:
     commits = dict.fromkeys(re.sub(r"\b([0-9a-f]{10})[0-9a-f]+", r"\1", commit) for commit in _values(table, "git_commit"))
     versions = [f"{what} {'/'.join(_values(table, what))}" for what in ("torch", "diffvit") if _values(table, what)]
     rows = [
-        ("asked", "; ".join(studies)), ("of", f"{', '.join(dict.fromkeys(models))}, on {of}"), ("runs", runs_are),
+        ("asked", "; ".join(studies)), ("of", f"{', '.join(models)}, on {of}"), ("runs", runs_are),
         ("when", f"{times[0]} to {times[-1]} UTC" if times else ""),
         ("cost", f"{hours(table)} on {', '.join(_values(table, 'device_name')) or 'unknown devices'}"),
         ("code", ", ".join([*([f"commit {' and '.join(commits)}"] if commits else []), *versions, *_values(table, "precision")])),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffvit.protocol import ARMS, MODELS, protocol_of
+from diffvit.protocol import ARMS, in_order, protocol_of
 from study.report import compare, scaling, verdict
 from study.report.analysis import Analysis
 from study.report.choices import choices_section
@@ -101,7 +101,8 @@ def _figures(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
     blocks: list[Block] = []
     for part in analysis.subjects:
         rows = [[("scaling_overlay", "Test accuracy over model size, all architectures")]]
-        rows += [[(f"{model}_{kind}", f"{model_title(model)}: {shown}") for model in MODELS] for kind, shown in _FIGURES.items()]
+        rows += [[(f"{model}_{kind}", f"{model_title(model)}: {shown}") for model in in_order(part.table["model"])]
+                 for kind, shown in _FIGURES.items()]  # fmt: skip
         own = [[(by_name[f"{part.stem}_{name}"], title) for name, title in row if f"{part.stem}_{name}" in by_name] for row in rows]
         if any(own):
             blocks += [Heading(part.name, 3), *(Figures(row) for row in own if row)]

@@ -7,7 +7,7 @@ import re
 
 import pandas as pd
 
-from diffvit.protocol import ARMS, MODEL_TITLES
+from diffvit.protocol import ARMS, MODEL_TITLES, in_order
 from study.report.analysis import Analysis, Subject
 from study.report.document import Block, Code, Heading, Paragraph
 from study.report.figures import millions, model_title
@@ -64,7 +64,7 @@ def _training(part: Subject) -> str:
     """How the models of a data set were trained."""
     table, protocol = part.table, part.protocol
     sizes = [_size(runs) for _, runs in sorted(table.groupby("size"), key=lambda of_size: of_size[1]["parameters"].min())]
-    models = " and ".join(dict.fromkeys(map(model_title, table["model"])))
+    models = " and ".join(map(model_title, in_order(table["model"])))
     train, validation, _ = protocol.images
     tested = table["test_images"].dropna()
     side, epochs = protocol.image_size, "" if protocol.max_steps else f" ({protocol.epochs} epochs)"
