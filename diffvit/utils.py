@@ -160,7 +160,7 @@ def _check_room(sizes: Mapping[Path, int]) -> None:
     for folder, size in disks.values():
         free = shutil.disk_usage(folder).free
         if size > free:
-            raise UserError(f"what is brought to {folder} takes {size:,} bytes, and it has {free:,} left.", "make room.")
+            raise UserError(f"the download takes {size:,} bytes, and {folder} has {free:,} left.", "make room.")
 
 
 def _in_the_way(target: Path, local: Path) -> list[Path]:

@@ -316,7 +316,7 @@ def _by_dataset(path: Path, content: dict[str, Any], key: str, values: dict[Any,
         if dataset not in map(resolve_dataset, _names(path, content, "datasets")):
             raise UserError(f"{key} in {path} names {dataset}, which is not in its datasets.", "add it to datasets, or take it out.")
         if dataset in found:
-            raise UserError(f"{key} in {path} names {dataset} twice.", "take one of both out.")
+            raise UserError(f"{key} in {path} names {dataset} twice.", "remove one of the two.")
         found[dataset] = value
     return found
 

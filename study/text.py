@@ -1,13 +1,16 @@
-"""Text for a person: aligned columns, numbers, times, and messages on stderr."""
+"""Output: text for a person with aligned columns, numbers and times, JSON for programs, and messages on stderr."""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from diffvit.errors import redacted
+from diffvit.ledger.disk import write_atomically
 
 
 def columns(rows: list[tuple[str, ...]], right: Any = ()) -> str:
@@ -52,6 +55,27 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a warning to stderr, without secrets."""
     say(f"warning: {text}")
+
+
+# In place of a path: print it.
+STDOUT = Path("-")
+
+
+def put(text: Callable[[], str], value: Callable[[], Any], json_to: Path | None) -> None:
+    """Print a result's text; or its JSON; or the text, with the JSON in a file."""
+    if json_to != STDOUT:
+        print(text(), flush=True)
+    if json_to:
+        put_json(value(), json_to)
+
+
+def put_json(value: Any, to: Path) -> None:
+    """Print JSON, or write it to a file, in one step."""
+    content = json.dumps(value, indent=1)
+    if to == STDOUT:
+        print(content, flush=True)
+    else:
+        write_atomically(to, f"{content}\n".encode())
 
 
 def significant(value: float) -> str:
