@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,18 @@ def runs_table(
         numbers: headers of columns that are aligned right.
     """
     values = dict(zip(header, zip(*rows, strict=True), strict=True))
-    alike = {
-        name: texts[0] for name, texts in values.items() if name in shared and len(set(texts)) == 1 and (len(rows) > 1 or not texts[0])
-    }
+    alike = same_everywhere(values, shared) if len(rows) > 1 else {}
     kept = [name for name, texts in values.items() if name not in alike and any(texts)]
-    title = ", ".join(text if name == "overrides" else f"{name} {text}" for name, text in alike.items() if text)
+    title = ", ".join(filter(None, alike.values()))
     body = zip(*(values[name] for name in kept), strict=True)
     table = columns([tuple(kept), *body], right=[number for number, name in enumerate(kept) if name in numbers])
     return f"{title}\n{table}" if title else table
+
+
+def same_everywhere(values: Mapping[str, Sequence[str]], names: Collection[str]) -> dict[str, str]:
+    """Of these columns, those that tell no run from another, and what a title says instead, such as "seed 0"."""
+    alike = {name: values[name][0] for name in names if len(set(values[name])) == 1}
+    return {name: text if name in ("data set", "overrides") or not text else f"{name} {text}" for name, text in alike.items()}
 
 
 def short_model(name: str) -> str:

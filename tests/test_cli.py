@@ -311,7 +311,7 @@ def test_grids_for_another_data_set(cli) -> None:
     outcome = cli("study", "--grid", "noise", "--dataset", "cifar-100", "--dry_run")
     title, _, *lines = outcome.out.splitlines()
     rows = [line for line in lines if line.startswith(("classic", "differential"))]
-    assert outcome.code == 0 and len(rows) == 24 and title == "data set CIFAR-100, seed 0, batch 512"
+    assert outcome.code == 0 and len(rows) == 24 and title == "CIFAR-100, seed 0, batch 512"
     assert [sum(row.endswith(end) for row in rows) for end in ("to do", "input_noise=0.1", "label_noise=0.2", "label_noise=0.4")] == [6] * 4
     listed = cli("list", "--grid", "lr", "--dataset", "CIFAR-100")
     assert "0 of 18 runs done" in listed.out and listed.out.count("lr=0.0003") == 6
