@@ -104,7 +104,7 @@ def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progr
 
     Raises:
         UserError: there is no such file, or something different is here already; then nothing is brought.
-        StorageError: the hub failed; the same call goes on where it was.
+        StorageError: the hub failed; the same call continues where it stopped.
     """
     wanted = _hub_path(hub_path)
     try:

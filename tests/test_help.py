@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 import pytest
 
 import run as command_line
+from diffvit.ledger.results import read_result
 from study.commands.command import COMMAND_HEADINGS, OPTION_HEADINGS
 
 COMMANDS = command_line.cli.commands
@@ -46,6 +48,8 @@ def test_json_goes_to_stdout_or_beside_the_text_into_a_file(cli) -> None:
     text, printed = cli(*train, "--json", "run.json").out, json.loads(cli(*train, "--json").out)
     written = json.loads(Path("run.json").read_text())
     assert written == printed and "accuracy" in text and "weights" in text
+    slow = dataclasses.replace(read_result(Path(printed["files"]["result"])), images_per_second=0.14)
+    assert " s, 0.14 images/s, " in slow.lines()[2]
     assert printed["overrides"] == {"max_steps": 2} and Path(printed["files"]["weights"]).is_file()
 
     Path("one.yaml").write_text("datasets: [digits]\nmodels: [vit_classic]\nsizes: [small]\noverrides: {max_steps: 2, label_noise: 0.2}")

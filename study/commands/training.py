@@ -67,11 +67,14 @@ class _StepProgress:
             TextColumn("{task.description}", table_column=Column()),  # what a narrow terminal wraps
             *([BarColumn()] if self._console.width >= 120 else []), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"), console=self._console, transient=True, disable=not self._console.is_terminal,
+            speed_estimate_period=3600,  # steps may take minutes
         )  # fmt: skip
         self._task = self._bar.add_task(title, total=None, losses="")
 
     def __enter__(self) -> _StepProgress:
         self._bar.start()
+        if not self._console.is_terminal:
+            click.echo(self._title, err=True)
         return self
 
     def __exit__(self, *_: object) -> None:
