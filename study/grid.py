@@ -203,7 +203,7 @@ def read_grid(path: Path) -> Grid:
         raise UserError(f"the grid file {path} cannot be read: {error.strerror}.", f"built-in grids are {', '.join(GRIDS)}.") from error
     except ValueError as error:
         raise UserError(
-            f"the grid file {path} is not valid: {' '.join(str(error).split())[:200]}.", "see CONTRIBUTING.md for an example."
+            f"the grid file {path} is not valid: {' '.join(str(error).split())[:200]}.", "docs/grids.md has an example."
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"the grid file {path} is not a list of keys and values.", f"its keys are {', '.join(_FILE_KEYS)}.")
