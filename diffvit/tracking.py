@@ -56,7 +56,7 @@ class TrackedRun:
     Attributes:
         folder: where trackers keep their files, in the checkpoints folder.
         config: the run's names and protocol; text, numbers and booleans.
-        resumed_at: the step after which it goes on; steps above it will come again.
+        resumed_at: the step that it resumes from; later steps will come again.
     """
 
     folder: Path

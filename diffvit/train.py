@@ -72,7 +72,7 @@ def train(
 ) -> Result | None:
     """One run, from its specification to its result file.
 
-    A run that has ended already is not done again; one that was interrupted goes on after its last saved state.
+    A finished run is not trained again; an interrupted one resumes from its last state.
 
     Args:
         device: default: the first GPU, or the CPU.
@@ -91,7 +91,7 @@ def train(
     Raises:
         UserError: bad input, before anything is written.
         RunIsBusyError: another process or machine trains this run.
-        StorageError: the disk or the storage failed. Trying again goes on after the last saved state.
+        StorageError: the disk or the storage failed. Another call resumes from the last state.
         Stopped: should_stop said so.
     """
     place = torch.device(device) if device else resolve_device()
@@ -134,7 +134,7 @@ class _Run:
     Attributes:
         clean: the data as they are; `data` are what is trained on: with the protocol's noise, and with false labels in `false_rows`.
         notes: sentences for the log and the result.
-        resume: the state after which it goes on, if any.
+        resume: the state that it resumes from, if any.
     """
 
     spec: RunSpec

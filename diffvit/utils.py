@@ -104,7 +104,7 @@ def download(hub_path: str, local: Path, hub: Hub, force: bool = False, on_progr
 
     Raises:
         UserError: there is no such file, or something different is here already; then nothing is brought.
-        StorageError: the hub failed; the same call goes on where it was.
+        StorageError: the hub failed; the same call continues where it stopped.
     """
     wanted = _hub_path(hub_path)
     try:
@@ -160,7 +160,7 @@ def _check_room(sizes: Mapping[Path, int]) -> None:
     for folder, size in disks.values():
         free = shutil.disk_usage(folder).free
         if size > free:
-            raise UserError(f"what is brought to {folder} takes {size:,} bytes, and it has {free:,} left.", "make room.")
+            raise UserError(f"the download takes {size:,} bytes, and {folder} has {free:,} left.", "make room.")
 
 
 def _in_the_way(target: Path, local: Path) -> list[Path]:

@@ -104,7 +104,7 @@ class SharedBoxes(Boxes):
         try:
             left = stranded(self._storage, runs, self._shard, self.checkpoints)
         except StorageError as error:
-            warn(f"{error.message} What other boxes left undone is not looked for.")
+            warn(f"{error.message} Unfinished runs of other boxes are not looked for.")
             return []
         ids = {run.run_id for run in tried}
         left = [run for run in left if run.run_id not in ids]

@@ -234,7 +234,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"the grid file {path} cannot be read: {error.strerror}.", f"built-in grids are {', '.join(GRIDS)}.") from error
     except ValueError as error:
         raise UserError(
-            f"the grid file {path} is not valid: {' '.join(str(error).split())[:200]}.", "see CONTRIBUTING.md for an example."
+            f"the grid file {path} is not valid: {' '.join(str(error).split())[:200]}.", "docs/grids.md has an example."
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"the grid file {path} is not a list of keys and values.", f"its keys are {', '.join(_FILE_KEYS)}.")
@@ -354,7 +354,7 @@ def _by_dataset(path: Path, content: dict[str, Any], key: str, values: dict[Any,
         if dataset not in map(resolve_dataset, _names(path, content, "datasets")):
             raise UserError(f"{key} in {path} names {dataset}, which is not in its datasets.", "add it to datasets, or take it out.")
         if dataset in found:
-            raise UserError(f"{key} in {path} names {dataset} twice.", "take one of both out.")
+            raise UserError(f"{key} in {path} names {dataset} twice.", "remove one of the two.")
         found[dataset] = value
     return found
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from diffvit.ledger.files import RunFiles, result_paths
-from diffvit.ledger.spec import overrides_text
+from diffvit.ledger.spec import overrides_text, parse_overrides
 from diffvit.ledger.verify import verify_run
+from diffvit.protocol import PROTOCOLS
 from study.grid import find_grid
 from study.plan import load_fingerprints, run_ids_of
 from study.results import check_dataset, kept_files
@@ -24,7 +25,7 @@ def ledger_rows(
     data_root: str | None = None,
     dataset: str | None = None,
 ) -> list[dict[str, Any]]:
-    """A row for each finished run, and with a grid for each of its runs that is not done.
+    """A row for each finished run, and with a grid for each of its runs that is not done, by data set, overrides, size, model and seed.
 
     Args:
         dataset: as find_grid takes it.
@@ -71,7 +72,15 @@ def ledger_rows(
                     "test_accuracy": None, "finished": None, "files": [], "missing": [],
                 }
             )  # fmt: skip
-    return rows
+    return [{**row, "overrides": parse_overrides(row["overrides"])} for row in sorted(rows, key=_place)]
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row is listed: by data set, overrides, size, model and seed."""
+    protocol = PROTOCOLS.get(row["dataset"])
+    size = row["size"]
+    number = protocol.sizes.index(size) if protocol and size in protocol.sizes else -1
+    return row["dataset"], row["overrides"], number, size, row["model"], row["seed"]
 
 
 def verify_ledger(checkpoints: Path) -> dict[str, Any]:
@@ -92,22 +101,17 @@ def verify_ledger(checkpoints: Path) -> dict[str, Any]:
 
 
 def ledger_text(rows: list[dict[str, Any]]) -> str:
-    """The ledger for a person, by data set, overrides, size, model and seed."""
+    """The ledger for a person."""
     if not rows:
         return "no finished runs"
     header = ("state", "model", "size", "data set", "seed", "run_id", "test accuracy", "finished", "overrides")
-    sizes = {key: number for number, key in enumerate(dict.fromkeys((row["dataset"], row["size"]) for row in rows))}
-
-    def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["dataset"], row["overrides"], sizes[row["dataset"], row["size"]], row["model"], row["seed"]
-
     body = [
         (
             row["state"], short_model(row["model"]), row["size"], row["dataset"], str(row["seed"]), row["run_id"] or "data not here",
             "" if row["test_accuracy"] is None else f"{100 * row['test_accuracy']:.2f} %", (row["finished"] or "")[:16].replace("T", " "),
-            row["overrides"],
+            overrides_text(row["overrides"]),
         )
-        for row in sorted(rows, key=place)
+        for row in rows
     ]  # fmt: skip
     missing = [f"missing: {path}" for row in rows for path in row["missing"]]
     states = Counter(row["state"] for row in rows)

@@ -79,7 +79,7 @@ def run_study(options: StudyOptions) -> int:
     if signal_code is not None:
         ended = sum(_has_result(run, options) for run in tried)
         say(f"\nstopped: {ended} of {len(tried)} runs are done, the states of the others are saved")
-        say(f"hint: carry on with {options.command}")
+        say(f"hint: to resume, run: {options.command}")
         return signal_code
     boxes.publish()
     failures += boxes.report_unsent(unsent, options.command)
@@ -98,12 +98,15 @@ def _conclude(options: StudyOptions, tried: list[PlannedRun], in_all: int, failu
         say(f"\nerror: {len(failures)} of {len(tried)} runs failed:")
         for title, reason in failures:
             say(f"  {title}: {reason}")
-        say(f"hint: the same command trains only what is missing: {options.command}")
+        say(f"hint: to train only what is missing, run: {options.command}")
         return 1
     if options.shard:
         ended = sum(_has_result(run, options) for run in tried)
         collect = re.sub(r"--shard[ =]\S+", "--collect", options.command)
-        say(f"\nshard {options.shard}: {ended} of {in_all} runs of the grid are done here\nhint: bring all together with {collect}")
+        say(
+            f"\nshard {options.shard}: {ended} of {in_all} runs of the grid are done here"
+            f"\nhint: to collect the runs of all boxes, run: {collect}"
+        )
     return 0
 
 
@@ -119,12 +122,12 @@ def collect_study(options: StudyOptions) -> int:
     specs = options.on(None).runs()
     _check_folders(options.checkpoints, specs)
     boxes = boxes_of(options.saving, None, options.checkpoints)
-    say(f"brought {len(boxes.collect(specs))} runs from {options.saving.storage}")
+    say(f"fetched {len(boxes.collect(specs))} runs from {options.saving.storage}")
     drawn = report_results(options, specs, draw=True, judge=True)
     boxes.publish()
     missing = missing_runs(options.checkpoints, specs)
     if missing:
-        say(f"\n{len(missing)} of {len(specs)} runs are not there yet:")
+        say(f"\n{len(missing)} of {len(specs)} runs are still missing:")
         for spec in missing:
             say(f"  {spec.title}")
         say(f"hint: when their boxes are done, give the same command again: {options.command}")
@@ -153,7 +156,7 @@ def rehearse_study(options: StudyOptions) -> int:
         outcomes = rehearse(specs, options.settings(), lambda each: print(redacted(each.line()), flush=True))
     failed = [each.title for each in outcomes if each.fault]
     if failed:
-        say(f"\nerror: {len(failed)} of {len(outcomes)} cells failed: {', '.join(failed)}\nhint: mend that before the study.")
+        say(f"\nerror: {len(failed)} of {len(outcomes)} cells failed: {', '.join(failed)}\nhint: fix that before the study.")
         return 1
     say(f"all {len(outcomes)} cells work")
     return 0

@@ -33,6 +33,7 @@ class StudyOptions:
         compute: how runs are computed on a device that each has to itself.
         command: as the user typed it.
         ask: before long work, ask whether to start it.
+        json_to: where the outcome goes as JSON; "-": to stdout, in place of the table.
     """
 
     grid: Grid
@@ -50,6 +51,7 @@ class StudyOptions:
     shard: Shard | None = None
     command: str = "run.py study"
     ask: bool = False
+    json_to: Path | None = None
 
     def on(self, cluster: Cluster | None) -> StudyOptions:
         """With the precision, and on a cluster the GPUs of a run, that hold there; None: on this machine. Raises UserError."""

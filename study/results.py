@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -13,10 +14,10 @@ from diffvit.errors import UserError, first_line
 from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import RunFiles
-from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.spec import RunSpec, parse_overrides
 from study.grid import GRIDS, Grid, find_grid, named_after
 from study.table import files_of, missing_runs, run_table, step_table, write_csv, write_step_csv
-from study.text import runs_table, say, short_model
+from study.text import STDOUT, put_json, runs_table, say, short_model
 
 if TYPE_CHECKING:
     from study.options import StudyOptions
@@ -27,19 +28,33 @@ _OF_REPORT = ("--grid", "--dataset", "--epochs", "--checkpoints")
 
 
 def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool, judge: bool = False) -> bool:
-    """Print the table, write it as CSV, then draw the figures. Returns False where the figures failed, after printing why.
+    """Print the table, or JSON; write it as CSV; draw the figures. Returns False where the figures failed, after printing why.
 
     The table has all seeds and precisions of the cells, so that a study with fewer of them removes nothing.
 
     Args:
         judge: print the verdict too, if no run is missing: a look at a part of them would have to be paid for.
     """
+    table = run_table(options.checkpoints, specs)
+    drawn, answers = (True, []) if table.empty else _report(options, specs, table, draw, judge)
+    if options.json_to:
+        missing = [spec.title for spec in missing_runs(options.checkpoints, specs)]
+        put_json({"grid": options.grid.name, "runs": _rows(table), "missing": missing, "verdict": answers}, options.json_to)
+    return drawn
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The run table for JSON: overrides as objects, and null for what is not there."""
+    rows = json.loads(table.to_json(orient="records"))
+    return [{**row, "overrides": parse_overrides(row["overrides"])} for row in rows]
+
+
+def _report(options: StudyOptions, specs: list[RunSpec], table: pd.DataFrame, draw: bool, judge: bool) -> tuple[bool, list[dict[str, Any]]]:
+    """As report_results, of a table that is not empty; with the verdict as JSON has it."""
     from study.predictions import with_predictions  # torch comes with it
 
-    table = run_table(options.checkpoints, specs)
-    if table.empty:
-        return True
-    print(table_text(table))
+    if options.json_to != STDOUT:
+        print(table_text(table))
     runs, steps = (options.checkpoints / f"{options.name}_{what}.csv" for what in ("runs", "steps"))
     if draw:  # on a stop, nothing that takes long
         table = with_predictions(table, options.checkpoints)
@@ -51,14 +66,14 @@ def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool, judg
         for failure in sorted(failures):
             say(f"warning: {failure}")
     drawn = not draw or _draw(options, table)
-    if judge and draw and drawn and not missing_runs(options.checkpoints, specs):
-        _say_findings(options, table)
+    judged = judge and draw and drawn and not missing_runs(options.checkpoints, specs)
+    verdict = _say_findings(options, table) if judged else []
     gone = [path for files, run in zip(files_of_table(options.checkpoints, table), table.itertuples(), strict=True)
             for path in kept_files(files, run.status) if not path.is_file()]  # fmt: skip
     if gone:
         say(f"warning: files of finished runs are gone: {', '.join(map(str, gone))}")
         say("hint: delete the _result.json of such a run, and the same command trains it again.")
-    return drawn
+    return drawn, verdict
 
 
 def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
@@ -76,14 +91,21 @@ def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
     return True
 
 
-def _say_findings(options: StudyOptions, table: pd.DataFrame) -> None:
-    """Print the verdict's sentences and what to do next. As the report, this is a look at the questions, and counted."""
+def _say_findings(options: StudyOptions, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Print the verdict's sentences and what to do next. As the report, this is a look at the questions, and counted.
+
+    Returns:
+        The verdict as JSON has it.
+    """
     from study.report.analysis import analyse
+    from study.report.facts import answer_facts
     from study.report.sentences import sentence
 
     folder = options.checkpoints / _report_name([options.grid], options.epochs, named=bool(options.grid.prefix))
+    facts: list[dict[str, Any]] = []
     try:
         answers = analyse(table, options.checkpoints, looks=folder / "looks.json").answers
+        facts = list(map(answer_facts, answers))
         lines = ["", *map(sentence, answers)]
         if answers and not any(answer.estimate.known for answer in answers):
             lines.append("next     --seeds 3 on the same command gives intervals")
@@ -91,6 +113,7 @@ def _say_findings(options: StudyOptions, table: pd.DataFrame) -> None:
     except Exception as error:  # figures and words must not fail finished training
         lines = [f"note: no verdict could be formed: {type(error).__name__}: {first_line(error)}"]
     say("\n".join(lines))
+    return facts
 
 
 def _report_command(study: str) -> str:
@@ -171,6 +194,18 @@ def report_grid(
     out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
     check_writable(out)
     return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset))
+
+
+def verdict_json(
+    checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None
+) -> list[dict[str, Any]]:
+    """The verdict of the report of these arguments, as JSON has it."""
+    from study.report.analysis import analyse
+    from study.report.facts import answer_facts
+
+    table, grids = _finished(checkpoints, grid, epochs, dataset)
+    out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
+    return list(map(answer_facts, analyse(table, checkpoints, looks=out / "looks.json").answers))
 
 
 def _commands(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> list[str]:

@@ -1,13 +1,16 @@
-"""Text for a person: aligned columns, numbers, times, and messages on stderr."""
+"""Output: text for a person with aligned columns, numbers and times, JSON for programs, and messages on stderr."""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from diffvit.errors import redacted
+from diffvit.ledger.disk import write_atomically
 
 
 def columns(rows: list[tuple[str, ...]], right: Any = ()) -> str:
@@ -29,14 +32,18 @@ def runs_table(
         numbers: headers of columns that are aligned right.
     """
     values = dict(zip(header, zip(*rows, strict=True), strict=True))
-    alike = {
-        name: texts[0] for name, texts in values.items() if name in shared and len(set(texts)) == 1 and (len(rows) > 1 or not texts[0])
-    }
+    alike = same_everywhere(values, shared) if len(rows) > 1 else {}
     kept = [name for name, texts in values.items() if name not in alike and any(texts)]
-    title = ", ".join(text if name == "overrides" else f"{name} {text}" for name, text in alike.items() if text)
+    title = ", ".join(filter(None, alike.values()))
     body = zip(*(values[name] for name in kept), strict=True)
     table = columns([tuple(kept), *body], right=[number for number, name in enumerate(kept) if name in numbers])
     return f"{title}\n{table}" if title else table
+
+
+def same_everywhere(values: Mapping[str, Sequence[str]], names: Collection[str]) -> dict[str, str]:
+    """Of these columns, those that tell no run from another, and what a title says instead, such as "seed 0"."""
+    alike = {name: values[name][0] for name in names if len(set(values[name])) == 1}
+    return {name: text if name in ("data set", "overrides") or not text else f"{name} {text}" for name, text in alike.items()}
 
 
 def short_model(name: str) -> str:
@@ -52,6 +59,27 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a warning to stderr, without secrets."""
     say(f"warning: {text}")
+
+
+# In place of a path: print it.
+STDOUT = Path("-")
+
+
+def put(text: Callable[[], str], value: Callable[[], Any], json_to: Path | None) -> None:
+    """Print a result's text; or its JSON; or the text, with the JSON in a file."""
+    if json_to != STDOUT:
+        print(text(), flush=True)
+    if json_to:
+        put_json(value(), json_to)
+
+
+def put_json(value: Any, to: Path) -> None:
+    """Print JSON, or write it to a file, in one step."""
+    content = json.dumps(value, indent=1)
+    if to == STDOUT:
+        print(content, flush=True)
+    else:
+        write_atomically(to, f"{content}\n".encode())
 
 
 def significant(value: float) -> str:

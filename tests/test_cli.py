@@ -124,7 +124,7 @@ BAD_INPUT = [
     (("evaluate", "--model", "vit_classic", "--size", "10B", "--dataset", "CIFAR-100"), "run.py list"),
     (("evaluate",), "--model, --size and --dataset, or --grid"),
     (("evaluate", "--grid", "digits"), "--corruptions, --attention or both"),
-    (("evaluate", "--grid", "digits", "--size", "small", "--attention"), "one of both"),
+    (("evaluate", "--grid", "digits", "--size", "small", "--attention"), "one or the other"),
     (("evaluate", "--grid", "digits", "--corruptions"), "run.py list"),
     (("report",), "run.py study"),
     (("report", "--dataset", "CIFAR-100"), "--grid noise, lr, controls or choices"),
@@ -144,8 +144,8 @@ BAD_INPUT = [
     (("study", "--grid", "seeds-of.yaml"), "whole numbers"),
     (("study", "--grid", "missing.yaml"), "built-in grids"),
     (("study", "--grid", "typo.yaml"), "did you mean datasets"),
-    (("study", "--grid", "broken.yaml"), "CONTRIBUTING"),
-    (("study", "--grid", "broken.toml"), "CONTRIBUTING"),
+    (("study", "--grid", "broken.yaml"), "docs/grids.md"),
+    (("study", "--grid", "broken.toml"), "docs/grids.md"),
     (("study", "--grid", "list.yaml"), "its keys are"),
     (("study", "--grid", "size.yaml"), "0.1M, 0.2M, 0.4M"),
     (("study", "--grid", "override.yaml"), "did you mean epochs"),
@@ -166,7 +166,7 @@ BAD_INPUT = [
     ((*TRAIN, "--storage", "hf://someone"), "user/name"),
     (("study", "--collect"), "--upload true"),
     (("study", "--collect", "--shard", "1/2", "--storage", "s"), "all boxes"),
-    (("study", "--collect", "--rehearse", "--storage", "s"), "one of both"),
+    (("study", "--collect", "--rehearse", "--storage", "s"), "one or the other"),
     (("study", "--shard", "5/4"), "such as 2/4"),
     (("study", "--shard", "half"), "such as 2/4"),
     (("study", "--shard", "1/99", "--storage", "s", "--address", "local"), "at most 12"),
@@ -311,7 +311,7 @@ def test_grids_for_another_data_set(cli) -> None:
     outcome = cli("study", "--grid", "noise", "--dataset", "cifar-100", "--dry_run")
     title, _, *lines = outcome.out.splitlines()
     rows = [line for line in lines if line.startswith(("classic", "differential"))]
-    assert outcome.code == 0 and len(rows) == 24 and title == "data set CIFAR-100, seed 0, batch 512"
+    assert outcome.code == 0 and len(rows) == 24 and title == "CIFAR-100, seed 0, batch 512"
     assert [sum(row.endswith(end) for row in rows) for end in ("to do", "input_noise=0.1", "label_noise=0.2", "label_noise=0.4")] == [6] * 4
     listed = cli("list", "--grid", "lr", "--dataset", "CIFAR-100")
     assert "0 of 18 runs done" in listed.out and listed.out.count("lr=0.0003") == 6

@@ -596,6 +596,7 @@ def test_what_the_hub_gave_once_is_used_without_it(
     _write_cifar100(tmp_path, LABELS["int64"], _structs)
     datasets.load_dataset(str(tmp_path / "uoft-cs/cifar100"))
     (away / "cifar100").rename(away / "uoft-cs___cifar100")
+    assert hub.is_cached("uoft-cs/cifar100") and not hub.is_cached("1aurent/BACH")
     capfd.readouterr()
     with _out_of_reach(way, monkeypatch):
         assert len(load("CIFAR-100").train) == 900

@@ -18,6 +18,7 @@ from study.cluster import display as displays
 from study.cluster import runner
 from study.cluster.display import StudyDisplay
 from study.cluster.runner import Settings
+from study.commands.training import _StepProgress
 from study.grid import Grid
 from study.live import board
 from study.placement import Placement
@@ -260,6 +261,17 @@ def test_a_slot_that_is_free_for_a_moment_is_counted() -> None:
     assert study.left() == ", about 2:30 left"
     study.end(0, seconds=100.0)
     assert study.left() == ", about 2:30 left"  # 50 and 100 beside 100: the other slot is about to be taken
+
+
+def test_slow_steps_of_one_run_have_a_time_left() -> None:
+    now = [0.0]
+    progress = _StepProgress("a run")
+    task = progress._bar.tasks[0]
+    progress._bar.get_time = task._get_time = lambda: now[0]
+    for step in (1, 2, 3):
+        now[0] += 90
+        progress([Step(step, 1, 1e-3, 2.0, 2.0, 0.1, 1.0, now[0])], 10)
+    assert task.time_remaining == 7 * 90
 
 
 @pytest.mark.parametrize("workers", [1, 2])

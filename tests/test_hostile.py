@@ -1012,7 +1012,7 @@ def test_options_are_understood_or_refused(text: str) -> None:
         if isinstance(found, Every):
             assert found.seconds is None or 0 < found.seconds < 1e10
             assert found.steps is None or 0 < found.steps < 1e10
-    clear(lambda: parse_saving("60s", text, "600s", None, False))
+    clear(lambda: parse_saving(text, False))
 
 
 @bounded(150)

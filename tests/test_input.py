@@ -227,7 +227,7 @@ def test_a_setting_that_env_cannot_make_is_refused(cli, monkeypatch: pytest.Monk
         (("study", "--dry_run", "--price", "2"), "run.py plan --price P"),
         (("study", "--dry_run", "--sync_every", "5m"), "--sync_every is given without a storage"),
         (("study", "--dry_run", "--lease", "5m"), "--lease is given without a storage"),
-        (("study", "--shard", "1/4"), "--shard has no place"),
+        (("study", "--shard", "1/4"), "--shard needs a storage"),
         (("plan", "--gpu", "h100", "--gpus_per_run", "0.5"), "--gpus_per_run says how --probe measures"),
         (("plan", "--gpu", "h100", "--probe_seconds", "9"), "--probe_seconds says how --probe measures"),
     ],
@@ -271,7 +271,8 @@ def texts() -> list[str]:
     return [text for text in found if OPTION.search(text) and "<style>" not in text and "{--" not in text]
 
 
-FOREIGN = {"always", "dirty", "abbrev", "exclude", "extra", "force"}  # git's and uv's, in calls of them; upload's and download's own
+# Git's, uv's and fish's, in calls of them; upload's and download's own.
+FOREIGN = {"always", "dirty", "abbrev", "exclude", "extra", "force", "no_files", "command", "condition", "arguments"}
 
 
 def test_every_option_and_command_that_a_text_names_exists() -> None:
@@ -311,7 +312,7 @@ def path_params() -> list[tuple[str, click.Parameter]]:
 def test_every_path_of_the_command_line_is_of_one_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     found = path_params()
-    assert {param.name for _, param in found} >= {"checkpoints", "data_root", "out", "json_path", "local"}
+    assert {param.name for _, param in found} >= {"checkpoints", "data_root", "out", "json_to", "local"}
     for command, param in found:
         assert str(param.type.convert("~/a b [x]#%", param, None)) == str(tmp_path / "a b [x]#%"), (command, param.name)
 

@@ -121,7 +121,7 @@ def test_damage_is_named_with_its_line(tmp_path: Path, old: bytes, new: bytes, s
     with pytest.raises(UserError) as caught:
         read_log(path, steps)
     assert caught.value.message.startswith(f"{path} is damaged: ") and said in caught.value.message
-    assert ("_result.json" if steps else "last state") in caught.value.hint
+    assert ("_result.json" if steps else "last checkpoint") in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,8 @@ def test_plan_of_the_full_grid(cli, tmp_path: Path) -> None:
         plan["makespan_seconds"] / 3600 * 8
     )
     assert f"{plan['runs'][0]['parameters']:,}" in outcome.out
+    assert f"\nbill      ${plan['bill']:,.2f}: every GPU is paid" in outcome.out and "costs at most 10 min 0 s" in outcome.out
+    assert "$0.33 of each GPU" in outcome.out
     alone = cli("plan", "--grid", "full", "--gpu", "H100")
     assert alone.code == 0 and "$" not in alone.out and "--price P" in alone.out
     assert "fp16, 16 GB" in cli("plan", "--grid", "full", "--gpu", "t4").out

@@ -61,6 +61,13 @@ def load_hub(
         raise UserError(f"the column {image} of {path} holds no encoded images but {found}.", mend) from error
 
 
+def is_cached(name: str) -> bool:
+    """Whether the hub's client has unpacked a data set here, so that it loads without the hub."""
+    import datasets
+
+    return any((Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")).glob("*"))
+
+
 _PATIENCE = 5.0  # seconds for the hub's first answer
 
 

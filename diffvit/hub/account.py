@@ -49,6 +49,12 @@ def find_token() -> str | None:
     return token or None
 
 
+def find_repository() -> str | None:
+    """HF_REPOSITORY as user/name, from the environment or .env; None where it is in neither. Raises UserError as parse_repository."""
+    given = _setting("HF_REPOSITORY")
+    return parse_repository(given) if given else None
+
+
 def _setting(name: str) -> str:
     if setting := os.environ.get(name):
         return setting.strip()
@@ -58,7 +64,7 @@ def _setting(name: str) -> str:
             if key == name and not whole:
                 raise UserError(f"line {line} of .env, which is for {name}, cannot be read.", "write it as .env.example shows.")
             if key == name and value and setting and value != setting:
-                raise UserError(f".env has {name} a second time in line {line}, with another value.", "take one of both out.")
+                raise UserError(f".env has {name} a second time in line {line}, with another value.", "remove one of the two.")
             if key == name:
                 setting = setting or value
             elif _is_misspelt(key, name):

@@ -259,7 +259,7 @@ class StateUploader(Repeater):
             return lease is not None
 
     def stop(self, send: bool = True) -> None:
-        """End the thread, and send a state that was not sent yet, so that another machine can go on from it."""
+        """End the thread, and send a state that was not sent yet, so that another machine can resume from it."""
         if self.ending.is_set():
             return
         super().stop()
@@ -323,6 +323,6 @@ class StateUploader(Repeater):
             return True
         except Exception as error:
             if not self._silent:  # once for each time that it falls silent
-                self._warn(f"{error.message if isinstance(error, StorageError) else error} Training goes on and tries again.")
+                self._warn(f"{error.message if isinstance(error, StorageError) else error} Training continues, and tries again.")
             self._silent = True
             return False

@@ -1,4 +1,4 @@
-"""Resume states (checkpoints of an unfinished run), from which it goes on to the same bits.
+"""Resume states (checkpoints of an unfinished run), from which it resumes to the same bits.
 
 A run's states lie in checkpoints/.state/{run_id}/, one file each, named by step: safetensors with a JSON header, and after it the
 SHA-256 of what precedes. A file is written aside, flushed and renamed; a truncated or changed file is recognised, reported and

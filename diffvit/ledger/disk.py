@@ -52,7 +52,7 @@ def readable(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read: {error.strerror}.", "change its permissions, or move it elsewhere.") from error
 
 
-MEND_LINK = "mend or remove the link; if a disk is not mounted, mount it."
+MEND_LINK = "repair or remove the link; if a disk is not mounted, mount it."
 
 
 def broken_link(path: Path) -> str | None:
@@ -124,7 +124,7 @@ def disk_faults(place: Path) -> Iterator[None]:
             raise
         raise StorageError(
             f"{error.filename or place} cannot be written: {error.strerror}.",
-            "make room or mend the folder; nothing finished is lost, and the same command carries on.",
+            "make room or repair the folder; nothing finished is lost, and the same command resumes.",
         ) from error
 
 

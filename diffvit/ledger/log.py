@@ -104,7 +104,7 @@ class TrainingLog:
         path: the file; an existing one is replaced.
         facts: what stands in the first line.
         notes: sentences for the lines after it.
-        keep: go on after so much of an existing log; what follows is cut off.
+        keep: keep so much of an existing log; what follows is cut off.
     """
 
     def __init__(self, path: Path, facts: dict[str, object], notes: Iterable[str] = (), keep: LogPosition | None = None):
@@ -164,7 +164,7 @@ class WorkAgain(NamedTuple):
 
     @staticmethod
     def after(path: Path, position: LogPosition | None) -> WorkAgain:
-        """The steps that are repeated when a run goes on from a position of its log.
+        """The steps that are repeated when a run resumes from a position of its log.
 
         Work that was done again there already, and is cut off with the rest, counts too.
         """
@@ -334,5 +334,5 @@ def _shown(text: bytes) -> str:
 
 def _hint(steps: int | None) -> str:
     if steps is None:
-        return "`study` or `train` goes on from the last state that was saved before the damage."
+        return "`study` or `train` resumes from the last checkpoint before the damage."
     return "delete the run's _result.json, and `study` or `train` trains it again."

@@ -148,10 +148,11 @@ class Result:
     def lines(self) -> list[str]:
         """The measurements of a run that is done, as lines of text."""
         assert self.val_accuracy is not None and self.test_accuracy is not None
+        pace = f"{self.images_per_second:,.0f}" if self.images_per_second >= 10 else f"{self.images_per_second:.2g}"
         return [
             f"run_id         {self.run_id}",
             f"parameters     {self.parameters:,}",
-            f"steps          {self.steps} in {self.seconds:.1f} s, {self.images_per_second:.0f}/s, {self.device_name}",
+            f"steps          {self.steps} in {self.seconds:.1f} s, {pace} images/s, {self.device_name}",
             f"train loss     {self.train_loss:.4f} (last batch)",
             f"val loss       {self.val_loss:.4f}, accuracy {100 * self.val_accuracy:.2f} %",
             f"test loss      {self.test_loss:.4f}, accuracy {100 * self.test_accuracy:.2f} % of {self.test_images} images",

@@ -98,10 +98,10 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 
 def _parsed(name: str, value: str) -> Any:
-    if OVERRIDES[name][0] is bool:
+    kind = OVERRIDES[name][0] if name in OVERRIDES else str  # another version may have had more
+    if kind is bool:
         return value == "True"
-    number = float(value)
-    return int(number) if OVERRIDES[name][0] is int else number
+    return int(float(value)) if kind is int else kind(value)
 
 
 def hash_of_identity(identity: Mapping[str, Any]) -> str:

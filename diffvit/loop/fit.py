@@ -68,7 +68,7 @@ def fit(
         evaluation_batch: the same for validation; default: the micro-batch.
         graphs: on a GPU, replay CUDA graphs (passes.py).
         on_steps: called with every step's record, on the first process only.
-        resume: what on_save was called with in an earlier process; training goes on after its step, to the same bits.
+        resume: what on_save was called with in an earlier process; training resumes from it, to the same bits.
         on_save: called with a resume state, on the first process, at every `save_every` and when stopped; on_steps has then been
             called with every step up to the state's.
         should_stop: called after each step; if true on any process, the state is saved and Stopped raised on all.

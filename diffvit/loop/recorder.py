@@ -43,7 +43,7 @@ class Recorder:
 
     Args:
         on_steps: called with the records of steps; None on all processes but the first.
-        last: the record of the step that a resumed training goes on after.
+        last: the record of the step that a resumed training follows.
     """
 
     def __init__(self, protocol: Protocol, total: int, per_epoch: int, on_steps: OnSteps | None, last: Step | None, workers: int):

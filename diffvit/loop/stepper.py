@@ -108,7 +108,7 @@ class Stepper:
         return self.passes.validate(batch, self._val_batches.batch_length(self.step))
 
     def state(self) -> dict[str, Any]:
-        """The state for `load`, which goes on after this step to the same bits. Tensors are live: the next step changes them."""
+        """The state for `load`, which resumes after this step, to the same bits. Tensors are live: the next step changes them."""
         tensors = tensors_of(self.model, self.optimizer.state)
         return {"step": self.step, "micro_batch": self.passes.micro_batch, **self._loss_scale.state(), "tensors": tensors}
 

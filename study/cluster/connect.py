@@ -54,6 +54,30 @@ class Cluster:
         return f"{kind}: {nodes}, {self.gpus:g} GPUs, {self.cpus:g} CPUs; {dashboard}{why}"
 
 
+def find_cluster(address: str | None = None) -> str:
+    """host:port of the cluster to join, which answers and takes our token; or "local", where Ray has a place for one of our own.
+
+    Args:
+        address: as for find_address.
+
+    Raises:
+        UserError: neither is so.
+    """
+    chosen = find_address(address)
+    if chosen.startswith("ray://"):
+        raise UserError(
+            f"{chosen} is an address for Ray's client, which cannot run a study.",
+            "run the study on the cluster, with host:port of its head.",
+        )
+    if chosen == "local":
+        _check_ray_folder()
+    elif not gcs_answers(chosen):
+        raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
+    else:
+        check_token(chosen, found=given_address(address) is None)
+    return chosen
+
+
 @contextlib.contextmanager
 def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Cluster]:
     """Connect to Ray while the block runs; a cluster of our own ends with it.
@@ -63,25 +87,16 @@ def connect(address: str | None = None, dashboard: bool = True) -> Iterator[Clus
         dashboard: start one with a cluster of our own, and with it the file that tells Prometheus where metrics are.
 
     Raises:
-        UserError: there is no cluster at the address, or it wants another token, or Ray has no place for a cluster of our own.
+        UserError: as find_cluster.
     """
     import ray  # takes two seconds, which a study with nothing to train saves
 
-    chosen = find_address(address)
-    if chosen.startswith("ray://"):
-        raise UserError(
-            f"{chosen} is an address for Ray's client, which cannot run a study.",
-            "run the study on the cluster, with host:port of its head.",
-        )
+    chosen = find_cluster(address)
     own = chosen == "local"
     without = "" if dashboard else "--dashboard false"
     if own:
-        without = without or _no_room_for_dashboard(_check_ray_folder())
+        without = without or _no_room_for_dashboard(ray_folder().absolute())
         ensure_token()
-    elif not gcs_answers(chosen):
-        raise UserError(f"no Ray cluster answers at {chosen}.", "check `ray status`, or use --address local.")
-    else:
-        check_token(chosen, found=given_address(address) is None)
     # None: with a dashboard, but Ray goes on if the dashboard does not come up.
     options: dict[str, Any] = {
         "num_cpus": cpus(), "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False if without else None,
@@ -122,8 +137,8 @@ def _no_room_for_dashboard(folder: Path) -> str:
     return next((f"{name} is too long a path for its sockets" for name in too_long), "")
 
 
-def _check_ray_folder() -> Path:
-    """The folder of a Ray of our own. Raises UserError where Ray cannot keep its sessions and sockets in it."""
+def _check_ray_folder() -> None:
+    """Raises UserError where a Ray of our own cannot keep its sessions and sockets in its folder."""
     folder = ray_folder().absolute()
     fault, room = "", _SOCKET_BYTES - len(f"{_SOCKETS}plasma_store")
     try:
@@ -140,7 +155,6 @@ def _check_ray_folder() -> Path:
         raise UserError(
             f"Ray's temporary folder {folder} {fault}.", "set RAY_TMPDIR to a short path of a folder that is yours, such as /tmp/me."
         )
-    return folder
 
 
 def _start(address: str, options: dict[str, Any]) -> Any:

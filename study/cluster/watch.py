@@ -24,7 +24,7 @@ def watch(cluster: Cluster, say: Callable[[str], None], command: str) -> Iterato
     """While the block runs, act when Ray's own processes on this host die.
 
     With a Ray of our own, kill what is left of it and restart this process: finished runs are skipped, others resumed. With a cluster
-    that was joined, exit with code 1 and say the command that carries on.
+    that was joined, exit with code 1 and print the command that resumes the study.
     """
     import psutil
     import ray
@@ -57,7 +57,7 @@ def _start_over(cluster: Cluster, family: list[Any], say: Callable[[str], None],
 
     restarts = int(os.environ.get(_RESTARTS, "0"))
     if not cluster.own or restarts >= _MOST_RESTARTS:
-        say(f"error: the Ray cluster at {cluster.address} is gone\nhint: carry on with {command}")
+        say(f"error: the Ray cluster at {cluster.address} is gone\nhint: to resume, run: {command}")
         os._exit(1)
     say("warning: a process of Ray died; starting over with the runs that are not done")
     for process in family:

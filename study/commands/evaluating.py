@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,18 @@ from diffvit.findings.kept import findings_of
 from diffvit.findings.robustness import summary_lines as corruption_lines
 from diffvit.ledger.files import files_of_weights
 from study.commands.terminal import warn
+from study.text import STDOUT, put, put_json
 
 
-def print_evaluation(path: Path, as_json: bool, **settings: Any) -> None:
+def print_evaluation(path: Path, json_to: Path | None, **settings: Any) -> None:
     """Accuracy and loss of a checkpoint, in all and per class. Arguments as evaluate_checkpoint takes them."""
     report = evaluate_checkpoint(path, **settings)
     for warning in report["warnings"]:
         warn(warning)
-    click.echo(json.dumps(report, indent=1) if as_json else "\n".join([str(path), *_evaluation_lines(report)]))
+    put(lambda: "\n".join([str(path), *_evaluation_lines(report)]), lambda: report, json_to)
 
 
-def print_findings(paths: list[Path], kinds: list[str], as_json: bool, **settings: Any) -> None:
+def print_findings(paths: list[Path], kinds: list[str], json_to: Path | None, **settings: Any) -> None:
     """Findings about checkpoints, each as lines or all as JSON. Arguments as findings_of takes them."""
     all_findings = {}
     for number, path in enumerate(paths, start=1):
@@ -33,11 +33,11 @@ def print_findings(paths: list[Path], kinds: list[str], as_json: bool, **setting
         for found in findings.values():
             for warning in found["warnings"]:
                 warn(warning)
-        if not as_json:
+        if json_to != STDOUT:
             lines = {"corruptions": corruption_lines, "attention": attention_lines}
             click.echo("\n".join([str(path), *(line for kind in lines if kind in findings for line in lines[kind](findings[kind]))]))
-    if as_json:
-        click.echo(json.dumps(all_findings, indent=1))
+    if json_to:
+        put_json(all_findings, json_to)
 
 
 def _evaluation_lines(report: dict[str, Any]) -> list[str]:

@@ -1,9 +1,8 @@
-"""Parsing of options: strict commands, paths as a shell reads them, and values from their text."""
+"""Parsing of options: paths as a shell reads them, and values from their text."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,6 @@ from diffvit.hub.account import find_account, find_token
 from diffvit.keeping.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS, HUB_SCHEME, Every, Saving, is_on_hub
 from diffvit.protocol import ledger_model, resolve_size
 from study.grid import find_dataset
-
-_AUTO = {"auto": None, "true": True, "false": False}
-
-
-class StrictCommand(click.Command):
-    """A command that refuses options given twice, of which click keeps the last, and those with an empty value."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        given, _, order = self.make_parser(ctx).parse_args(list(args))
-        for param in self.params:
-            name = param.opts[0] if isinstance(param, click.Option) else f"argument {param.human_readable_name}"
-            if given.get(str(param.name)) == "":
-                raise click.UsageError(f"{name} is empty.", ctx)
-            once = isinstance(param, click.Option) and not param.multiple and (not param.is_flag or bool(param.secondary_opts))
-            if once and order.count(param) > 1:
-                raise click.UsageError(f"{name} is given more than once.", ctx)
-        return super().parse_args(ctx, args)
-
-
-class StrictGroup(click.Group):
-    """A group of strict commands."""
-
-    command_class = StrictCommand
 
 
 class ShellPath(click.Path):
@@ -55,30 +31,18 @@ class ShellPath(click.Path):
 FOLDER = ShellPath(file_okay=False, path_type=Path)
 
 
-def options(*decorators: Callable) -> Callable:
-    """Several click options as one decorator, in the order given."""
-
-    def apply(function: Callable) -> Callable:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
-
-
-def auto_option(name: str, text: str) -> Callable:
-    """An option that is True, False, or None where the program shall choose."""
-    return click.option(
-        name, type=click.Choice(list(_AUTO)), default="auto", show_default=True, help=text, callback=lambda *given: _AUTO[given[-1]]
-    )
-
-
 def taken(given: dict[str, Any], *names: str) -> dict[str, Any]:
     """The options of these names, taken out of those that are given; names that are not there are left out."""
     return {name: given.pop(name) for name in names if name in given}
 
 
-def parse_saving(save_every: str, storage: str | None, sync_every: str | None, lease: str | None, upload: bool) -> Saving:
+def parse_saving(
+    storage: str | None,
+    upload: bool,
+    save_every: str = str(DEFAULT_SAVING.every),
+    sync_every: str | None = None,
+    lease: str | None = None,
+) -> Saving:
     """When and where states are kept, from the options of these names. Raises UserError."""
     if upload:
         if storage:

@@ -29,7 +29,7 @@ def fail(message: str, hint: str, code: int = 2) -> NoReturn:
 
 
 def own_command() -> str:
-    """The command line as it was given but for secrets, for `the command that carries on`."""
+    """The command line as it was given but for secrets, for "to resume, run: …"."""
     runner = "uv run" if "UV" in os.environ or "UV_RUN_RECURSION_DEPTH" in os.environ else "python"
     given = [redacted(argument) for argument in sys.argv[1:]]
     command = shlex.join([*runner.split(), "run.py", *given])

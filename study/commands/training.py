@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -20,11 +21,13 @@ from diffvit.tracking import Tracking
 from diffvit.train import train
 from study.commands.terminal import fail, own_command, warn
 from study.hub import send_run
+from study.text import STDOUT, put_json
 
 
 def train_and_print(
-    spec: RunSpec, checkpoints: Path, *, data_root: str | None, device: torch.device, compute: Compute, saving: Saving, tracker: str | None
-) -> None:
+    spec: RunSpec, checkpoints: Path, *, data_root: str | None, device: torch.device, compute: Compute, saving: Saving,
+    tracker: str | None, json_to: Path | None,
+) -> None:  # fmt: skip
     """Train a run, or find it done, print its result, and see that its storage has it. Exits where the run is stopped or diverges."""
     with _StepProgress(spec.title) as progress, StopSignals() as signals:
         try:
@@ -33,18 +36,21 @@ def train_and_print(
                 tracking=Tracking(tracker), should_stop=signals.seen, on_phase=progress.enter,
             )  # fmt: skip
         except Stopped as stopped:
-            click.echo(f"{stopped}; its state is saved\nhint: carry on with {own_command()}", err=True)
+            click.echo(f"{stopped}; its state is saved\nhint: to resume, run: {own_command()}", err=True)
             sys.exit(signals.exit_code)
     assert result is not None  # only a group has processes without one
     if not progress.steps:
         click.echo(f"this run is done already: {result.finished}", err=True)
+    files = result.files(checkpoints)
+    if json_to:
+        paths = {name: str(path) for name in ("weights", "log", "predictions", "result") if (path := getattr(files, name)).is_file()}
+        put_json({**json.loads(files.result.read_text(encoding="utf-8")), "files": paths}, json_to)
     if result.diverged:
         fail(f"the run {result.diverged['message']}.", "try a lower --lr, a longer --warmup_steps or --clip_norm 1; its log is kept.", 1)
-    click.echo("\n".join(result.lines()))
-    files = result.files(checkpoints)
-    if files.weights.is_file():
-        click.echo(f"weights        {files.weights}")
-    else:
+    whole = files.weights.is_file()
+    if json_to != STDOUT:
+        click.echo("\n".join([*result.lines(), *([f"weights        {files.weights}"] if whole else [])]))
+    if not whole:
         warn(f"{files.weights} is gone; delete the run's _result.json, and the same command trains it again")
     if saving.storage:
         send_run(saving.storage, files, warn, own_command())
@@ -61,11 +67,14 @@ class _StepProgress:
             TextColumn("{task.description}", table_column=Column()),  # what a narrow terminal wraps
             *([BarColumn()] if self._console.width >= 120 else []), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"), console=self._console, transient=True, disable=not self._console.is_terminal,
+            speed_estimate_period=3600,  # steps may take minutes
         )  # fmt: skip
         self._task = self._bar.add_task(title, total=None, losses="")
 
     def __enter__(self) -> _StepProgress:
         self._bar.start()
+        if not self._console.is_terminal:
+            click.echo(self._title, err=True)
         return self
 
     def __exit__(self, *_: object) -> None:

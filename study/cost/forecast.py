@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from diffvit.compute import Compute
+from diffvit.keeping.saving import DEFAULT_SAVING
 from diffvit.keeping.state import StateFolder
 from diffvit.ledger.spec import RunSpec, overrides_text
 from diffvit.machine.device import is_half
@@ -333,11 +334,16 @@ def _sentences(forecast: StudyForecast) -> list[str]:
         f"runs      {len(pending)} to train" + (f", {begun} of them begun" if begun else "") + f"; {ended} already finished",
         f"work      {duration(forecast.seconds / fleet.runs_per_device)} of {unit} time"
         + (f", ${forecast.price(forecast.seconds):,.2f}" if fleet.price is not None else "; --price P says what that costs"),
-        f"end       {duration(forecast.makespan)} after the start, longest runs first"
-        + (f"; ${forecast.bill:,.2f} where all is paid until then" if forecast.bill is not None else ""),
+        f"end       {duration(forecast.makespan)} after the start, longest runs first",
     ]
+    if forecast.bill is not None:
+        lines.append(f"bill      ${forecast.bill:,.2f}: every {unit} is paid until the last run ends")
+    if pending:
+        again = DEFAULT_SAVING.sync_every
+        dollars = f" (${fleet.price * again / 3600:,.2f} of each {unit})" if fleet.price is not None else ""
+        lines.append(f"spot      with --storage an interruption costs at most {duration(again)}{dollars}; without it, all unfinished work")
     if fleet.session and (sessions := forecast.sessions):
-        enough = "one suffices" if sessions == 1 else f"{sessions} of them, each of which goes on from the last saved states"
+        enough = "one suffices" if sessions == 1 else f"{sessions} of them, each of which resumes from the last checkpoints"
         lines.append(f"sessions  of {duration(fleet.session)}, if they last as long: {enough}")
     lines += _sources(forecast)
     if any(each.run.run_id is None for each in forecast.runs):

@@ -1,6 +1,6 @@
 """A rehearsal: every cell of a grid for two real steps, from data to storage, to find in minutes what would fail after hours.
 
-Each cell trains one step at its full batch, saves its state, is stopped, goes on from the state for a second step, is evaluated, saved
+Each cell trains one step at its full batch, saves its state, is stopped, resumes from it for a second step, is evaluated, saved
 and read back, and with a storage copied there and brought back. All of it lies in a folder of its own that is removed.
 """
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from diffvit.ledger.spec import RunSpec, overrides_text
 from study.live.progress import RunProgress, seconds_left
 from study.plan import PlannedRun
-from study.text import clock, short_model
+from study.text import clock, same_everywhere, short_model
 
 _BAR_WIDTH = 12
 _NAMES = ("model", "size", "data set", "seed", "overrides")
@@ -43,7 +43,8 @@ class Board:
         self.rows = {run.spec.title: RunProgress(run, f"{run.status} before" if run.status else "waiting") for run in runs}
         self.note = ""
         self._names = {title: _names(row.run.spec) for title, row in self.rows.items()}
-        self._same = _same_everywhere(list(self._names.values()))
+        # Model and size are columns always.
+        self._same = same_everywhere({name: [of_run[name] for of_run in self._names.values()] for name in _NAMES}, _NAMES[2:])
         self.began = time.monotonic()
         self._timed = timed
         self._slots = 1
@@ -152,12 +153,6 @@ def _names(spec: RunSpec) -> dict[str, str]:
     """What a run is called, a text a column."""
     values = (short_model(spec.model), spec.size, spec.dataset, str(spec.seed), overrides_text(spec.overrides))
     return dict(zip(_NAMES, values, strict=True))
-
-
-def _same_everywhere(names: list[dict[str, str]]) -> dict[str, str]:
-    """Columns that tell no run from another, and what the title says instead. Model and size are columns always."""
-    titles = {"data set": "{}", "seed": "seed {}", "overrides": "{}"}
-    return {name: title.format(names[0][name]) for name, title in titles.items() if names and len({each[name] for each in names}) == 1}
 
 
 def _number(value: float | None, form: str) -> str:

@@ -151,7 +151,7 @@ def test_killed_three_ways_the_command_carries_on(tmp_path: Path) -> None:
         step = _last_state(tmp_path)
         assert process.returncode == code
         if code > 0:
-            assert "carry on with" in errors
+            assert "to resume, run:" in errors
             assert "Traceback" not in errors
     assert _start(tmp_path).wait(120) == 0
     files = RunFiles(tmp_path / "checkpoints", whole.model, whole.run_id, whole.size, whole.dataset)

@@ -176,7 +176,7 @@ def test_a_storage_that_falls_silent_costs_no_work(tmp_path: Path, gated: tuple[
         errors, heard = "", False
         for line in process.stderr or ():  # until it has noticed, which the client's own attempts may put off beyond the last step
             errors += line
-            if "Training goes on and tries again." in line and not heard:
+            if "Training continues, and tries again." in line and not heard:
                 heard = True
                 gate.open()
         assert process.wait(timeout=200) == 0, errors

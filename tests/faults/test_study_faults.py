@@ -83,7 +83,7 @@ def test_workers_then_the_study_then_everything_then_ctrl_c_and_the_same_command
             if everything_at_once:
                 kill_all(process)
             else:  # Ctrl-C: states are saved, nothing is left running.
-                assert "carry on with" in _stopped(process, signal.SIGINT)
+                assert "to resume, run:" in _stopped(process, signal.SIGINT)
 
     finish(study(tmp_path, *SAVE, grid=GRID))
     _same(tmp_path, undisturbed)
@@ -128,7 +128,7 @@ def test_a_group_is_stopped_at_one_step_and_one_of_its_workers_is_killed(tmp_pat
     process = study(ours, *SAVE, "--workers", "2", grid=grid)
     with ending(process):
         wait_until(lambda: states(ours), process)
-        assert "carry on with" in _stopped(process, signal.SIGTERM)
+        assert "to resume, run:" in _stopped(process, signal.SIGTERM)
     before = set(states(ours))
     assert before
     process = study(ours, *SAVE, "--workers", "2", grid=grid)

@@ -66,7 +66,7 @@ def test_three_boxes_give_the_table_of_one(tmp_path: Path, account: HubServer) -
     # A fourth, which trained nothing, collects.
     fourth = box(tmp_path, "fourth")
     (fourth / "grid.yaml").write_text(GRID)
-    assert "brought 4 runs" in finish(run_py(fourth, "study", "--grid", "grid.yaml", "--collect", *ON_HUB))
+    assert "fetched 4 runs" in finish(run_py(fourth, "study", "--grid", "grid.yaml", "--collect", *ON_HUB))
     assert_same_ledgers(fourth, alone)
     pd.testing.assert_frame_equal(table(fourth), table(alone), check_exact=True)
     assert finish(run_py(fourth, "list", "--verify")).strip().startswith("4 of 4 ended runs are whole")
@@ -112,7 +112,7 @@ def test_a_hub_that_goes_down_costs_no_run(tmp_path: Path, account: HubServer) -
         said = finish(process)
     assert len(weights(only)) == 2 and "not on the hub yet" not in said and "hf_write" not in said
     (other / "grid.yaml").write_text(grid)
-    assert "brought 2 runs" in finish(run_py(other, "study", "--grid", "grid.yaml", "--collect", *ON_HUB))
+    assert "fetched 2 runs" in finish(run_py(other, "study", "--grid", "grid.yaml", "--collect", *ON_HUB))
     assert_same_ledgers(other, only)
     assert not under_way(account)
 
@@ -132,7 +132,7 @@ def test_collecting_names_what_is_not_there_and_writes_nothing_of_a_hostile_resu
         return out, errors
 
     out, errors = collect(last)
-    assert "1 of 2 runs are not there yet" in errors and "hint: " in errors and len(out.splitlines()) >= 2
+    assert "1 of 2 runs are still missing" in errors and "hint: " in errors and len(out.splitlines()) >= 2
     assert len(list(last.glob("checkpoints/*/*_result.json"))) == 1 and not states(last)
 
     repo = account.repo(NAME)

@@ -334,10 +334,10 @@ def test_the_commands(hub: HubServer, cli, folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_REPOSITORY", NAME)
     monkeypatch.setenv("HF_TOKEN", "hf_write")
     sent = cli("upload", str(folder), "runs")
-    assert sent.code == 0 and "sent 2 files, 300,016 bytes, to user/study; 0 were there" in sent.out
+    assert sent.code == 0 and "sent 2 files, 300,016 bytes, to user/study; 0 already there" in sent.out
     assert "0 files" in cli("upload", str(folder), "runs").out
     brought = cli("download", "runs", "back")
-    assert brought.code == 0 and "brought 2 files" in brought.out and "a.safetensors" in brought.err
+    assert brought.code == 0 and "fetched 2 files" in brought.out and "a.safetensors" in brought.err
     (folder / "vit_classic/a_training.log").write_text("other")
     refused = cli("upload", str(folder), "runs")
     assert refused.code == 2 and "error: runs/vit_classic/a_training.log" in refused.err and "hint: --force" in refused.err

@@ -1,0 +1,104 @@
+"""Commands: strict about their options, with a help that lists options and commands under headings and ends in examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import click
+
+# The headings of options and of commands, in the order of the help.
+OPTION_HEADINGS = ("What", "Protocol", "Where", "How", "Saving", "Tracking", "Output", "Options")
+COMMAND_HEADINGS = ("A study", "A model", "Results", "This machine")
+
+
+class Option(click.Option):
+    """An option that the help lists under a heading."""
+
+    heading = OPTION_HEADINGS[-1]
+
+
+def option(*names: str, **settings: Any) -> Callable:
+    """click.option, for a heading."""
+    return click.option(*names, cls=Option, **settings)
+
+
+def options(*decorators: Callable) -> Callable:
+    """Several options as one decorator, in the order given."""
+
+    def apply(function: Callable) -> Callable:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+def under(heading: str, *decorators: Callable) -> Callable:
+    """Several options as one decorator, which the help lists under a heading."""
+
+    def apply(function: Any) -> Any:
+        before = len(getattr(function, "__click_params__", ()))
+        function = options(*decorators)(function)
+        for param in function.__click_params__[before:]:
+            param.heading = heading
+        return function
+
+    return apply
+
+
+class StrictCommand(click.Command):
+    """A command that refuses options given twice, of which click keeps the last, and those with an empty value.
+
+    Args:
+        heading: what the list of commands has it under.
+        examples: command lines without `run.py`, each with what it does.
+    """
+
+    def __init__(self, *given: Any, heading: str = COMMAND_HEADINGS[-1], examples: Sequence[tuple[str, str]] = (), **settings: Any):
+        super().__init__(*given, **settings)
+        self.heading, self.examples = heading, examples
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given, _, order = self.make_parser(ctx).parse_args(list(args))
+        for param in self.params:
+            name = param.opts[0] if isinstance(param, click.Option) else f"argument {param.human_readable_name}"
+            if given.get(str(param.name)) == "":
+                raise click.UsageError(f"{name} is empty.", ctx)
+            once = isinstance(param, click.Option) and not param.multiple and (not param.is_flag or bool(param.secondary_opts))
+            if once and order.count(param) > 1:
+                raise click.UsageError(f"{name} is given more than once.", ctx)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        records = ((getattr(param, "heading", OPTION_HEADINGS[-1]), param.get_help_record(ctx)) for param in self.get_params(ctx))
+        _write_sections(formatter, OPTION_HEADINGS, records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.examples:
+            with formatter.section("Examples"):
+                formatter.write_dl([(f"uv run {ctx.find_root().info_name} {line}", what) for line, what in self.examples], col_max=0)
+
+
+class StrictGroup(click.Group):
+    """A group of strict commands, which its help lists under their headings."""
+
+    command_class = StrictCommand
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        width = formatter.width - 6 - max(map(len, self.commands))
+        commands = self.commands.items()
+        summaries = ((getattr(command, "heading", ""), (name, command.get_short_help_str(width))) for name, command in commands)
+        _write_sections(formatter, COMMAND_HEADINGS, summaries)
+
+
+def _write_sections(formatter: click.HelpFormatter, headings: Sequence[str], headed: Iterable[tuple[str, tuple[str, str] | None]]) -> None:
+    """Write the rows of each heading that has any."""
+    rows = list(headed)
+    for heading in headings:
+        if of_heading := [row for its_heading, row in rows if row and its_heading == heading]:
+            with formatter.section(heading):
+                formatter.write_dl(of_heading)
