@@ -179,8 +179,12 @@ def check(model: str, grid: str | None, dataset: str | None) -> None:
     option("--gpu", metavar="NAME", help="A GPU by its data sheet, such as h100, 4090 or L4. [default: the machine at hand]"),
     option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="How many of them; on a CPU, machines."),
     options.price("of them."),
-    option("--session", type=click.FloatRange(min=0, min_open=True), metavar="HOURS",
-           help="How long a lent machine lasts, such as 12: say whether one session suffices."),
+    option(
+        "--session",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="HOURS",
+        help="How long a lent machine lasts, such as 12: say whether one session suffices.",
+    ),
     option("--probe", is_flag=True, help="Measure the machine at hand first, and keep what was measured."),
     option(
         "--probe_seconds",
