@@ -116,8 +116,7 @@ def evaluate_attention(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}.", "give a whole number of at least 1.")
     model, facts, data, prepare = open_checkpoint(checkpoint, data_root, device)
-    if missing := [name for name in ("logits", "maps", "apply_maps", "lambdas") if not hasattr(model.attention_class, name)]:
-        raise UserError(f"{facts['model']} has no {', '.join(missing)}.", "without them its attention cannot be looked into.")
+    _check_maps(model, facts["model"])
     images = len(data.test.head(limit))
     batches = [range(first, min(first + batch_size, images)) for first in range(0, images, batch_size)]
     uniform_entropy = math.log(model.tokens - 1)
@@ -147,6 +146,12 @@ def evaluate_attention(
         "layers": layers,
         "pictures": _pictures(model, prepare, data, images),
     }
+
+
+def _check_maps(model: VisionTransformer, name: str) -> None:
+    """Raises UserError for an architecture of the user's own that does not tell its maps."""
+    if missing := [method for method in ("logits", "maps", "apply_maps", "lambdas") if not hasattr(model.attention_class, method)]:
+        raise UserError(f"{name} has no {', '.join(missing)}.", "without them its attention cannot be looked into.")
 
 
 def _untrained(facts: dict[str, Any], device: torch.device) -> VisionTransformer:
