@@ -116,6 +116,7 @@ def _load(name: str, data_root: Path | None) -> Dataset:
     arrays, facts = cached_arrays(name, raw) if raw.cache_key else decode_arrays(name, raw)
     if min(facts["std"]) == 0:
         raise UserError(f"a colour channel of {name} has one value in all training images.", "it cannot be normalised: check the images.")
+    repeated = [f"{facts['repeated']} of {found[2]} test images are also training images, to the pixel"] if facts["repeated"] else []
     splits = {split: ImageSet(torch.from_numpy(arrays[f"{split}_pixels"]), torch.from_numpy(arrays[f"{split}_labels"])) for split in SPLITS}
     return Dataset(
         name=name,
@@ -123,7 +124,7 @@ def _load(name: str, data_root: Path | None) -> Dataset:
         mean=tuple(facts["mean"]),
         std=tuple(facts["std"]),
         fingerprint=facts["fingerprint"],
-        notes=tuple(raw.notes),
+        notes=(*raw.notes, *repeated),
         **splits,
     )
 

@@ -27,7 +27,7 @@ SPLITS = ("train", "val", "test")
 
 
 def decode_arrays(name: str, raw: Raw) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Decode a data set. Returns its arrays by split, and the facts about them."""
+    """Decode a data set. Returns its arrays by split, and the facts about them; "repeated" counts test images that are training images."""
     arrays = {}
     for split in SPLITS:
         try:
@@ -44,7 +44,9 @@ def decode_arrays(name: str, raw: Raw) -> tuple[dict[str, np.ndarray], dict[str,
         digest.update(f"{key}{array.shape}".encode())
         digest.update(array.data)
     mean, std = _channel_statistics(arrays["train_pixels"])
-    return arrays, {"fingerprint": digest.hexdigest()[:16], "mean": mean, "std": std}
+    trained = {hashlib.blake2b(image).digest() for image in arrays["train_pixels"]}
+    repeated = sum(hashlib.blake2b(image).digest() in trained for image in arrays["test_pixels"])
+    return arrays, {"fingerprint": digest.hexdigest()[:16], "mean": mean, "std": std, "repeated": repeated}
 
 
 def _channel_statistics(pixels: np.ndarray) -> tuple[list[float], list[float]]:
@@ -66,7 +68,8 @@ def cached_arrays(name: str, raw: Raw) -> tuple[dict[str, np.ndarray], dict[str,
     try:
         arrays = {key: _mapped(folder / f"{key}.npy") for key in (f"{split}_{part}" for split in SPLITS for part in ("pixels", "labels"))}
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        facts = {"fingerprint": str(facts["fingerprint"]), **{key: [float(value) for value in facts[key]] for key in ("mean", "std")}}
+        statistics = {key: [float(value) for value in facts[key]] for key in ("mean", "std")}
+        facts = {"fingerprint": str(facts["fingerprint"]), "repeated": int(facts.get("repeated", 0)), **statistics}
         for split in SPLITS:
             pixels, labels = arrays[f"{split}_pixels"], arrays[f"{split}_labels"]
             if pixels.dtype != np.uint8 or len(pixels) != len(labels) or not np.array_equal(labels, raw.labels[raw.rows[split]]):
