@@ -16,7 +16,7 @@ from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec, parse_overrides
 from study.grid import GRIDS, Grid, find_grid, named_after
-from study.table import files_of, missing_runs, run_table, step_table, write_csv, write_step_csv
+from study.table import files_of, missing_runs, other_tokens, run_table, step_table, write_csv, write_step_csv
 from study.text import STDOUT, put_json, runs_table, say, short_model
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def table_text(table: pd.DataFrame) -> str:
         if run.status == "diverged"
     ]
     text = runs_table(header, rows, numbers=("steps", *losses, "test accuracy"), shared=("data set", "seed", "steps", "overrides"))
-    return "\n".join([text, *flags, *diverged])
+    return "\n".join([text, *(f"note: {phrase}" for phrase in other_tokens(table)), *flags, *diverged])
 
 
 def plot_grid(

@@ -16,7 +16,7 @@ from diffvit.ledger.disk import write_atomically
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import STEP_COLUMNS, LogRows, read_rows
 from diffvit.ledger.results import Result, read_results
-from diffvit.ledger.spec import RunSpec, overrides_text
+from diffvit.ledger.spec import RunSpec, overrides_text, overrides_title
 from diffvit.protocol import PROTOCOLS
 
 # The run table's: what tables have of a result, and what _flags finds.
@@ -98,6 +98,12 @@ def all_overrides(table: pd.DataFrame) -> list[str]:
     File names of figures have them, so that runs under other overrides do not overwrite a figure.
     """
     return [" ".join(effective_overrides(run.dataset, run.overrides)) for run in table.itertuples()]
+
+
+def other_tokens(table: pd.DataFrame) -> list[str]:
+    """A phrase for each data set and condition in which models have other tokens than the protocol's."""
+    titles = dict.fromkeys(zip(table["dataset"], map(overrides_title, table["dataset"], all_overrides(table)), strict=True))
+    return [f"{dataset}: {title}" for dataset, title in titles if "not the protocol's" in title]
 
 
 def conditions(table: pd.DataFrame) -> list[str]:

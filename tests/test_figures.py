@@ -88,7 +88,7 @@ def test_names_and_titles_say_all_overrides(tmp_path: Path) -> None:
     plain = {path for path in paths if path.name.startswith(("digits_vit", "digits_scaling"))}
     assert len(paths) == 4 * (3 * len(MODELS) + 1) and len(plain) == len(paths) // 2
     assert all(path.name.startswith("digits_epochs-2_lr-0.009_") for path in set(paths) - plain)
-    titles = {path.name: path.read_text().count("epochs=2 lr=0.009") for path in paths if path.suffix == ".svg"}
+    titles = {path.name: path.read_text().count("epochs=2, lr=0.009") for path in paths if path.suffix == ".svg"}
     assert all(count == ("lr-0.009" in name) for name, count in titles.items())
     # Also where all runs share them: a trial by itself does not take the place of the plain runs.
     alone = draw_figures(runs[runs["seed"] == 1], steps, tmp_path, "trial_")

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffvit.errors import UserError, shown, unknown_name
 from diffvit.own import Source, known_source
-from diffvit.protocol import OVERRIDES, Protocol, check_override, protocol_of, resolve_dataset, resolve_model, resolve_size
+from diffvit.protocol import OVERRIDES, PILOT, Protocol, check_override, protocol_of, resolve_dataset, resolve_model, resolve_size
 
 # Raise it when a change in the code changes what a run computes: old results then count as other work.
 SEMANTICS_VERSION = 4
@@ -95,6 +95,24 @@ def parse_overrides(text: str) -> dict[str, Any]:
     """The overrides that a text of overrides_text says, as the types that they take."""
     pairs = (part.split("=", 1) for part in text.split())
     return {name: _parsed(name, value) for name, value in pairs}
+
+
+# Overrides that give a model other tokens than the protocol's, as a title says them.
+_TOKENS = {"image_size": "images of", "patch_size": "patches of"}
+
+
+def overrides_title(dataset: str, overrides: str) -> str:
+    """Overrides for a title: "patches of 28, not the protocol's 8; epochs=5". The pilot's are called that.
+
+    Args:
+        overrides: as overrides_text gives them.
+    """
+    given = dict(part.split("=", 1) for part in overrides.split())
+    tokens = {name: given.pop(name) for name in _TOKENS if name in given}
+    phrases = [f"{_TOKENS[name]} {value}, not the protocol's {getattr(protocol_of(dataset), name)}" for name, value in tokens.items()]
+    if (dataset, overrides_text(tokens)) == (PILOT[0], overrides_text(PILOT[1])):
+        phrases[0] = f"pilot: {phrases[0]}"
+    return "; ".join(filter(None, [*phrases, ", ".join(overrides_text(given).split())]))
 
 
 def _parsed(name: str, value: str) -> Any:

@@ -14,7 +14,7 @@ import pandas as pd
 from diffvit.errors import UserError
 from diffvit.findings.kept import outdated, read_evaluations
 from diffvit.findings.robustness import summarise
-from diffvit.ledger.spec import parse_overrides
+from diffvit.ledger.spec import overrides_title, parse_overrides
 from diffvit.protocol import ARMS, Protocol, protocol_of
 from study.predictions import with_predictions
 from study.report import compare, verdict
@@ -70,7 +70,7 @@ def subjects(table: pd.DataFrame) -> list[Subject]:
     found: list[Subject] = []
     for (dataset, condition), runs in sorted(groups, key=lambda item: (order.index(item[0][0]), len(item[0][1].split()), item[0][1])):
         overrides = all_overrides(runs[:1])[0]
-        name = f"{dataset} ({', '.join(overrides.split())})" if overrides else str(dataset)
+        name = f"{dataset} ({overrides_title(dataset, overrides)})" if overrides else str(dataset)
         base = not any(part.dataset == dataset for part in found)
         found.append(Subject(name, file_stem(str(dataset), overrides), dataset, condition, runs, base))
     return found

@@ -11,8 +11,10 @@ import yaml
 
 from diffvit.dataset import hub_name
 from diffvit.ledger.results import Result
+from diffvit.ledger.spec import overrides_title
 from diffvit.protocol import MODEL_TITLES
 from study.report.document import Block, Code, Figures, Heading, Paragraph, Table, to_markdown
+from study.table import other_tokens
 
 # Says that a card is ours to write anew.
 MARK = "<!-- written by diffvit; without this line it is left alone -->"
@@ -53,7 +55,8 @@ def _model_index(done: pd.DataFrame) -> list[dict[str, Any]]:
             EvalResult(**place, metric_type="accuracy", metric_name="Test accuracy", metric_value=float(run.test_accuracy)),
             EvalResult(**place, metric_type="loss", metric_name="Test loss", metric_value=float(run.test_loss)),
         ]
-        index += eval_results_to_model_index(f"{run.model} {run.size} {run.dataset} seed {run.seed} ({run.run_id})", metrics)
+        under = f", {title}" if (title := overrides_title(run.dataset, run.overrides or "")) else ""
+        index += eval_results_to_model_index(f"{run.model} {run.size} {run.dataset} seed {run.seed}{under} ({run.run_id})", metrics)
     return index
 
 
@@ -66,6 +69,7 @@ def _page(repository: str, table: pd.DataFrame, done: pd.DataFrame, results: Seq
             "predictions on the test set and the result."
         ),
         Heading("Runs"),
+        *(Paragraph(f"**{phrase}**.") for phrase in other_tokens(table)),
         _runs(table),
     ]
     if figures:

@@ -21,7 +21,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from diffvit.ledger.spec import parse_overrides
+from diffvit.ledger.spec import overrides_title, parse_overrides
 from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, images_in_steps, protocol_of
 from study.report import curves, scaling
 from study.table import all_overrides, comparable, file_stem
@@ -108,7 +108,7 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, overrides: s
     axes.set_xlim(0, shown["step"].max())
     axes.set_xlabel("training step (one batch each)")
     axes.set_ylabel("cross-entropy (nats), log scale")
-    axes.set_title(f"{model_title(model)} on {dataset}: {LOSSES[loss]} loss per batch" + _second_line(overrides))
+    axes.set_title(f"{model_title(model)} on {dataset}: {LOSSES[loss]} loss per batch" + _second_line(dataset, overrides))
     _name_ends(axes, ends)
     seeds = runs["seed"].nunique()
     batch = "each step's own batch, before its update" if loss == "train_loss" else "one validation batch after each step"
@@ -155,7 +155,7 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, o
     _size_axis(axes, runs)
     axes.set_ylabel("test accuracy (%)")
     title = model_title(models[0]) if not several else "Both architectures" if len(models) == 2 else f"{len(models)} architectures"
-    axes.set_title(f"{title} on {dataset}: test accuracy over model size" + _second_line(overrides))
+    axes.set_title(f"{title} on {dataset}: test accuracy over model size" + _second_line(dataset, overrides))
     axes.set_ylim(*_accuracy_range(runs if scale_like is None else scale_like[scale_like["status"] == "done"]))
     if several:
         right = max(x for x, *_ in ends)  # beside all intervals, on top of none
@@ -192,8 +192,8 @@ def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
     return ""
 
 
-def _second_line(overrides: str) -> str:
-    return f"\n{overrides}" if overrides else ""
+def _second_line(dataset: str, overrides: str) -> str:
+    return f"\n{overrides_title(dataset, overrides)}" if overrides else ""
 
 
 def _axes() -> tuple[Figure, Axes]:

@@ -235,10 +235,10 @@ def _limits(analysis: Analysis) -> list[str]:
             continue
         done = part.table[part.table["status"] == "done"]
         protocol = part.protocol
-        if (patch := protocol.patch_size) != (usual := protocol_of(part.dataset).patch_size):
-            tokens, usual_tokens = ((protocol.image_size // size) ** 2 + 1 for size in (patch, usual))
+        tokens, usual = ((each.image_size // each.patch_size) ** 2 + 1 for each in (protocol, protocol_of(part.dataset)))
+        if tokens < usual:
             limits.append(
-                f"{part.name}: patches of {patch}, not the protocol's {usual}: {tokens} tokens instead of {usual_tokens}. It shows how the "
+                f"{part.name}: {tokens} tokens instead of {usual}. It shows how the "
                 "architectures compare where attention chooses among few coarse patches, and how much seeds scatter; a difference that "
                 "needs many tokens may be missing here, so it does not replace the full study."
             )

@@ -13,6 +13,7 @@ from scipy import special
 from diffvit.errors import UserError
 from diffvit.ledger.spec import RunSpec
 from diffvit.protocol import ARMS, protocol_of
+from study.grid import GRIDS
 from study.plan import plan_runs
 from study.report import compare, scaling, verdict
 from study.report.analysis import subjects
@@ -39,8 +40,8 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
 
     Returns:
         Rows of "dataset", "spread" (standard deviation of a pair's log ratio), "pairs" (that it was measured on; 0: it is assumed),
-        "question", "questions" (in the family), "power" (seeds -> probability) and "needed" (the fewest seeds that give 80 %; None
-        beyond 50).
+        "pilot" (whether these are the pilot's, since the grid's own cells have no two seeds), "question", "questions" (in the family),
+        "power" (seeds -> probability) and "needed" (the fewest seeds that give 80 %; None beyond 50).
 
     Raises:
         UserError: a difference that is none, or a grid without the two architectures.
@@ -49,8 +50,7 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
         raise UserError(f"the difference is {100 * difference:g} %.", "give a percentage above 0 and below 100.")
     if not any(spec.model in ARMS for spec in specs):
         raise UserError("the grid has neither of the two architectures that are compared.", f"name {' or '.join(ARMS)} in its models.")
-    table, _ = comparable(run_table(checkpoints, specs))
-    measured = {part.dataset: compare.compare(part.table, part.name) for part in subjects(table) if part.base}
+    measured, piloted = (_errors(checkpoints, some) for some in (specs, GRIDS["pilot"].runs()))
     datasets = list(dict.fromkeys(spec.dataset for spec in specs))
     costs = {dataset: _log_parameters([spec for spec in specs if spec.dataset == dataset], checkpoints) for dataset in datasets}
     questions = {dataset: ["level", *(["trend"] if len(costs[dataset]) > 1 else [])] for dataset in datasets}
@@ -58,8 +58,7 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
     family = sum(map(len, questions.values()))
     rows = []
     for dataset in datasets:
-        comparison = measured.get(dataset)
-        cells = comparison.cells["error"] if comparison and (comparison.cells["error"].counts > 1).any() else None
+        cells = measured.get(dataset) or piloted.get(dataset)
         spread = cells.pair_spread() if cells else assumed_spread(dataset)
         error = float(np.exp(cells.means).mean()) if cells else _ASSUMED_ERROR
         for question in questions[dataset]:
@@ -67,11 +66,20 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
             needed = next((seeds for seeds, probability in chance.items() if probability >= WANTED), None)
             rows.append(
                 {
-                    "dataset": dataset, "spread": spread, "pairs": int(cells.counts.sum()) if cells else 0, "question": question,
+                    "dataset": dataset, "spread": spread, "pairs": int(cells.counts.sum()) if cells else 0,
+                    "pilot": dataset in piloted and dataset not in measured, "question": question,
                     "questions": family, "power": {seeds: chance[seeds] for seeds in SEEDS}, "needed": needed,
                 }
             )  # fmt: skip
     return rows
+
+
+def _errors(checkpoints: Path, specs: Sequence[RunSpec]) -> dict[str, Cells]:
+    """Data set -> the errors under its condition of reference, where a cell has two seeds."""
+    table, _ = comparable(run_table(checkpoints, specs))
+    compared = {part.dataset: compare.compare(part.table, part.name) for part in subjects(table) if part.base}
+    errors = {dataset: comparison.cells["error"] for dataset, comparison in compared.items() if comparison}
+    return {dataset: cells for dataset, cells in errors.items() if (cells.counts > 1).any()}
 
 
 def assumed_spread(dataset: str) -> float:
@@ -150,7 +158,11 @@ def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
     lines.append("")
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         row = next(each for each in rows if each["dataset"] == dataset)
-        known = f"measured on {row['pairs']} pairs" if row["pairs"] else "assumed: no cell has two seeds yet"
+        known = (
+            f"measured on {row['pairs']} pairs{' of the pilot' if row['pilot'] else ''}"
+            if row["pairs"]
+            else "assumed: no cell has two seeds yet"
+        )
         lines.append(f"{dataset}: the log ratio of a pair scatters by {100 * row['spread']:.1f} % ({known})")
     return "\n".join(lines)
 
