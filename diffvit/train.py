@@ -286,7 +286,7 @@ def _evaluate(run: _Run, fitted: Fit, log: TrainingLog) -> _Outcome:
     if fitted.micro_batch < run.placed.micro_batch:
         log.note(f"memory was short: {fitted.micro_batch} instead of {run.placed.micro_batch} images at once")
     if skipped := skipped_steps(files.log):
-        run.notes.append(f"{skipped} of {fitted.last.step} steps were skipped, for their gradients overflowed fp16")
+        run.notes.append(f"{skipped} of {fitted.last.step} updates skipped, for their gradients overflowed fp16")
 
     def measure(images: ImageSet) -> Evaluation:
         return evaluate(model, images, prepare=prepare, batch_size=fitted.evaluation_batch, precision=spec.precision)

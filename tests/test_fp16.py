@@ -75,7 +75,7 @@ def test_overflows_are_skipped_and_said_and_the_scale_follows(tmp_path: Path) ->
             scale, good = (scale * 2, 0) if good == SOON else (scale, good)
     first = next(step for step in range(1, STEPS + 1) if step not in skips)
     assert first > 1 and any(step > first for step in skips)  # halved at once, doubled and halved again later
-    assert f"{len(skips)} of {STEPS} steps were skipped, for their gradients overflowed fp16" in result.notes
+    assert f"{len(skips)} of {STEPS} updates skipped, for their gradients overflowed fp16" in result.notes
     assert evaluate_checkpoint(files.weights, device=torch.device("cpu"), limit=result.test_images)["loss"] == pytest.approx(
         result.test_loss
     )
