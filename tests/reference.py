@@ -148,14 +148,14 @@ def _gpus() -> Iterator[str]:
     yield from (
         "## GPUs",
         "",
-        "What `plan --gpu` knows: dense bf16 products summed up in fp32, and fp32 outside of the tensor cores, in TFLOP/s; memory in GB",
+        "What `plan --gpu` knows: dense bf16 products (V100 and T4: fp16) summed up in fp32, and fp32 outside of the tensor cores, in TFLOP/s; memory in GB",
     )
     yield from ("and its bandwidth in GB/s; when cells of the full grid were measured on one.", "")
     rows = [
         (
             f"`{each.name}`",
             each.title,
-            "none: runs are fp32" if each.bf16 is None else f"{each.bf16:g}",
+            f"{each.bf16:g}" if each.bf16 else f"fp16: {each.fp16:g}" if each.fp16 else "none: runs are fp32",
             f"{each.fp32:g}",
             f"{each.memory:g}",
             f"{each.bandwidth:,g}",
