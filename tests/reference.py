@@ -148,9 +148,10 @@ def _gpus() -> Iterator[str]:
     yield from (
         "## GPUs",
         "",
-        "What `plan --gpu` knows: dense bf16 products (V100 and T4: fp16) summed up in fp32, and fp32 outside of the tensor cores, in TFLOP/s; memory in GB",
+        "What `plan --gpu` knows: dense bf16 products (V100 and T4: fp16) summed up in fp32, and fp32 outside of the tensor",
+        "cores, in TFLOP/s; memory in GB and its bandwidth in GB/s; when cells of the full grid were measured on one.",
+        "",
     )
-    yield from ("and its bandwidth in GB/s; when cells of the full grid were measured on one.", "")
     rows = [
         (
             f"`{each.name}`",
