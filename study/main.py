@@ -21,7 +21,7 @@ from study.cluster.watch import restarted, watch
 from study.cost.planning import expected_forecast
 from study.cost.truth import compare, comparison_lines, seconds_taken
 from study.options import StudyOptions, connect_cluster, may_join
-from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
+from study.plan import PlannedRun, data_notes, load_fingerprints, plan_runs, precision_notes, warmup_warnings
 from study.results import report_results
 from study.shard import own_share
 from study.table import missing_runs
@@ -49,6 +49,8 @@ def run_study(options: StudyOptions) -> int:
         specs = options.runs()
         say(f"loading {', '.join(dict.fromkeys(spec.dataset for spec in specs))}")
         fingerprints = load_fingerprints(specs, options.data_root, required=True)
+        for note in data_notes(specs, options.data_root):
+            say(f"data: {note}")
         _check_folders(options.checkpoints, specs)
         every = plan_runs(specs, options.checkpoints, fingerprints)
         tried = own_share(every, options.shard)

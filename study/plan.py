@@ -136,6 +136,13 @@ def load_fingerprints(specs: Iterable[RunSpec], data_root: str | None, required:
     return {name: load(name, data_root).fingerprint for name in names if required or at_hand(name, data_root)}
 
 
+def data_notes(specs: Iterable[RunSpec], data_root: str | None) -> list[str]:
+    """What there is to know of each data set of the runs: how it was split, what its classes are. Raises UserError."""
+    from diffvit.dataset import load
+
+    return [f"{name}: {note}" for name in dict.fromkeys(spec.dataset for spec in specs) for note in load(name, data_root).notes]
+
+
 def warmup_warnings(specs: list[RunSpec]) -> list[str]:
     """A sentence for each data set and warm-up that is not shorter than its run."""
     found = dict.fromkeys((spec.dataset, spec.protocol.warmup_warning(spec.protocol.total_steps())) for spec in specs)

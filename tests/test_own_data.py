@@ -110,7 +110,8 @@ def test_an_image_folder_trains_and_its_checkpoint_is_rebuilt(tmp_path: Path) ->
     assert data.classes == ("benign", "malignant") and data.train.pixels.shape == (28, 3, 32, 32)
     for split, each in ((data.train, 14), (data.val, 2), (data.test, 4)):
         assert torch.bincount(split.labels).tolist() == [each] * 2
-    assert data.notes[0] == "classes: 2, images: [28, 4, 8]" and "several" in data.notes[1]
+    assert data.notes[0] == "classes: 2, images: [28, 4, 8]" and "several" in data.notes[2]
+    assert data.notes[1] == "the classes are benign, malignant"
     whole = Image.open(min((tmp_path / "tissue/malignant").iterdir())).resize((32, 32), Image.Resampling.BILINEAR)
     everything = torch.cat([data.train.pixels, data.val.pixels, data.test.pixels])
     assert (everything == torch.tensor(np.asarray(whole)).permute(2, 0, 1)).flatten(1).all(1).sum() == 1
@@ -307,6 +308,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no test split": (lambda root: (_folder(root / "train", {"a": 9}), _folder(root / "val", {"a": 9}), shutil.rmtree(root / "a"), shutil.rmtree(root / "b")),
                       "mine has no test split: it has train, val"),
     "splits beside classes": (lambda root: _folder(root / "train", {"a": 9}), "has the folders of splits and also a, b"),
+    "splits that are called otherwise": (lambda root: ((root / "a").rename(root / "Train"), (root / "b").rename(root / "Test")), "has the folders Test, Train, which look like splits"),
     "a class in the test split only": (lambda root: (_folder(root / "train", {"a": 9, "b": 9}), _folder(root / "test", {"a": 9, "c": 9}), shutil.rmtree(root / "a"), shutil.rmtree(root / "b")),
                                        "the test split of mine has classes that its training split has not: c"),
     "a text": (lambda root: (root / "a/notes.txt").write_text("x"), "a/notes.txt cannot be decoded: it is no image"),
@@ -480,6 +482,7 @@ def test_a_study_trains_an_image_folder(tmp_path: Path, cli: Callable) -> None:
     path = _grid_file(tmp_path, **SMALL, folder="data")
     done = cli("study", "--grid", str(path), "--address", "local", "--dashboard", "false", "--yes")
     assert done.code == 0, done.err
+    assert "data: mine: the classes are a, b" in done.err
     assert "4 runs" in done.err and (tmp_path / "checkpoints/figures/own_mine_scaling_overlay.png").is_file()
     _forget()
     again = cli("study", "--grid", str(path), "--address", "local")

@@ -13,6 +13,8 @@ from pathlib import Path
 from diffvit.errors import UserError
 
 _HIDDEN = "."
+# In lower case, where the names themselves are not those of splits.
+_LIKE_SPLITS = ("train", "training", "test", "testing", "validation", "val", "valid", "eval")
 
 
 def split_folders(root: Path, known: Sequence[str], named: bool) -> list[str]:
@@ -35,11 +37,16 @@ def split_folders(root: Path, known: Sequence[str], named: bool) -> list[str]:
     if named:
         return found
     if not {"train", "test"} & set(found):
+        if len(alike := [name for name in found if name.lower() in _LIKE_SPLITS]) > 1:
+            raise UserError(
+                f"{root} has the folders {', '.join(alike)}, which look like splits and would be classes.",
+                "name the splits with splits: {train: …, test: …}.",
+            )
         return []
     if strange := [name for name in found if name not in known]:
         raise UserError(
             f"{root} has the folders of splits and also {', '.join(strange[:5])}.",
-            "move what is no split elsewhere, or name the splits with splits: {train: …, test: …}.",
+            "move what is no split elsewhere, name the splits with splits: {train: …, test: …}, or rename a class that is called like one.",
         )
     return found
 

@@ -119,7 +119,14 @@ def raw_of(own: OwnData, data_root: Path | None) -> Raw:
     for split in rows.values():
         digest.update(split.tobytes())
     counted = f"classes: {len(classes)}, images: {[len(each) for each in rows.values()]}"  # as an entry may have it
-    return Raw(classes, labels, rows, decode, [counted, *notes, *drawn], f"{digest.hexdigest()[:16]}-{own.image_size}")
+    return Raw(
+        classes,
+        labels,
+        rows,
+        decode,
+        [counted, f"the classes are {_some(classes)}", *notes, *drawn],
+        f"{digest.hexdigest()[:16]}-{own.image_size}",
+    )
 
 
 def _aligned(own: OwnData, parts: Mapping[str, _Part]) -> tuple[dict[str, np.ndarray], list[str], list[str]]:
