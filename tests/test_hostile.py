@@ -544,7 +544,7 @@ def test_the_report_of_odd_numbers(copied: RunFiles, tmp_path: Path) -> None:
     odd = {"test_loss": math.nan, "test_accuracy": 1, "seconds": 0, "notes": ["<script>alert(1)</script>"], "device_name": "<b>|$x_"}
     written(copied, with_checksum({**json.loads(copied.result.read_text()), **odd}))
     pages = clear(lambda: report_grid(copied.checkpoints, str(grid), tmp_path / "report"))
-    assert pages and "<script>" not in pages[0].read_text() and "<b>|" not in pages[0].read_text()
+    assert pages and "<script>alert" not in pages[0].read_text() and "<b>|" not in pages[0].read_text()
 
 
 @bounded(30)
