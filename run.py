@@ -261,16 +261,17 @@ def watch(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
 @options.which_grid(f"Which runs to report. {options.BY_DEFAULT}")
 @options.of_grid
 @under("Output", option("--out", type=FOLDER, metavar="DIR", help="Folder for the report. [default: report in the checkpoints folder]"))
+@options.price("GPU: the page says what training cost.")
 @options.json_to
 @options.checkpoints
-def report(json_to: Path | None, **given: Any) -> None:
+def report(json_to: Path | None, price: float | None, **given: Any) -> None:
     """Write the verdict, and all that it rests on, as one page.
 
     As HTML and as Markdown. Of a grid file the default folder is NAME_report.
     """
     from study.results import report_grid, verdict_json
 
-    paths = report_grid(**given)
+    paths = report_grid(**given, price=price)
     files = list(map(str, paths))
     put(lambda: "\n".join(files), lambda: {"files": files, "verdict": verdict_json(**given)}, json_to)
 

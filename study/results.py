@@ -178,12 +178,14 @@ def _report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
 
 
 def report_grid(
-    checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None
-) -> list[Path]:
+    checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None,
+    price: float | None = None,
+) -> list[Path]:  # fmt: skip
     """Write the report of a grid's finished runs, or of the built-in grids' that have any. Returns the files.
 
     Args:
         out: None: report in the checkpoints folder, with a grid file's name and the overrides in its name. dataset: as find_grid takes it.
+        price: dollars an hour of one GPU.
 
     Raises:
         UserError: nothing is finished, or the folder cannot be written.
@@ -193,7 +195,7 @@ def report_grid(
     table, grids = _finished(checkpoints, grid, epochs, dataset)
     out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
     check_writable(out)
-    return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset))
+    return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset), price)
 
 
 def verdict_json(

@@ -70,9 +70,12 @@ def test_the_facts_are_those_of_the_runs() -> None:
     table = pd.concat([study_table(), study_table(dataset="digits", seeds=1)], ignore_index=True)
     table.loc[0, "status"], table["device"], table["git_commit"] = "diverged", "cuda", "5569e65316678df5f87cfec0be6f28cf8acd9d8b+"
     table["started"], table["finished"] = "2026-11-27T22:03:49+00:00", "2026-11-28T05:13:00+00:00"
-    facts = dict(first_screen(analyse(table, None), "uv run run.py study --grid full --seeds 3\nuv run run.py report")[1].rows)
+    analysis, command = analyse(table, None), "uv run run.py study --grid full --seeds 3\nuv run run.py report"
+    facts = dict(first_screen(analysis, command)[1].rows)
     assert facts["asked"] == "uv run run.py study --grid full --seeds 3"
     assert facts["of"] == "Classic ViT, Differential ViT, on CIFAR-100 and digits (9.75 M, 24.8 M, 50 M parameters)"
     assert facts["runs"] == "24, 1 to 3 seeds a model and size; 1 diverged"
     assert facts["when"] == "2026-11-27 22:03 to 2026-11-28 05:13 UTC"
     assert facts["cost"] == f"{table['seconds'].sum() / 3600:.3g} GPU hours on a GPU" and "commit 5569e65316+" in facts["code"]
+    priced = dict(first_screen(analysis, command, price=2.5)[1].rows)["cost"]
+    assert priced == f"{facts['cost']}; training cost about ${2.5 * table['seconds'].sum() / 3600:,.2f} at $2.5 a GPU hour"

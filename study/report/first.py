@@ -24,11 +24,11 @@ _KEY = (
 )
 
 
-def first_screen(analysis: Analysis, command: str) -> list[Block]:
+def first_screen(analysis: Analysis, command: str, price: float | None = None) -> list[Block]:
     """Title, facts, the questions with their answers, and links to the sections.
 
     Args:
-        command: lines that reproduce the runs.
+        command: lines that reproduce the runs. price: dollars an hour of one GPU.
     """
     half = half_width(analysis.answers)
     rows = [_finding(answer, half) for answer in analysis.answers]
@@ -39,7 +39,7 @@ def first_screen(analysis: Analysis, command: str) -> list[Block]:
         text = "Whether noise changes the difference has not been measured here."
         rows.append(Finding("open", OPEN, "not measured", _QUESTIONS["noise"].capitalize(), text))
     axis = axis_picture(half, MODEL_TITLES[ARMS[1]]) if analysis.answers else ""
-    return [Heading(TITLE, 1), _facts(analysis.table, command), Findings(rows, axis, _KEY), Contents()]
+    return [Heading(TITLE, 1), _facts(analysis.table, command, price), Findings(rows, axis, _KEY), Contents()]
 
 
 def _finding(answer: Answer, half: float) -> Finding:
@@ -56,7 +56,7 @@ def _nothing_to_compare(part: Subject, arms: tuple[str, str] = ARMS) -> str:
     return f"On {part.name}, the two architectures have no finished run of one size and seed in common ({'; '.join(ended)})."
 
 
-def _facts(table: pd.DataFrame, command: str) -> Facts:
+def _facts(table: pd.DataFrame, command: str, price: float | None) -> Facts:
     """What was asked, of what, when and with what."""
     studies = [line for line in command.splitlines() if " study " in line]
     models = map(model_title, in_order(table["model"]))
@@ -75,7 +75,7 @@ def _facts(table: pd.DataFrame, command: str) -> Facts:
     rows = [
         ("asked", "; ".join(studies)), ("of", f"{', '.join(models)}, on {of}"), ("runs", runs_are),
         ("when", f"{times[0]} to {times[-1]} UTC" if times else ""),
-        ("cost", f"{hours(table)} on {', '.join(_values(table, 'device_name')) or 'unknown devices'}"),
+        ("cost", _cost(table, price)),
         ("code", ", ".join([*([f"commit {' and '.join(commits)}"] if commits else []), *versions, *_values(table, "precision")])),
     ]  # fmt: skip
     return Facts([(name, text) for name, text in rows if text])
@@ -83,10 +83,21 @@ def _facts(table: pd.DataFrame, command: str) -> Facts:
 
 def hours(table: pd.DataFrame) -> str:
     """The training time of all runs: "7.4 GPU hours"; on other devices, hours."""
-    on_gpu = table["device"].fillna("").astype(str).str.startswith("cuda")
-    spent = table["seconds"] * table["workers"].fillna(1).astype(float) / 3600
+    spent, on_gpu = _hours_of_runs(table)
     parts = {"GPU hours": spent[on_gpu], "hours": spent[~on_gpu]}
     return " and ".join(f"{part.sum():.3g} {kind}" for kind, part in parts.items() if len(part))
+
+
+def _hours_of_runs(table: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """Each run's hours of training, of all its workers, and whether they were on GPUs."""
+    spent = table["seconds"] * table["workers"].fillna(1).astype(float) / 3600
+    return spent, table["device"].fillna("").astype(str).str.startswith("cuda")
+
+
+def _cost(table: pd.DataFrame, price: float | None) -> str:
+    spent, on_gpu = _hours_of_runs(table)
+    dollars = f"; training cost about ${price * spent[on_gpu].sum():,.2f} at ${price:g} a GPU hour" if price and on_gpu.any() else ""
+    return f"{hours(table)} on {', '.join(_values(table, 'device_name')) or 'unknown devices'}{dollars}"
 
 
 def counted(number: int, noun: str) -> str:

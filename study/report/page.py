@@ -26,14 +26,17 @@ from study.report.sentences import between, p_value, relative
 from study.report.start import start_section
 
 
-def page(analysis: Analysis, figures: Sequence[Path], command: str, curves: Sequence[Block] = ()) -> list[Block]:
+def page(
+    analysis: Analysis, figures: Sequence[Path], command: str, curves: Sequence[Block] = (), price: float | None = None
+) -> list[Block]:
     """The report's blocks.
 
     Args:
         figures: PNG files among these are shown, by the names that draw_figures gives.
         command: lines that reproduce the runs. curves: the section of loss curves to zoom.
+        price: dollars an hour of one GPU.
     """
-    blocks = [*first_screen(analysis, command), Heading("How the questions were decided"), Paragraph(_RULE)]
+    blocks = [*first_screen(analysis, command, price), Heading("How the questions were decided"), Paragraph(_RULE)]
     if analysis.noise_source:
         blocks.append(Paragraph(f"With noise means here {analysis.noise_source}; without, the same on clean images."))
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]

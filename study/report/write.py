@@ -22,11 +22,12 @@ from study.report.page import page
 from study.table import step_table
 
 
-def write_report(checkpoints: Path, table: pd.DataFrame, out: Path, commands: Sequence[str]) -> list[Path]:
+def write_report(checkpoints: Path, table: pd.DataFrame, out: Path, commands: Sequence[str], price: float | None = None) -> list[Path]:
     """Analyse finished runs, draw their figures and write report.html, report.md and looks.json, which counts the looks.
 
     Args:
         table: a run table that is not empty. out: a folder. commands: lines that reproduce its runs.
+        price: dollars an hour of one GPU.
 
     Returns:
         The page in both forms.
@@ -35,7 +36,7 @@ def write_report(checkpoints: Path, table: pd.DataFrame, out: Path, commands: Se
     steps = step_table(checkpoints, table)
     figures = draw_figures(table, steps, out / "figures") + _draw_findings(analysis, out / "figures")
     figures += draw_choices(analysis.choices, out / "figures", analysis.stems)
-    blocks = page(analysis, figures, "\n".join(commands), curves_section(table, steps))
+    blocks = page(analysis, figures, "\n".join(commands), curves_section(table, steps), price)
     html, markdown = out / "report.html", out / "report.md"
     write_atomically(html, to_html(blocks, "Differential ViT against classic ViT").encode())
     write_atomically(markdown, to_markdown(blocks, out).encode())
