@@ -188,11 +188,13 @@ def report_grid(
         price: dollars an hour of one GPU.
 
     Raises:
-        UserError: nothing is finished, or the folder cannot be written.
+        UserError: nothing is finished, the folder cannot be written, or a price is given for runs of which none was on a GPU.
     """
     from study.report.write import write_report
 
     table, grids = _finished(checkpoints, grid, epochs, dataset)
+    if price is not None and not table["device"].astype(str).str.startswith("cuda").any():
+        raise UserError("--price is of a GPU's hour, and none of these runs was on a GPU.", "leave --price out.")
     out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
     check_writable(out)
     return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset), price)

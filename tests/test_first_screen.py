@@ -72,7 +72,7 @@ def test_the_facts_are_those_of_the_runs() -> None:
     table["started"], table["finished"] = "2026-11-27T22:03:49+00:00", "2026-11-28T05:13:00+00:00"
     analysis, command = analyse(table, None), "uv run run.py study --grid full --seeds 3\nuv run run.py report"
     facts = dict(first_screen(analysis, command)[1].rows)
-    assert facts["asked"] == "uv run run.py study --grid full --seeds 3"
+    assert facts["asked"] == "`uv run run.py study --grid full --seeds 3`"
     assert facts["of"] == "Classic ViT, Differential ViT, on CIFAR-100 and digits (9.75 M, 24.8 M, 50 M parameters)"
     assert facts["runs"] == "24, 1 to 3 seeds a model and size; 1 diverged"
     assert facts["when"] == "2026-11-27 22:03 to 2026-11-28 05:13 UTC"

@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from diffvit.errors import DiffvitError, StorageError
+from diffvit.errors import DiffvitError, StorageError, UserError
 from diffvit.findings.kept import read_evaluations
 from diffvit.hub.account import find_account, find_token, parse_repository
 from diffvit.hub.client import _checked_file, is_safe_name
@@ -544,6 +544,8 @@ def test_the_report_of_odd_numbers(copied: RunFiles, tmp_path: Path) -> None:
     odd = {"test_loss": math.nan, "test_accuracy": 1, "seconds": 0, "notes": ["<script>alert(1)</script>"], "device_name": "<b>|$x_"}
     written(copied, with_checksum({**json.loads(copied.result.read_text()), **odd}))
     pages = clear(lambda: report_grid(copied.checkpoints, str(grid), tmp_path / "report"))
+    with pytest.raises(UserError, match="none of these runs was on a GPU"):  # and so nothing that the price could be for
+        report_grid(copied.checkpoints, str(grid), tmp_path / "report", price=2.5)
     assert pages and "<script>alert" not in pages[0].read_text() and "<b>|" not in pages[0].read_text()
 
 

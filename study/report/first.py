@@ -73,7 +73,7 @@ def _facts(table: pd.DataFrame, command: str, price: float | None) -> Facts:
     commits = dict.fromkeys(re.sub(r"\b([0-9a-f]{10})[0-9a-f]+", r"\1", commit) for commit in _values(table, "git_commit"))
     versions = [f"{what} {'/'.join(_values(table, what))}" for what in ("torch", "diffvit") if _values(table, what)]
     rows = [
-        ("asked", "; ".join(studies)), ("of", f"{', '.join(models)}, on {of}"), ("runs", runs_are),
+        ("asked", "; ".join(f"`{line}`" for line in studies)), ("of", f"{', '.join(models)}, on {of}"), ("runs", runs_are),
         ("when", f"{times[0]} to {times[-1]} UTC" if times else ""),
         ("cost", _cost(table, price)),
         ("code", ", ".join([*([f"commit {' and '.join(commits)}"] if commits else []), *versions, *_values(table, "precision")])),
