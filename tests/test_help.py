@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -32,6 +33,10 @@ def test_options_stand_under_headings_and_examples_are_valid(name: str, cli, mon
     command, text = COMMANDS[name], cli(name, "--help").out
     headings = [line[:-1] for line in text.splitlines() if line[:-1] in OPTION_HEADINGS]
     assert headings == [heading for heading in OPTION_HEADINGS if heading in headings]  # each once, in their order
+    assert all(
+        line.startswith("-")
+        for line in re.findall(r"^  (\S.*)$", text.partition("\n\nExamples:")[0].partition("Options:")[2], re.MULTILINE)
+    )
     for option in command.params:
         if isinstance(option, click.Option):
             assert option.heading != "Options" or option.name == "force", option.name

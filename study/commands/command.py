@@ -71,7 +71,8 @@ class StrictCommand(click.Command):
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        records = ((getattr(param, "heading", OPTION_HEADINGS[-1]), param.get_help_record(ctx)) for param in self.get_params(ctx))
+        listed = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]  # the usage line has the arguments
+        records = ((getattr(param, "heading", OPTION_HEADINGS[-1]), param.get_help_record(ctx)) for param in listed)
         _write_sections(formatter, OPTION_HEADINGS, records)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
