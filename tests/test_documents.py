@@ -56,6 +56,16 @@ def test_every_command_of_a_document_is_valid(document: str) -> None:
             command.make_context(each.words[0], list(each.words[1:]), parent=click.Context(command_line.cli))
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file_and_its_heading(document: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", document.read_text()):
+        path = document.parent / target if target else document
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
+
+
 def test_commands_are_found_in_the_documents() -> None:
     of = {name: [each for each in said() if each.document == name] for name in ("README.md", "first-study.md", "hub.md")}
     assert len(of["README.md"]) > 25 and len(of["first-study.md"]) > 8
