@@ -585,7 +585,7 @@ def main() -> None:
     except click.ClickException as error:
         fail(error.format_message(), "`run.py --help` shows the commands.")
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        click.echo(f"interrupted; nothing finished is lost\nhint: to run it again: {own_command()}", err=True)
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -84,6 +84,16 @@ def test_study_and_report_say_their_verdict_in_json(cli) -> None:
     assert level["change"] == pytest.approx(errors["vit_differential"] / errors["vit_classic"] - 1, abs=0.02)
 
 
+def test_an_interrupted_command_says_how_to_run_it_again(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("study.cluster.connect.find_cluster", interrupted)
+    outcome = cli("study", "--rehearse")
+    assert outcome.code == 130 and outcome.err.splitlines()[-2].startswith("interrupted")
+    assert outcome.err.splitlines()[-1].startswith("hint: to run it again: ") and outcome.err.endswith("run.py study --rehearse\n")
+
+
 def test_a_list_is_sorted_by_size_whatever_is_done(cli) -> None:
     cli("train", "--model", "classic", "--size", "large", "--dataset", "digits", "--max_steps", "2", "--device", "cpu")
     Path("all.yaml").write_text("datasets: [digits]\nmodels: [vit_classic]\noverrides: {max_steps: 2}")
