@@ -91,7 +91,7 @@ class Stepper:
         Returns:
             The gradient's norm, before clipping, and the loss scale that it was computed at.
         """
-        scale = self._loss_scale.current.clone()
+        scale = self._loss_scale.current
         self._loss_scale.unscale(self.optimizer)
         # Without a clip_norm this only measures.
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])

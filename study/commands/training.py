@@ -46,7 +46,9 @@ def train_and_print(
         paths = {name: str(path) for name in ("weights", "log", "predictions", "result") if (path := getattr(files, name)).is_file()}
         put_json({**json.loads(files.result.read_text(encoding="utf-8")), "files": paths}, json_to)
     if result.diverged:
-        fail(f"the run {result.diverged['message']}.", "try a lower --lr, a longer --warmup_steps or --clip_norm 1; its log is kept.", 1)
+        wider = " or --precision fp32" if result.precision == "fp16" else ""
+        hint = f"try a lower --lr, a longer --warmup_steps or --clip_norm 1{wider}; its log is kept."
+        fail(f"the run {result.diverged['message']}.", hint, 1)
     whole = files.weights.is_file()
     if json_to != STDOUT:
         click.echo("\n".join([*result.lines(), *([f"weights        {files.weights}"] if whole else [])]))
