@@ -80,6 +80,7 @@ def _study_options(given: dict[str, Any]) -> Any:
     ],
 )
 @options.runs
+@options.models
 @under(
     "What",
     option("--dry_run", is_flag=True, help="List the runs with their costs and stop."),
@@ -100,8 +101,8 @@ def _study_options(given: dict[str, Any]) -> Any:
 @options.saving
 @options.price("GPU (on CPUs, of a machine): runs report their cost.")
 @options.json_to
-def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: str | None, collect: bool, resource: tuple[str, ...],
-          yes: bool, **given: Any) -> None:  # fmt: skip
+def study(grid: str, dataset: str | None, models: tuple[str, ...], dry_run: bool, rehearse: bool, shard: str | None, collect: bool,
+          resource: tuple[str, ...], yes: bool, **given: Any) -> None:  # fmt: skip
     """Train a grid of runs in parallel, tabulate and draw it.
 
     Finished runs are skipped and unfinished ones resume, so the same command continues an interrupted study. Without arguments: both
@@ -116,7 +117,7 @@ def study(grid: str, dataset: str | None, dry_run: bool, rehearse: bool, shard: 
         raise UserError(f"{alone[0]} has no JSON.", "leave --json out; `run.py plan --json` lists the runs with their costs.")
     if dry_run and given["price"]:
         raise UserError("--dry_run trains nothing that --price could be for.", "`run.py plan --price P` says what a study will cost.")
-    chosen = find_grid(grid, dataset, given["data_root"])
+    chosen = find_grid(grid, dataset, given["data_root"], models)
     chosen.runs(seeds=given["seeds"], overrides={"epochs": given["epochs"]}, on_same=warn)  # names and values first
     saving = options.saving_of(given)
     check_tracker(given["tracker"])
@@ -174,6 +175,7 @@ def check(model: str, grid: str | None, dataset: str | None) -> None:
     ],
 )
 @options.runs
+@options.models
 @under(
     "What",
     option("--gpu", metavar="NAME", help="A GPU by its data sheet, such as h100, 4090 or L4. [default: the machine at hand]"),
@@ -197,14 +199,14 @@ def check(model: str, grid: str | None, dataset: str | None) -> None:
 @options.data_and_ledger
 @options.compute
 @options.json_to
-def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, session: float | None, probe: bool, probe_seconds: float | None,
-         json_to: Path | None, **given: Any) -> None:  # fmt: skip
+def plan(grid: str, dataset: str | None, models: tuple[str, ...], gpu: str | None, gpus: int, session: float | None, probe: bool,
+         probe_seconds: float | None, json_to: Path | None, **given: Any) -> None:  # fmt: skip
     """Forecast a study's memory, time and money before it starts.
 
     A row a run, and when the last one ends. Numbers are measured on the machine at hand (--probe), were measured there earlier, or are
     estimated from a data sheet (--gpu); the table says which. Finished runs cost nothing, unfinished ones only the rest.
     """
-    chosen = find_grid(grid, dataset, given["data_root"])
+    chosen = find_grid(grid, dataset, given["data_root"], models)
     chosen.runs(seeds=given["seeds"], overrides={"epochs": given["epochs"]}, on_same=warn)  # names and values first
     if gpu:
         find_sheet(gpu)
@@ -226,6 +228,7 @@ def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, session: fl
     ],
 )
 @options.runs
+@options.models
 @options.data_and_ledger
 @under(
     "Where",
@@ -237,13 +240,13 @@ def plan(grid: str, dataset: str | None, gpu: str | None, gpus: int, session: fl
     ),
 )
 @under("Output", option("--web", is_flag=True, help="Also serve the curves to a browser on this machine, until Ctrl-C."))
-def watch(grid: str, dataset: str | None, seeds: int | None, epochs: int | None, storage: str | None, web: bool, data_root: str | None,
-          checkpoints: Path) -> None:  # fmt: skip
+def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | None, epochs: int | None, storage: str | None, web: bool,
+          data_root: str | None, checkpoints: Path) -> None:  # fmt: skip
     """Show how far a study is that runs elsewhere.
 
     From its checkpoints folder or its storage alone. Off a terminal, once.
     """
-    chosen = find_grid(grid, dataset, data_root)
+    chosen = find_grid(grid, dataset, data_root, models)
     chosen.runs(seeds=seeds, overrides={"epochs": epochs}, on_same=warn)  # names and values first
     from study.live.watching import watch_study
     from study.options import StudyOptions
@@ -260,6 +263,7 @@ def watch(grid: str, dataset: str | None, seeds: int | None, epochs: int | None,
 )
 @options.which_grid(f"Which runs to report. {options.BY_DEFAULT}")
 @options.of_grid
+@options.models
 @under("Output", option("--out", type=FOLDER, metavar="DIR", help="Folder for the report. [default: report in the checkpoints folder]"))
 @options.price("GPU: the page says what training cost.")
 @options.json_to
@@ -308,6 +312,7 @@ def power(grid: str, dataset: str | None, epochs: int | None, difference: float,
 )
 @options.which_grid(f"Which runs to draw. {options.BY_DEFAULT}")
 @options.of_grid
+@options.models
 @under("Output", option("--out", type=FOLDER, metavar="DIR", help="Folder for figures. [default: figures in the checkpoints folder]"))
 @options.checkpoints
 def plot(**given: Any) -> None:

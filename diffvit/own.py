@@ -203,6 +203,13 @@ def _named() -> Path:
     return cache_folder() / "own_architectures.json"
 
 
+def changed_note(checkpoints: Path, model: str) -> str | None:
+    """A sentence where the ledger has runs of other code under the class's name."""
+    if others := other_versions(checkpoints, model):
+        return f"{checkpoints} has runs of {' and '.join(others)}: the code has changed since, and {model} is trained anew"
+    return None
+
+
 def other_versions(checkpoints: Path, model: str) -> list[str]:
     """Architectures with runs here whose class has the same name and whose code is another."""
     stem, _, _ = model.rpartition("-")

@@ -33,6 +33,9 @@ MODELS: dict[str, str] = {
 # The two that a study compares; others are controls, which a grid file can name.
 ARMS = ("vit_classic", "vit_differential")
 
+# Parameters count as equal within this share of the classic arm's.
+LIKE_CLASSIC = 0.01
+
 # How each architecture is called in figures and tables.
 MODEL_TITLES: dict[str, str] = {
     "vit_classic": "Classic ViT",

@@ -19,12 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffvit.errors import UserError
 from diffvit.ledger.spec import RunSpec
 from diffvit.own import known_source, sentences
-from diffvit.protocol import ARMS, PROTOCOLS, Protocol
+from diffvit.protocol import ARMS, LIKE_CLASSIC, PROTOCOLS, Protocol
 from diffvit.vit import Block, VisionTransformer, attention_class, build_model
 
-# Relative distance of what is equal to rounding, and of counts that count as equal.
+# Relative distance of what is equal to rounding.
 ROUNDING = 1e-4
-LIKE_CLASSIC = 0.01
 
 _IMAGES, _SIDE = 8, 4
 

@@ -10,11 +10,16 @@ small file:
     overrides: {epochs: 5}                   # for all runs alike
     conditions: [{}, {label_noise: 0.2}]     # every run once under each: overrides on top of those for all
 
-The last three may be given for single data sets. Those not named get one seed, and no overrides or conditions:
+The last three keys may be given for single data sets. Those not named get one seed, and no overrides or conditions:
 
     seeds: {digits: 5}
     overrides: {epochs: 5, digits: {epochs: 8}}
     conditions: {digits: [{}, {lr: 1e-3}]}
+
+The report compares the second model with the first. One of one's own is a file's class (docs/own-idea.md), its path relative to the grid
+file:
+
+    models: [vit_classic, ideas/my_attention.py:MyAttention]
 
 A data set of one's own is a table in the place of its name (docs/own-data.md):
 
@@ -25,6 +30,7 @@ What a file says is used or refused. Refused are duplicate names and runs, missi
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import tomllib
@@ -36,7 +42,9 @@ from typing import Any
 from diffvit.checks import check_depth, read_text, usable_path
 from diffvit.errors import UserError, shown, unknown_name
 from diffvit.ledger.spec import RunSpec, overrides_text
-from diffvit.protocol import ARMS, MODELS, PILOT, check_override, protocol_of, resolve_dataset
+from diffvit.own import beside
+from diffvit.protocol import ARMS, MODELS, PILOT, check_override, protocol_of, resolve_dataset, resolve_model
+from study.text import short_model
 
 _ONE_SEED = (0,)
 _MOST_RUNS = 10_000
@@ -63,6 +71,20 @@ class Grid:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     conditions: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]] = _ONE_CONDITION
     prefix: str = ""
+
+    @property
+    def arms(self) -> tuple[str, str]:
+        """The two models that are compared, the baseline first."""
+        first, second, *_ = (*map(resolve_model, self.models), *ARMS)
+        return (first, second) if len(self.models) > 1 else ARMS
+
+    def with_models(self, models: Sequence[str]) -> Grid:
+        """This grid with other models, and a name of its own. Raises UserError for an unknown one."""
+        chosen = tuple(map(resolve_model, models))
+        if chosen == tuple(map(resolve_model, self.models)):
+            return self
+        name = "-".join([self.name, *map(short_model, chosen)])
+        return dataclasses.replace(self, name=name, models=chosen, prefix=f"{name}_")
 
     def runs(self, precision: str = "fp32", seeds: int | None = None, overrides: Mapping[str, Any] | None = None,
              on_same: Callable[[str], None] | None = None) -> list[RunSpec]:  # fmt: skip
@@ -176,16 +198,22 @@ _DEEPEST = 5
 _FILE_KEYS = ("models", "sizes", "datasets", "seeds", "overrides", "conditions")
 
 
-def find_grid(name: str, dataset: str | None = None, data_root: str | None = None) -> Grid:
+def find_grid(name: str, dataset: str | None = None, data_root: str | None = None, models: Sequence[str] = ()) -> Grid:
     """A built-in grid by name, or the grid of a YAML or TOML file.
 
     Args:
         dataset: for a built-in grid of a single data set, another one than digits, as find_dataset takes it.
         data_root: where data sets that a file defines are looked for, to know their classes and numbers of images.
+        models: in place of the grid's own.
 
     Raises:
-        UserError: no such grid or data set, or a grid that has its own data sets.
+        UserError: no such grid, model or data set, or a grid that has its own data sets.
     """
+    grid = _grid_named(name, dataset, data_root)
+    return grid.with_models(models) if models else grid
+
+
+def _grid_named(name: str, dataset: str | None, data_root: str | None) -> Grid:
     if dataset is not None and name not in _OF_A_DATASET:
         hint = "--dataset goes with --grid noise, lr, controls or choices; a grid file lists its datasets."
         raise UserError(f"the grid {name} has data sets of its own.", hint)
@@ -254,7 +282,7 @@ def read_grid(path: Path, data_root: str | None = None) -> Grid:
     return Grid(
         name,
         datasets=_names(path, content, "datasets"),
-        models=_names(path, content, "models") if "models" in content else ARMS,
+        models=[resolve_model(beside(path.parent, name)) for name in _names(path, content, "models")] if "models" in content else ARMS,
         sizes=_names(path, content, "sizes") if "sizes" in content else None,
         seeds=_per_dataset(path, content, "seeds", 1, _seeds),
         overrides=_all_overrides(path, content),

@@ -21,7 +21,7 @@ from study.cluster.watch import restarted, watch
 from study.cost.planning import expected_forecast
 from study.cost.truth import compare, comparison_lines, seconds_taken
 from study.options import StudyOptions, connect_cluster, may_join
-from study.plan import PlannedRun, data_notes, load_fingerprints, plan_runs, precision_notes, warmup_warnings
+from study.plan import PlannedRun, data_notes, load_fingerprints, model_notes, plan_runs, precision_notes, warmup_warnings
 from study.results import report_results
 from study.shard import own_share
 from study.table import missing_runs
@@ -57,7 +57,7 @@ def run_study(options: StudyOptions) -> int:
         unsent = boxes.exchange(tried, every)
         for warning in warmup_warnings(specs):
             warn(warning)
-        for note in precision_notes(tried):
+        for note in (*precision_notes(tried), *model_notes(tried, options.checkpoints)):
             say(f"note: {note}")
         failures: list[tuple[str, str]] = []
         with boxes.alive(every) as undone:

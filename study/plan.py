@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import PRECISIONS, RunSpec
-from diffvit.protocol import Protocol, images_in_steps, protocol_of
+from diffvit.own import changed_note
+from diffvit.protocol import ARMS, LIKE_CLASSIC, Protocol, images_in_steps, protocol_of
 
 if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
@@ -85,6 +86,27 @@ def precision_notes(runs: Sequence[PlannedRun]) -> list[str]:
         f"{count} runs are {elsewhere}; in {own} they are trained anew, --precision {elsewhere.split()[-1]} keeps to those"
         for elsewhere, count in Counter(run.elsewhere for run in runs if run.elsewhere).items()
     ]
+
+
+def model_notes(runs: Sequence[PlannedRun], checkpoints: Path) -> list[str]:
+    """A sentence for each architecture whose code has changed since runs of it, and for each that is not as large as the classic one."""
+    notes = []
+    for model in dict.fromkeys(run.spec.model for run in runs):
+        if note := changed_note(checkpoints, model):
+            notes.append(note)
+        worst = max((run for run in runs if run.spec.model == model), key=lambda run: abs(_larger(run)))
+        if abs(_larger(worst)) > LIKE_CLASSIC:
+            cell = f"{worst.spec.dataset} {worst.spec.size}"
+            notes.append(
+                f"at {cell} {model} has {100 * _larger(worst):+.1f} % parameters against the classic model: sizes are not equal; "
+                "mlp_hidden can make them so"
+            )
+    return notes
+
+
+def _larger(run: PlannedRun) -> float:
+    """By which share a run's model is larger than the classic one of its cell."""
+    return run.parameters / _model_cost(*_model_key(dataclasses.replace(run.spec, model=ARMS[0])))[0] - 1
 
 
 def model_of(spec: RunSpec) -> VisionTransformer:

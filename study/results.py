@@ -15,6 +15,7 @@ from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec, parse_overrides
+from diffvit.protocol import ARMS
 from study.grid import GRIDS, Grid, find_grid, named_after
 from study.table import files_of, missing_runs, other_tokens, run_table, step_table, write_csv, write_step_csv
 from study.text import STDOUT, put_json, runs_table, say, short_model
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # Options of `study` that `report` takes too.
-_OF_REPORT = ("--grid", "--dataset", "--epochs", "--checkpoints")
+_OF_REPORT = ("--grid", "--dataset", "--model", "--epochs", "--checkpoints")
 
 
 def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool, judge: bool = False) -> bool:
@@ -104,7 +105,7 @@ def _say_findings(options: StudyOptions, table: pd.DataFrame) -> list[dict[str, 
     folder = options.checkpoints / _report_name([options.grid], options.epochs, named=bool(options.grid.prefix))
     facts: list[dict[str, Any]] = []
     try:
-        answers = analyse(table, options.checkpoints, looks=folder / "looks.json").answers
+        answers = analyse(table, options.checkpoints, options.grid.arms, looks=folder / "looks.json").answers
         facts = list(map(answer_facts, answers))
         lines = ["", *map(sentence, answers)]
         if answers and not any(answer.estimate.known for answer in answers):
@@ -154,19 +155,24 @@ def table_text(table: pd.DataFrame) -> str:
 
 
 def plot_grid(
-    checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None
+    checkpoints: Path,
+    grid: str | None,
+    out: Path | None = None,
+    epochs: int | None = None,
+    dataset: str | None = None,
+    models: Sequence[str] = (),
 ) -> list[Path]:
     """Draw the finished runs of a grid, or of the built-in grids that have any. Returns the files.
 
     Args:
-        out: None: where a study draws. dataset: as find_grid takes it.
+        out: None: where a study draws. dataset, models: as find_grid takes them.
 
     Raises:
         UserError: there is nothing to draw, or the folder cannot be written.
     """
     from study.report.figures import draw_figures
 
-    table, grids = _finished(checkpoints, grid, epochs, dataset)
+    table, grids = _finished(checkpoints, grid, epochs, dataset, models=models)
     out = out or checkpoints / "figures"
     check_writable(out)
     return draw_figures(table, step_table(checkpoints, table), out, grids[0].prefix if grid else "")
@@ -179,51 +185,58 @@ def _report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
 
 def report_grid(
     checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None,
-    price: float | None = None,
+    models: Sequence[str] = (), price: float | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write the report of a grid's finished runs, or of the built-in grids' that have any. Returns the files.
 
     Args:
-        out: None: report in the checkpoints folder, with a grid file's name and the overrides in its name. dataset: as find_grid takes it.
-        price: dollars an hour of one GPU.
+        out: None: report in the checkpoints folder, with a grid file's name and the overrides in its name.
+        dataset, models: as find_grid takes them. price: dollars an hour of one GPU.
 
     Raises:
         UserError: nothing is finished, the folder cannot be written, or a price is given for runs of which none was on a GPU.
     """
     from study.report.write import write_report
 
-    table, grids = _finished(checkpoints, grid, epochs, dataset)
+    table, grids = _finished(checkpoints, grid, epochs, dataset, models=models)
     if price is not None and not table["device"].astype(str).str.startswith("cuda").any():
         raise UserError("--price is of a GPU's hour, and none of these runs was on a GPU.", "leave --price out.")
     out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
     check_writable(out)
-    return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset), price)
+    arms = grids[0].arms if grid else ARMS
+    return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset, models), arms, price)
 
 
 def verdict_json(
-    checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None
+    checkpoints: Path,
+    grid: str | None,
+    out: Path | None = None,
+    epochs: int | None = None,
+    dataset: str | None = None,
+    models: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The verdict of the report of these arguments, as JSON has it."""
     from study.report.analysis import analyse
     from study.report.facts import answer_facts
 
-    table, grids = _finished(checkpoints, grid, epochs, dataset)
+    table, grids = _finished(checkpoints, grid, epochs, dataset, models=models)
     out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
-    return list(map(answer_facts, analyse(table, checkpoints, looks=out / "looks.json").answers))
+    arms = grids[0].arms if grid else ARMS
+    return list(map(answer_facts, analyse(table, checkpoints, arms, looks=out / "looks.json").answers))
 
 
-def _commands(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None) -> list[str]:
+def _commands(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None, models: Sequence[str]) -> list[str]:
     """The commands that reproduce these runs. Without a grid: of each built-in one that adds runs to those before it."""
     commands: list[str] = []
     seen: set[str] = set()
     for name in [grid] if grid else list(GRIDS):
-        specs = find_grid(name, dataset).runs(overrides={"epochs": epochs})
+        specs = find_grid(name, dataset, models=models).runs(overrides={"epochs": epochs})
         runs = run_table(checkpoints, specs)
         if set(runs["run_id"]) <= seen:
             continue
         seen |= set(runs["run_id"])
-        values = {"--grid": name, "--dataset": dataset, "--epochs": epochs}
-        options = shlex.join(text for option, value in values.items() if value is not None for text in (option, str(value)))
+        values = [("--grid", name), ("--dataset", dataset), *(("--model", model) for model in models), ("--epochs", epochs)]
+        options = shlex.join(text for option, value in values if value is not None for text in (option, str(value)))
         more_seeds = {spec.seed for spec in specs} == {0} and int(runs["seed"].max()) > 0
         commands.append(f"uv run run.py study {options}" + (f" --seeds {int(runs['seed'].max()) + 1}" if more_seeds else ""))
         kinds = {kind for files in files_of_table(checkpoints, runs) for kind in read_evaluations(files)}
@@ -249,11 +262,13 @@ def finished_checkpoints(
 
 
 def _finished(
-    checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None, data_root: str | None = None
+    checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None, data_root: str | None = None, models: Sequence[str] = ()
 ) -> tuple[pd.DataFrame, list[Grid]]:
     """The run table of a grid, or of all built-in ones, and those grids; UserError where none of its runs is finished."""
     check_dataset(grid, dataset)
-    grids = [find_grid(grid, dataset, data_root)] if grid else list(GRIDS.values())
+    if models and grid is None:
+        raise UserError("--model is given without --grid.", "it says which architectures of a grid's runs are meant.")
+    grids = [find_grid(grid, dataset, data_root, models)] if grid else list(GRIDS.values())
     specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]
     table = run_table(checkpoints, specs)
     if table.empty:

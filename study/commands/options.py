@@ -93,6 +93,11 @@ grid_dataset = under(
     option("--dataset", type=DATASET, metavar="NAME", help="The data set of --grid noise, lr, controls or choices. [default: digits]"),
 )
 of_grid = options(grid_dataset, under("What", _override_options["--epochs"]))
+models = under(
+    "What",
+    option("--model", "models", type=MODEL, multiple=True, metavar=MODEL_OR_FILE,
+           help="An architecture in place of the grid's, once for each; the second is compared with the first."),
+)  # fmt: skip
 seeds = under("What", option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]"))
 
 

@@ -16,6 +16,7 @@ from diffvit.compute import Compute
 from diffvit.keeping.saving import Saving
 from diffvit.ledger.spec import RunSpec
 from diffvit.loop.fit import Stopped
+from diffvit.own import changed_note
 from diffvit.signals import StopSignals
 from diffvit.tracking import Tracking
 from diffvit.train import train
@@ -29,6 +30,8 @@ def train_and_print(
     tracker: str | None, json_to: Path | None,
 ) -> None:  # fmt: skip
     """Train a run, or find it done, print its result, and see that its storage has it. Exits where the run is stopped or diverges."""
+    if note := changed_note(checkpoints, spec.model):
+        warn(note)
     with _StepProgress(spec.title) as progress, StopSignals() as signals:
         try:
             result = train(

@@ -14,7 +14,7 @@ from diffvit.machine.device import device_title, resolve_device
 from study.cluster.nodes import gpu_title
 from study.cost.devices import SHEETS, find_machine, find_sheet, keep_machine, sheet_of
 from study.options import StudyOptions, connect_cluster
-from study.plan import PlannedRun, load_fingerprints, plan_runs, precision_notes, warmup_warnings
+from study.plan import PlannedRun, load_fingerprints, model_notes, plan_runs, precision_notes, warmup_warnings
 from study.shard import own_share
 from study.text import runs_table, say, short_model, significant
 
@@ -43,7 +43,7 @@ def dry_run_table(options: StudyOptions) -> str:
     ]  # fmt: skip
     total = sum(run.train_flops for run in runs)
     lines = [runs_table(header, rows, numbers, shared=("data set", "seed", "batch", "overrides")), ""]
-    lines += [f"note: {note}" for note in (*warmup_warnings(specs), *precision_notes(runs))]
+    lines += [f"note: {note}" for note in (*warmup_warnings(specs), *precision_notes(runs), *model_notes(runs, options.checkpoints))]
     ended = sum(run.ended for run in runs)
     return "\n".join([*lines, f"{len(runs)} runs, {ended} already finished, {significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
 
@@ -83,6 +83,8 @@ def plan_study(
             raise UserError(f"nothing has been measured on this machine ({title}) for these options.", hint)
     specs, compute, price = options.runs(), options.compute, options.placement.price
     runs = plan_runs(specs, options.checkpoints, load_fingerprints(specs, options.data_root, required=False))
+    for note in model_notes(runs, options.checkpoints):
+        say(f"note: {note}")
     if machine is not None:
         fleet = measured_fleet(machine, runs, gpus, compute, price)
     else:

@@ -83,7 +83,7 @@ class Analysis:
     Attributes:
         comparisons: of each subject's two arms. answers: the family, with verdicts. noise_source: what the noise answer compares.
         other_noise: (what is compared, answer) for the exploratory ones. controls: (title, estimate, pairs) of other architectures
-            against the classic one. findings: run_id -> what `evaluate` found. left_out: runs that enter no comparison, a phrase each.
+            against the first arm. findings: run_id -> what `evaluate` found. left_out: runs that enter no comparison, a phrase each.
         choices: data set -> its specification curve.
     """
 
@@ -97,6 +97,7 @@ class Analysis:
     findings: dict[str, dict[str, Any]]
     left_out: list[str]
     choices: dict[str, list[Specification]]
+    arms: tuple[str, str] = ARMS
 
     @property
     def stems(self) -> dict[str, str]:
@@ -143,7 +144,7 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
     choices = specifications(parts, comparisons)
     answers = with_choices(decided, parts, choices)
     return Analysis(table, parts, comparisons, answers, noise[0].what if noise else "", [each for each in more if each[1].pairs],
-                    controls, findings, left_out, choices)  # fmt: skip
+                    controls, findings, left_out, choices, arms)  # fmt: skip
 
 
 def _at_chance(parts: Sequence[Subject], arms: tuple[str, str]) -> list[Answer]:

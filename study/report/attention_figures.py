@@ -18,7 +18,7 @@ from matplotlib.patheffects import Stroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from diffvit.findings.attention import picture_pixels
-from diffvit.protocol import MODELS
+from diffvit.protocol import in_order
 from study.report.figures import add_caption, millions, model_style, model_title
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def attention_pictures(findings_by_model: Mapping[str, Mapping[str, Any]], title
         ValueError: the models have no picture in common.
     """
     by_row = {model: {picture["row"]: picture for picture in findings["pictures"]} for model, findings in findings_by_model.items()}
-    models = [model for model in MODELS if model in by_row]
+    models = in_order(by_row)
     rows = [row for row in by_row[models[0]] if all(row in pictures for pictures in by_row.values())]
     if not rows or not all(
         np.array_equal(picture_pixels(by_row[model][row]), picture_pixels(by_row[models[0]][row])) for model in models for row in rows
@@ -91,7 +91,7 @@ def attention_curves(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any
     if runs.empty:
         raise ValueError("there is nothing to draw")
     sizes = [of_size for _, of_size in sorted(runs.groupby("size"), key=lambda of_size: of_size[1]["parameters"].min())]
-    models = [model for model in MODELS if (runs["model"] == model).any()]
+    models = in_order(runs["model"])
     some = findings[runs["run_id"].iloc[0]]
     measures = [
         ("entropy", "entropy (nats)"),

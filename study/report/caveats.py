@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from diffvit.protocol import MODEL_TITLES
+from diffvit.protocol import LIKE_CLASSIC, MODEL_TITLES, model_title
 from study.report.verdict import DIVERGED, Answer, decide
 
 # (question, subject) -> the tables of all runs that its answer rests on
@@ -117,3 +117,16 @@ def losses_left_out(table: pd.DataFrame) -> list[str]:
         f"test loss {run.test_loss:g} of {MODEL_TITLES.get(run.model, run.model)} {run.size} seed {run.seed} (not its error)"
         for run in runs
     ]
+
+
+def equal_parameters(table: pd.DataFrame) -> str:
+    """Whether the architectures are of one size, from the parameters of each size's models."""
+    counts = table.groupby(["dataset", "overrides", "size", "model"])["parameters"].first()
+    ratios = counts / counts.groupby(["dataset", "overrides", "size"]).transform("min")
+    if ratios.max() <= 1 + LIKE_CLASSIC:
+        return (
+            f"Parameters are equal within {100 * LIKE_CLASSIC:.0f} %; FLOPs and training time are not, and the ratios above give all three."
+        )
+    _, _, size, model = ratios.idxmax()
+    more = f"{model_title(str(model))} has {100 * (ratios.max() - 1):.1f} % more than the smallest at {size}"
+    return f"Parameters are not equal: {more}. An answer on sizes by name mixes the idea with its size; the ratios above do not."

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diffvit.protocol import ARMS, MODEL_TITLES
+from diffvit.protocol import ARMS, LIKE_CLASSIC, MODEL_TITLES
 from study.report import curves, resampling, scaling
 from study.report.curves import Line, PowerLaw, Ratio
 from study.report.scaling import Cells, Estimate
-from study.report.sentences import relative
+from study.report.sentences import percent, relative
 from study.report.verdict import Answer, null_spread
 
 
@@ -69,7 +69,7 @@ def compare(
     without = _sizes_without_pair(table if whole is None else whole, pairs, arms)
     level, *trend = _answers(pairs, cells, subject, arms, wrong, _runs_of(table, pairs, arms), without)
     return ArmComparison(
-        subject, arms, by_measure, [dataclasses.replace(level, remarks=_at_equal_cost(equal_costs)), *trend],
+        subject, arms, by_measure, [dataclasses.replace(level, remarks=_at_equal_cost(equal_costs, cells)), *trend],
         lines={name: (curves.line(each, 0), curves.line(each, 1)) for name, each in by_measure.items() if len(each.logs) > 1},
         ratios={(measure, name): curves.effective_ratio(scaling.cells_of(scaling.pair_table(first, second, measure, cost)))
                 for measure in by_measure for cost, name in COSTS.items()},
@@ -80,10 +80,17 @@ def compare(
     )  # fmt: skip
 
 
-def _at_equal_cost(equal_costs: dict[str, Estimate]) -> tuple[str, ...]:
-    """A sentence on the level at equal cost, other than parameters."""
-    phrases = [f"at equal {name} {relative(level)}" for name, level in equal_costs.items() if name != "parameters"]
-    return (f"Parameters are equal here; {' and '.join(phrases)}.",) if phrases else ()
+def _at_equal_cost(equal_costs: dict[str, Estimate], cells: Cells) -> tuple[str, ...]:
+    """A sentence on the level at equal cost; at equal parameters too, by interpolation, where the arms have not the same.
+
+    Args:
+        cells: with parameters as costs.
+    """
+    more = cells.log_costs[1] - cells.log_costs[0]
+    alike = bool(np.abs(more).max() <= math.log1p(LIKE_CLASSIC))
+    phrases = [f"at equal {name} {relative(level)}" for name, level in equal_costs.items() if name != "parameters" or not alike]
+    parameters = "are equal" if alike else f"differ by up to {percent(float(more[np.abs(more).argmax()]))}"
+    return (f"Parameters {parameters} here; {' and '.join(phrases)}.",) if phrases else ()
 
 
 def _answers(

@@ -10,7 +10,6 @@ import numpy as np
 
 from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.findings.robustness import summarise
-from diffvit.protocol import ARMS
 from study.report.analysis import Analysis
 from study.report.document import Block, Figures, Heading, Paragraph, Table
 from study.report.figures import model_title, with_wilson
@@ -46,13 +45,14 @@ def noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
         if runs.empty:
             continue
         names = [row["corruption"] for row in summarise(next(iter(evaluated.values())))]
+        baseline = analysis.arms[0]
         lost = {key: _lost([evaluated[run_id] for run_id in cell["run_id"]]) for key, cell in runs.groupby(["size", "model"])}
         rows = []
         for (_, model), cell in runs.groupby(["parameters", "model"]):
             size = cell["size"].iloc[0]
             relative_mce = (
-                f"{np.mean(lost[size, model] / lost[size, ARMS[0]]):.2f}"
-                if (size, ARMS[0]) in lost and (lost[size, ARMS[0]] > 0).all()
+                f"{np.mean(lost[size, model] / lost[size, baseline]):.2f}"
+                if (size, baseline) in lost and (lost[size, baseline] > 0).all()
                 else ""
             )
             found = [{row["corruption"]: row for row in summarise(evaluated[run_id])} for run_id in cell["run_id"]]
@@ -63,7 +63,8 @@ def noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
             rows.append([title, *(f"{error:.1f}" for error in errors), to_clean, relative_mce])
         caption = (
             f"{part.name}: error in % on corrupted test images, mean over severities and seeds; the five's mean also relative to clean; "
-            "relative mCE: what the five add to the clean error, over what they add for the classic model (Hendrycks and Dietterich 2019)"
+            "relative mCE: what the five add to the clean error, over what they add for "
+            f"{model_title(baseline)} (Hendrycks and Dietterich 2019)"
         )
         blocks.append(Table(["model", *names, "mean / clean", "relative mCE"], rows, caption))
         drawn = [path for path in figures if path.name == f"{part.stem}_noise.png"]

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from diffvit.ledger.spec import overrides_title, parse_overrides
-from diffvit.protocol import ARMS, MODEL_TITLES, MODELS, images_in_steps, protocol_of
+from diffvit.protocol import ARMS, images_in_steps, in_order, model_title, protocol_of
 from study.report import curves, scaling
 from study.table import all_overrides, comparable, file_stem
 
@@ -59,7 +59,7 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path, prefix: str
     with our_style():
         for (dataset, overrides), of_dataset in runs.groupby(["dataset", pd.Series(all_overrides(runs), index=runs.index)], sort=False):
             figures: dict[str, Figure] = {}
-            models = [model for model in MODELS if (of_dataset["model"] == model).any()]
+            models = in_order(of_dataset["model"])
             have_accuracy = []
             for model in models:
                 of_model = of_dataset[of_dataset["model"] == model]
@@ -294,8 +294,3 @@ def millions(parameters: float) -> str:
 def model_style(model: str) -> dict[str, Any]:
     """Colour, marker and line of an architecture."""
     return dict(_MODEL_STYLES.get(model, _OTHER_STYLE))
-
-
-def model_title(model: str) -> str:
-    """An architecture's name for a person."""
-    return MODEL_TITLES.get(model, model)

@@ -7,7 +7,7 @@ import re
 
 import pandas as pd
 
-from diffvit.protocol import ARMS, MODEL_TITLES, in_order
+from diffvit.protocol import in_order
 from study.report.analysis import Analysis, Subject
 from study.report.document import Block, Contents, Facts, Finding, Findings, Heading
 from study.report.figures import millions, model_title
@@ -15,7 +15,6 @@ from study.report.interval import MARKS, OPEN, axis_picture, half_width, interva
 from study.report.sentences import relative, sentence
 from study.report.verdict import MARGIN, Answer
 
-TITLE = "Does a Differential ViT scale better than a classic ViT, and does noise change it?"
 _QUESTIONS = {"level": "a lower error?", "trend": "scales better with depth?", "noise": "loses less by noise?"}
 
 _KEY = (
@@ -30,16 +29,17 @@ def first_screen(analysis: Analysis, command: str, price: float | None = None) -
     Args:
         command: lines that reproduce the runs. price: dollars an hour of one GPU.
     """
-    half = half_width(analysis.answers)
+    half, (first, second) = half_width(analysis.answers), map(model_title, analysis.arms)
+    title = f"Does {second} scale better than {first}, and does noise change it?"
     rows = [_finding(answer, half) for answer in analysis.answers]
     for part in analysis.subjects:
         if part.base and part.name not in analysis.comparisons:
-            rows.append(Finding("open", OPEN, "no answer", part.name, _nothing_to_compare(part)))
+            rows.append(Finding("open", OPEN, "no answer", part.name, _nothing_to_compare(part, analysis.arms)))
     if not any(answer.question == "noise" for answer in analysis.answers):
         text = "Whether noise changes the difference has not been measured here."
         rows.append(Finding("open", OPEN, "not measured", _QUESTIONS["noise"].capitalize(), text))
-    axis = axis_picture(half, MODEL_TITLES[ARMS[1]]) if analysis.answers else ""
-    return [Heading(TITLE, 1), _facts(analysis.table, command, price), Findings(rows, axis, _KEY), Contents()]
+    axis = axis_picture(half, second) if analysis.answers else ""
+    return [Heading(title, 1), _facts(analysis.table, command, price), Findings(rows, axis, _KEY), Contents()]
 
 
 def _finding(answer: Answer, half: float) -> Finding:
@@ -48,7 +48,7 @@ def _finding(answer: Answer, half: float) -> Finding:
     return Finding(kind, MARKS.get(kind, OPEN), answer.verdict, question, sentence(answer), number, interval_picture(answer, half))
 
 
-def _nothing_to_compare(part: Subject, arms: tuple[str, str] = ARMS) -> str:
+def _nothing_to_compare(part: Subject, arms: tuple[str, str]) -> str:
     ended = []
     for arm in arms:
         statuses = part.table[part.table["model"] == arm]["status"]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffvit.protocol import ARMS, in_order, protocol_of
+from diffvit.protocol import in_order, protocol_of
 from study.report import compare, scaling, verdict
 from study.report.analysis import Analysis
+from study.report.caveats import equal_parameters
 from study.report.choices import choices_section
 from study.report.compare import ArmComparison
 from study.report.curves import Ratio
@@ -36,13 +37,17 @@ def page(
         command: lines that reproduce the runs. curves: the section of loss curves to zoom.
         price: dollars an hour of one GPU.
     """
-    blocks = [*first_screen(analysis, command, price), Heading("How the questions were decided"), Paragraph(_RULE)]
+    blocks = [
+        *first_screen(analysis, command, price),
+        Heading("How the questions were decided"),
+        Paragraph(_RULE.format(model_title(analysis.arms[1]))),
+    ]
     if analysis.noise_source:
         blocks.append(Paragraph(f"With noise means here {analysis.noise_source}; without, the same on clean images."))
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
     blocks += [*_figures(analysis, figures), *curves, *predictions_section(analysis)]
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
-    blocks += _tuning_section(analysis)
+    blocks += _tuning_section(analysis, analysis.arms)
     blocks += choices_section(analysis.choices, figures, analysis.stems)
     blocks += noise_section(analysis, figures)
     blocks += [*attention_section(analysis, figures), *focus_section(analysis), *start_section(analysis)]
@@ -58,7 +63,7 @@ _RULE = (
     "pair allows no verdict. Whether noise hits one harder is answered on log-odds of an error, and only where log error, log accuracy and "
     "points agree. Runs that diverged are left out, and a verdict that counting them as chance level would change is none. A question that "
     f"was looked at before, on fewer runs, may spend a part of {100 * verdict.LATER:.0f} % more: looks.json beside this page counts. "
-    "Negative numbers favour the Differential ViT. Intervals are over pairs of runs that share a seed. Everything below is exploratory."
+    "Negative numbers favour {}. Intervals are over pairs of runs that share a seed. Everything below is exploratory."
 )
 _SCALING = (
     "Width is fixed by the protocol, so models scale by depth alone. Slopes are of log error (or cross-entropy) over log parameters, "
@@ -128,8 +133,9 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
         for name, each in analysis.comparisons.items()
         for cost in compare.COSTS.values()
     ]
+    first, second = map(model_title, analysis.arms)
     header = ["data set", "cost", "at equal error (95 % interval)", "at equal cross-entropy (95 % interval)"]
-    blocks.append(Table(header, rows, "What the differential model costs, as a share of the classic one that is as good", left=2))
+    blocks.append(Table(header, rows, f"What {second} costs, as a share of the {first} that is as good", left=2))
     for name, comparison in analysis.comparisons.items():
         blocks.append(Items([*_match_sentences(name, comparison), *_secondary(name, comparison)]))
     if analysis.controls:
@@ -146,13 +152,14 @@ def _quantities(comparison: ArmComparison, measure: str) -> dict[str, str]:
     if measure not in comparison.cells:
         return {}
     cells = comparison.cells[measure]
-    shown = {"level: differential / classic": relative(scaling.level(cells))}
+    first, second = map(model_title, comparison.arms)
+    shown = {f"level: {second} / {first}": relative(scaling.level(cells))}
     if measure in comparison.lines:
         shown["trend: its change over the sizes"] = relative(scaling.trend(cells))
-        lines = [(model_title(arm), line) for arm, line in zip(comparison.arms, comparison.lines[measure], strict=True)]
+        lines = list(zip((first, second), comparison.lines[measure], strict=True))
         shown |= {f"line at {line.middle / 1e6:.3g} M, {title}": _at_middle(line.intercept, measure) for title, line in lines}
         shown |= {f"slope, {title}": _number(line.slope) for title, line in lines}
-        shown["slope, difference (+: differential gains more from size)"] = _slope_difference(cells)
+        shown[f"slope, difference (+: {second} gains more from size)"] = _slope_difference(cells)
     return shown
 
 
@@ -169,14 +176,15 @@ def _slope_difference(cells: Cells) -> str:
 
 
 def _match_sentences(name: str, comparison: ArmComparison) -> list[str]:
-    """Which classic size has a differential model's error, where larger classic models are always better."""
+    """Which size of the first arm has the error of a size of the second, where larger models of the first are always better."""
+    first, second = map(model_title, comparison.arms)
     sentences = []
     for parameters, equal in comparison.matches:
         if equal is not None:
             of_size = f"{equal / 1e6:.3g} M: it needs {parameters / equal:.2f} of its parameters"
-            sentences.append(f"{name}: the differential model of {parameters / 1e6:.3g} M has the error of a classic one of {of_size}.")
+            sentences.append(f"{name}: {second} of {parameters / 1e6:.3g} M has the error of {first} of {of_size}.")
     if not sentences:
-        sentences.append(f"{name}: no measured differential model has an error that a classic size within the measured range has.")
+        sentences.append(f"{name}: no measured {second} has an error that a size of {first} within the measured range has.")
     return sentences
 
 
@@ -204,7 +212,7 @@ def _secondary(name: str, comparison: ArmComparison) -> list[str]:
     return sentences
 
 
-def _tuning_section(analysis: Analysis, arms: tuple[str, str] = ARMS) -> list[Block]:
+def _tuning_section(analysis: Analysis, arms: tuple[str, str]) -> list[Block]:
     """Both arms at several learning rates: would another one turn the comparison round?"""
     blocks: list[Block] = []
     for dataset in dict.fromkeys(part.dataset for part in analysis.subjects):
@@ -245,7 +253,7 @@ def _limits(analysis: Analysis) -> list[str]:
                 "architectures compare where attention chooses among few coarse patches, and how much seeds scatter; a difference that "
                 "needs many tokens may be missing here, so it does not replace the full study."
             )
-        if protocol.heads < 16:
+        if protocol.heads < 16 and set(part.table["model"]) & {"vit_differential", "vit_differential_v2"}:
             minimum = 'its authors recommend at least 8, "the minimum used in the paper"; `study --grid controls` has more'
             limits.append(f"{part.name}: differential attention has {protocol.heads // 2} heads here; {minimum}.")
         if warning := protocol.warmup_warning(int(part.table["steps"].max())):
@@ -265,7 +273,7 @@ def _limits(analysis: Analysis) -> list[str]:
     factor = (parameters.max() / parameters.min()).max()
     limits += [
         f"Sizes over a factor of {factor:.1f} say nothing about larger models, and only depth varies.",
-        "Parameters are equal within 1 %; FLOPs and training time are not, and the ratios above give all three.",
+        equal_parameters(analysis.table),
         "One protocol for both, without augmentation. " + _tuning(analysis),
         "Intervals hold for these test images. The bootstrap over images too is given beside them, and it is on the wide side.",
         "No claim about the best size for a budget of compute.",

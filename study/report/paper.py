@@ -7,7 +7,7 @@ import re
 
 import pandas as pd
 
-from diffvit.protocol import ARMS, MODEL_TITLES, in_order
+from diffvit.protocol import in_order
 from study.report.analysis import Analysis, Subject
 from study.report.document import Block, Code, Heading, Paragraph
 from study.report.figures import millions, model_title
@@ -70,12 +70,13 @@ def _training(part: Subject) -> str:
     side, epochs = protocol.image_size, "" if protocol.max_steps else f" ({protocol.epochs} epochs)"
     noise = f", {protocol.label_noise:g} of their labels false" if protocol.label_noise else ""
     noise += f", with noise of standard deviation {protocol.input_noise:g} on their pixels" if protocol.input_noise else ""
+    pairs = f", of which the differential model makes {protocol.heads // 2} pairs" if "vit_differential" in set(table["model"]) else ""
     clipping = f"gradients clipped at {protocol.clip_norm:g}" if protocol.clip_norm else "no gradient clipping"
     seeds = int(table.groupby(["model", "size"])["seed"].nunique().min())
     test = f", {int(tested.max()):,} to test the weights of the last step" if len(tested) else ""
     return " ".join([
         f"{models} of width {protocol.d_model} with {'; '.join(sizes)}; they differ in their attention.",
-        f"MLP ratio {protocol.mlp_ratio}; {protocol.heads} heads, of which the differential model makes {protocol.heads // 2} pairs;",
+        f"MLP ratio {protocol.mlp_ratio}; {protocol.heads} heads{pairs};",
         f"images of {side} x {side} pixels in patches of {protocol.patch_size}; dropout {protocol.dropout:g}.",
         f"AdamW with a peak learning rate of {protocol.lr:g}, linear warm-up over {protocol.warmup_steps} steps, then a cosine to 0;",
         f"weight decay {protocol.weight_decay:g} on matrices; {clipping}.",
@@ -100,7 +101,7 @@ def latex_tables(analysis: Analysis) -> str:
     header = ["Data set", "Model", "Parameters", "Seeds", "Test accuracy (%)", "Cross-entropy"]
     first = _latex(header, accuracies, "Test accuracy and cross-entropy: mean and standard deviation over seeds.", "tab:accuracy", "llrrrr")
     answers = [[answer.subject, answer.question, *_numbers(answer), answer.verdict] for answer in analysis.answers]
-    caption = f"{MODEL_TITLES[ARMS[1]]} against {MODEL_TITLES[ARMS[0]]}; negative numbers favour the former."
+    caption = f"{model_title(analysis.arms[1])} against {model_title(analysis.arms[0])}; negative numbers favour the former."
     header = ["Data set", "Question", "Difference", "95 % interval", "p (Holm)", "Verdict"]
     return f"{first}\n\n{_latex(header, answers, caption, 'tab:answers', 'llrrrl')}" if answers else first
 
@@ -145,7 +146,8 @@ def _escaped(text: str) -> str:
 def bibtex(analysis: Analysis) -> str:
     """Entries of the architectures, of the data sets and corruptions used, and of this tool."""
     datasets = set(analysis.table["dataset"])
-    used = ["vit", "differential", *(key for name, key in _OF_DATASETS.items() if name in datasets)]
+    differential = [model for model in analysis.table["model"].unique() if model.startswith("vit_differential")]
+    used = ["vit", *(["differential"] if differential else []), *(key for name, key in _OF_DATASETS.items() if name in datasets)]
     used += ["corruptions"] if any("corruptions" in found for found in analysis.findings.values()) else []
     versions = " and ".join(sorted({str(version) for version in analysis.table["diffvit"].dropna()}))
     commits = " and ".join(sorted({str(commit) for commit in analysis.table["git_commit"].dropna()}))

@@ -39,7 +39,7 @@ def start_section(analysis: Analysis) -> list[Block]:
     rows = start_rows(specs, quick=True)
     if not rows:
         return []
-    text = " ".join([_START, *start_gaps(rows)])
+    text = " ".join([_START, *start_gaps(rows, analysis.arms)])
     table = Table(_HEADER, [*map(_cells, rows)], "Models with their initial weights", left=3, closed=True)
     return [Heading("Before the first step"), Paragraph(text), table]
 
@@ -60,13 +60,13 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return model_title(row["model"]), row["size"], dataset, f"{row['cosine']:.2f}", *of_layers, f"{row['uniform_entropy']:.2f}"
 
 
-def start_gaps(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def start_gaps(rows: Sequence[Mapping[str, Any]], arms: tuple[str, str] = ARMS) -> list[str]:
     """How far apart the arms' cosines are at most, and a sentence that names the cells in which that is too far."""
     cosines: dict[str, dict[str, float]] = {}
     for row in rows:
         cell = " ".join(filter(None, (row["dataset"], row["size"], overrides_text(row["overrides"]))))
         cosines.setdefault(cell, {})[row["model"]] = row["cosine"]
-    gaps = {cell: abs(of[ARMS[0]] - of[ARMS[1]]) for cell, of in cosines.items() if set(ARMS) <= set(of)}
+    gaps = {cell: abs(of[arms[0]] - of[arms[1]]) for cell, of in cosines.items() if set(arms) <= set(of)}
     if not gaps:
         return []
     far = ", ".join(f"{cell} ({gap:.2f})" for cell, gap in gaps.items() if gap > MOST_APART)

@@ -10,35 +10,38 @@ from typing import Any
 import pandas as pd
 
 from diffvit.ledger.disk import write_atomically
+from diffvit.protocol import ARMS
 from study.report.analysis import Analysis, analyse
 from study.report.attention_figures import attention_curves, attention_pictures
 from study.report.choices import draw_choices
 from study.report.document import to_html, to_markdown
 from study.report.drawing import our_style, save
-from study.report.figures import draw_figures
+from study.report.figures import draw_figures, model_title
 from study.report.interactive import curves_section
 from study.report.noise_figures import noise_figure
 from study.report.page import page
 from study.table import step_table
 
 
-def write_report(checkpoints: Path, table: pd.DataFrame, out: Path, commands: Sequence[str], price: float | None = None) -> list[Path]:
+def write_report(
+    checkpoints: Path, table: pd.DataFrame, out: Path, commands: Sequence[str], arms: tuple[str, str] = ARMS, price: float | None = None
+) -> list[Path]:
     """Analyse finished runs, draw their figures and write report.html, report.md and looks.json, which counts the looks.
 
     Args:
         table: a run table that is not empty. out: a folder. commands: lines that reproduce its runs.
-        price: dollars an hour of one GPU.
+        price: dollars an hour of one GPU. arms: the two architectures that are compared, the baseline first.
 
     Returns:
         The page in both forms.
     """
-    analysis = analyse(table, checkpoints, looks=out / "looks.json")
+    analysis = analyse(table, checkpoints, arms, looks=out / "looks.json")
     steps = step_table(checkpoints, table)
     figures = draw_figures(table, steps, out / "figures") + _draw_findings(analysis, out / "figures")
     figures += draw_choices(analysis.choices, out / "figures", analysis.stems)
     blocks = page(analysis, figures, "\n".join(commands), curves_section(table, steps), price)
     html, markdown = out / "report.html", out / "report.md"
-    write_atomically(html, to_html(blocks, "Differential ViT against classic ViT").encode())
+    write_atomically(html, to_html(blocks, f"{model_title(arms[1])} against {model_title(arms[0])}").encode())
     write_atomically(markdown, to_markdown(blocks, out).encode())
     return [html, markdown]
 
