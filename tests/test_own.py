@@ -199,7 +199,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("reference", BAD)
-def test_a_bad_file_is_a_sentence_and_leaves_nothing(cli, reference: str) -> None:
+def test_a_bad_file_is_a_sentence_and_leaves_nothing(cli, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # where conftest.py is, as the command's folder is first otherwise
     content, sentence = BAD[reference]
     if content:
         Path(reference.partition(":")[0]).write_bytes(content.encode("utf-8", "surrogateescape"))
