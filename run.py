@@ -299,7 +299,8 @@ def power(grid: str, dataset: str | None, epochs: int | None, difference: float,
     """
     from study.report.power import power_rows, power_text
 
-    rows = power_rows(checkpoints, find_grid(grid, dataset).runs(overrides={"epochs": epochs}), difference / 100)
+    chosen = find_grid(grid, dataset)
+    rows = power_rows(checkpoints, chosen.runs(overrides={"epochs": epochs}), difference / 100, chosen.arms)
     put(lambda: power_text(rows, difference / 100), lambda: rows, json_to)
 
 

@@ -313,3 +313,17 @@ def test_from_file_to_verdict_in_one_command(cli, tmp_path: Path) -> None:
     command = re.search(r"next +\S+ run.py (report .*)", studied.err)[1]
     reported = cli(*command.split())
     assert reported.code == 0 and f"digits-classic-{name}_report" in reported.out, reported.err
+
+
+def test_choices_and_power_are_of_the_arms_that_the_grid_has(cli, mine: Path) -> None:
+    (mine.parent / "tried.yaml").write_text(
+        "models: [vit_classic, mine.py:Mine]\ndatasets: [digits]\nsizes: [small, medium]\nseeds: 2\noverrides: {max_steps: 2}\n"
+        "conditions: [{}, {lr: 0.001}, {lr: 0.01}, {heads: 8}]\n"
+    )
+    file, name = str(mine.parent / "tried.yaml"), _spec(mine).model
+    _train_grid(Path("checkpoints"), find_grid(file), 2)
+    assert cli("report", "--grid", file).code == 0
+    text = Path("checkpoints/tried_report/report.md").read_text()
+    assert f"combinations of choices, {name} has the lower error in" in text and "Differential ViT" not in text
+    told = cli("power", "--grid", file)
+    assert told.code == 0 and "measured on 4 pairs" in told.out, told.out + told.err

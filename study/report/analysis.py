@@ -141,7 +141,7 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
             if model not in arms and (other := compare.compare(part.table, part.name, (arms[0], model))):
                 title = f"{model_title(model)} against {model_title(arms[0])} on {part.name}"
                 controls.append((title, other.answers[0].estimate, other.answers[0].pairs))
-    choices = specifications(parts, comparisons)
+    choices = specifications(parts, comparisons, arms)
     answers = with_choices(decided, parts, choices)
     return Analysis(table, parts, comparisons, answers, noise[0].what if noise else "", [each for each in more if each[1].pairs],
                     controls, findings, left_out, choices, arms)  # fmt: skip

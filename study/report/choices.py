@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from diffvit.ledger.spec import parse_overrides
-from diffvit.protocol import ARMS, MODEL_TITLES, protocol_of
+from diffvit.protocol import ARMS, model_title, protocol_of
 from study.report.compare import ArmComparison
 from study.report.document import Block, Figures, Heading, Paragraph, Table
 from study.report.scaling import Estimate
@@ -47,12 +47,14 @@ class Specification:
             finished runs in common.
         protocol: whether these are the protocol's own choices, at equal parameters.
         diverged: how many of its runs did, by arm, as text; "" for none.
+        arms: the two architectures that are compared.
     """
 
     chosen: dict[str, str]
     level: Estimate
     protocol: bool
     diverged: str = ""
+    arms: tuple[str, str] = ARMS
 
     @property
     def kind(self) -> str:
@@ -61,7 +63,9 @@ class Specification:
         return "lower" if high < 0 else "higher" if low > 0 else "open"
 
 
-def specifications(parts: Sequence[Subject], comparisons: dict[str, ArmComparison]) -> dict[str, list[Specification]]:
+def specifications(
+    parts: Sequence[Subject], comparisons: dict[str, ArmComparison], arms: tuple[str, str] = ARMS
+) -> dict[str, list[Specification]]:
     """Data set -> its specifications by level, lowest first, for data sets that were trained under three conditions or more.
 
     Each condition is compared at equal parameters and at equal FLOPs.
@@ -69,7 +73,7 @@ def specifications(parts: Sequence[Subject], comparisons: dict[str, ArmCompariso
     found = {}
     for dataset in dict.fromkeys(part.dataset for part in parts):
         tried = [part for part in parts if part.dataset == dataset and not part.overrides & _NO_CHOICES
-                 and part.table["model"].isin(ARMS).any()]  # fmt: skip
+                 and part.table["model"].isin(arms).any()]  # fmt: skip
         if len(tried) < _FEWEST:
             continue
         overrides = [parse_overrides(part.condition) for part in tried]
@@ -82,19 +86,20 @@ def specifications(parts: Sequence[Subject], comparisons: dict[str, ArmCompariso
             if comparison := comparisons.get(part.name):
                 at_equal = {"parameters": comparison.answers[0].estimate, "FLOPs": comparison.equal_costs.get("FLOPs")}
             usual_choices = not any(all_overrides(part.table))
-            specs += [Specification({**chosen, "compared at equal": cost}, level, usual_choices and cost == "parameters", _diverged(part))
+            specs += [Specification({**chosen, "compared at equal": cost}, level, usual_choices and cost == "parameters",
+                                    _diverged(part, arms), arms)
                       for cost, level in at_equal.items() if level]  # fmt: skip
         found[dataset] = sorted(specs, key=lambda each: (math.isnan(each.level.value), float(each.level.value)))
     return found
 
 
-def _diverged(part: Subject) -> str:
+def _diverged(part: Subject, arms: tuple[str, str]) -> str:
     """ "Differential ViT: 2 of 9", for the arms of which any run diverged."""
     counts = []
-    for arm in ARMS:
+    for arm in arms:
         statuses = part.table[part.table["model"] == arm]["status"]
         if dead := int((statuses == "diverged").sum()):
-            counts.append(f"{MODEL_TITLES[arm]}: {dead} of {len(statuses)}")
+            counts.append(f"{model_title(arm)}: {dead} of {len(statuses)}")
     return ", ".join(counts)
 
 
@@ -120,8 +125,8 @@ def curve_sentence(specs: Sequence[Specification]) -> str:
     dead = sum(bool(each.diverged) for each in specs)
     unpaired = len(specs) - len(values)
     text = (
-        f"Under {len(specs)} combinations of choices, the Differential ViT has the lower error in {lower} and the higher one in {higher}; "
-        f"{significant}."
+        f"Under {len(specs)} combinations of choices, {model_title(specs[0].arms[1])} has the lower error in {lower} and the higher one in "
+        f"{higher}; {significant}."
     )
     if values:
         text += f" The median difference is {percent(float(np.median(values)))}."
@@ -194,15 +199,14 @@ def _curve(specs: Sequence[Specification], dataset: str) -> Figure:
             there = each.chosen[name] == value
             below.plot(x, y, marker="s", markersize=5 if there else 2, color=colour if there else "#D5DAE0", linestyle="")
     above.set_ylabel("difference in test error (%)")
-    above.set_title(f"{dataset}: Differential ViT against classic, under every choice")
+    first, second = map(model_title, specs[0].arms)
+    above.set_title(f"{dataset}: {second} against {first}, under every choice")
     above.tick_params(labelbottom=False)
     below.set_yticks(range(len(options)), [f"{name} {value}" for name, value in options], fontsize=8)
     below.set_xticks([])
     below.invert_yaxis()
     below.grid(visible=False)
-    below.set_xlabel(
-        "below 0 the Differential ViT is better; bars: 95 % intervals; outlined and larger: the protocol's choices", fontsize=8.5
-    )
+    below.set_xlabel(f"below 0 {second} is better; bars: 95 % intervals; outlined and larger: the protocol's choices", fontsize=8.5)
     return figure
 
 

@@ -29,7 +29,7 @@ _ASSUMED_ERROR = 0.5
 _NOISE = 1.5
 
 
-def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -> list[dict[str, Any]]:
+def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, arms: tuple[str, str] = ARMS) -> list[dict[str, Any]]:
     """For each data set of a grid and each question, the probability of a verdict "better" or "worse", by number of seeds.
 
     The family is level and trend of each data set, and noise once, of which only the row's own question has an effect.
@@ -37,6 +37,7 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
     Args:
         difference: relative, of the error: 0.02 is 2 %; for the trend, of what changes from the smallest to the largest size; for noise,
             of the odds of an error.
+        arms: the two architectures that the grid compares.
 
     Returns:
         Rows of "dataset", "spread" (standard deviation of a pair's log ratio), "pairs" (that it was measured on; 0: it is assumed),
@@ -48,9 +49,10 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
     """
     if not 0 < difference < 1:
         raise UserError(f"the difference is {100 * difference:g} %.", "give a percentage above 0 and below 100.")
-    if not any(spec.model in ARMS for spec in specs):
-        raise UserError("the grid has neither of the two architectures that are compared.", f"name {' or '.join(ARMS)} in its models.")
-    measured, piloted = (_errors(checkpoints, some) for some in (specs, GRIDS["pilot"].runs()))
+    specs = [spec for spec in specs if spec.model in arms]
+    if not specs:
+        raise UserError("the grid has neither of the two architectures that are compared.", f"name {' or '.join(arms)} in its models.")
+    measured, piloted = (_errors(checkpoints, some, of) for some, of in ((specs, arms), (GRIDS["pilot"].runs(), ARMS)))
     datasets = list(dict.fromkeys(spec.dataset for spec in specs))
     costs = {dataset: _log_parameters([spec for spec in specs if spec.dataset == dataset], checkpoints) for dataset in datasets}
     questions = {dataset: ["level", *(["trend"] if len(costs[dataset]) > 1 else [])] for dataset in datasets}
@@ -74,10 +76,10 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float) -
     return rows
 
 
-def _errors(checkpoints: Path, specs: Sequence[RunSpec]) -> dict[str, Cells]:
+def _errors(checkpoints: Path, specs: Sequence[RunSpec], arms: tuple[str, str]) -> dict[str, Cells]:
     """Data set -> the errors under its condition of reference, where a cell has two seeds."""
     table, _ = comparable(run_table(checkpoints, specs))
-    compared = {part.dataset: compare.compare(part.table, part.name) for part in subjects(table) if part.base}
+    compared = {part.dataset: compare.compare(part.table, part.name, arms) for part in subjects(table) if part.base}
     errors = {dataset: comparison.cells["error"] for dataset, comparison in compared.items() if comparison}
     return {dataset: cells for dataset, cells in errors.items() if (cells.counts > 1).any()}
 
@@ -169,6 +171,6 @@ def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
 
 def _log_parameters(specs: Sequence[RunSpec], checkpoints: Path) -> np.ndarray:
     """Log parameters of the sizes, the mean of both arms. [sizes]"""
-    runs = [run for run in plan_runs(specs, checkpoints, {}) if run.spec.model in ARMS]
+    runs = plan_runs(specs, checkpoints, {})
     sizes = dict.fromkeys(run.spec.size for run in runs)
     return np.asarray([np.mean([math.log(run.parameters) for run in runs if run.spec.size == size]) for size in sizes])
