@@ -123,6 +123,9 @@ def _report_command(study: str) -> str:
     start = words.index("study") if "study" in words else len(words)
     kept = [word for before, word in zip(words[start:], words[start + 1 :], strict=False)
             if word.partition("=")[0] in _OF_REPORT or before in _OF_REPORT]  # fmt: skip
+    named = {word.partition("=")[0] for word in kept}
+    if "--model" in named and "--grid" not in named:  # which has no default in `report`
+        kept = ["--grid", "digits", *kept]
     return shlex.join([*words[:start], "report", *kept])
 
 

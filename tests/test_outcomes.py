@@ -322,6 +322,7 @@ def test_a_study_is_judged_once_no_run_is_missing(capsys: pytest.CaptureFixture,
     ("python run.py study", "python run.py report"),
     ("uv run run.py study --grid lr --dataset=digits --seeds 3 --storage s3://b --checkpoints /mnt/x --epochs 2",
      "uv run run.py report --grid lr --dataset=digits --checkpoints /mnt/x --epochs 2"),
+    ("run.py study --model classic --model=a.py:B", "run.py report --grid digits --model classic --model=a.py:B"),
 ])  # fmt: skip
 def test_the_report_that_is_recommended_is_of_the_same_runs(study: str, report: str) -> None:
     assert _report_command(study) == report
