@@ -73,6 +73,7 @@ def test_commands_are_found_in_the_documents() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_commands_of_the_documents_run(cli) -> None:
     """In their order, with one epoch instead of the protocol's; studies that would take minutes even so are listed and not trained."""
     shutil.copytree(ROOT / "docs/examples", "docs/examples")
