@@ -115,7 +115,7 @@ def test_a_trial_leaves_the_studys_outcome_alone(ledger) -> None:
     assert all("epochs-3" in name for name in added)
     drawings = [content for name, content in after.items() if name in added and name.endswith("svg")]
     assert drawings and all(b"epochs=3" in content for content in drawings)
-    assert b"epochs=3" in after["checkpoints/one_report_epochs-3/report.md"].splitlines()[2]  # in the verdict itself
+    assert b"On digits (epochs=3), " in after["checkpoints/one_report_epochs-3/report.md"]  # in the verdict itself
 
 
 def test_a_trial_in_a_grid_file_leaves_the_built_in_figures_alone(ledger) -> None:
