@@ -68,7 +68,7 @@ def test_a_ledger_tells_how_far_its_study_is(folders: tuple[Path, Path]) -> None
     before = log.stat().st_mtime
     os.utime(log, (before - 3600, before - 3600))  # an hour without a step
     try:
-        assert row(watched(ledger), "differential").split()[3:5] == ["stopped", "5/12"]
+        assert row(watched(ledger), "differential").split()[3:5] == ["silent", "5/12"]
     finally:
         os.utime(log, (before, before))
 

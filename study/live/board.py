@@ -142,7 +142,7 @@ class Board:
             text += f", {clock(int(time.monotonic() - self.began))} elapsed"
         if self.note:
             return f"{text}, {self.note}"
-        if not any(row.state in ("waiting", "training") for row in rows):
+        if not any(row.state in ("waiting", "stopped", "training") for row in rows):
             return text
         self._slots = max(self._slots, sum(row.state == "training" for row in rows))  # a slot may be free for a moment
         left = seconds_left(rows, self._slots)

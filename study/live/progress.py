@@ -101,7 +101,7 @@ def seconds_left(rows: Sequence[RunProgress], slots: int) -> float | None:
         slots: as many runs train at a time.
     """
     running = [row for row in rows if row.state == "training"]
-    waiting = sorted((row for row in rows if row.state == "waiting"), key=lambda row: row.left, reverse=True)
+    waiting = sorted((row for row in rows if row.state in ("waiting", "stopped")), key=lambda row: row.left, reverse=True)
     seen: dict[Any, tuple[float, float]] = {}
     for row in rows:
         work, seconds = row.seen()

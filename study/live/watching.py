@@ -27,8 +27,9 @@ from study.live.curves import check_page, served
 from study.live.progress import RunProgress
 from study.plan import PlannedRun, load_fingerprints, plan_runs, run_ids_of
 
-# A run whose log has not grown for so long is no longer trained.
+# A log that has not grown for so long, and for so many of its run's steps, is called silent.
 _SILENT_SECONDS = 180.0
+_SILENT_STEPS = 10
 
 # How often a ledger is read; and a storage, which may be slow and may count requests.
 _EVERY_SECONDS = {"ledger": 2.0, "storage": 60.0}
@@ -46,11 +47,11 @@ class WatchedRun:
     candidates: list[RunFiles]
     order: Iterator[int]
 
-    def look(self, row: RunProgress, trained: Callable[[RunFiles], bool]) -> RunFiles | None:
+    def look(self, row: RunProgress, idle: Callable[[RunFiles, float], str]) -> RunFiles | None:
         """Bring the run's row up to date; returns its files, None where it has none yet.
 
         Args:
-            trained: whether a run that has not ended is being trained.
+            idle: a word for a run that nobody trains, "" for others; called with its files and its seconds a step.
 
         Raises:
             UserError: a damaged log or result.
@@ -68,7 +69,8 @@ class WatchedRun:
             (last,) = rows.after(rows.last - 1)
             row.opened = row.opened or (0, 0.0)  # its log has all of its training
             row.report({**last.columns, "images_per_second": last.images_per_second(self.run.spec.protocol.batch_size)})
-        row.state = "training" if trained(files) else "stopped"
+        row.phase = idle(files, row.seconds / max(1, row.step))
+        row.state = "stopped" if row.phase else "training"
         return files
 
 
@@ -83,9 +85,10 @@ class LedgerSource:
     def refresh(self, runs: Sequence[WatchedRun]) -> None:
         """Bring the folder up to date."""
 
-    def trained(self, files: RunFiles) -> bool:
-        """Whether somebody trains a run that has not ended."""
-        return time.time() - files.log.stat().st_mtime < _SILENT_SECONDS
+    def idle(self, files: RunFiles, step_seconds: float) -> str:
+        """A word for a run that has not ended and that nobody seems to train; "" where somebody does."""
+        silence = time.time() - files.log.stat().st_mtime
+        return "silent" if silence > max(_SILENT_SECONDS, _SILENT_STEPS * step_seconds) else ""
 
 
 class StorageSource(LedgerSource):
@@ -121,8 +124,8 @@ class StorageSource(LedgerSource):
                 alive = lease_state(self._storage, files.run_id) == "live"
                 (self._live.add if alive else self._live.discard)(files.run_id)
 
-    def trained(self, files: RunFiles) -> bool:
-        return files.run_id in self._live
+    def idle(self, files: RunFiles, step_seconds: float) -> str:
+        return "" if files.run_id in self._live else "stopped"
 
 
 def watch_study(
@@ -155,7 +158,7 @@ def watch_study(
         def look() -> bool:
             source.refresh(runs)
             for watched in runs:
-                files = watched.look(board.rows[watched.run.spec.title], source.trained)
+                files = watched.look(board.rows[watched.run.spec.title], source.idle)
                 if files and curves and files.log.is_file():
                     curves.draw(watched.run.spec, files)
             return all(row.state in ("done", "diverged") for row in board.rows.values())
