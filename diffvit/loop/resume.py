@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,8 +47,10 @@ def fits_run(state: dict[str, Any], spec: RunSpec, total: int) -> bool:
     model = build_model(spec.model, spec.size, spec.protocol, "meta")
     moments: dict[Tensor, dict[str, Tensor]] = {p: {"step": torch.empty(()), "exp_avg": p, "exp_avg_sq": p} for p in model.parameters()}
     same_tensors = _shapes(state["tensors"]) == _shapes(tensors_of(model, moments))
-    same_kind = ("loss_scale" in state) == (spec.precision == "fp16")
-    return same_tensors and same_kind and state["last"][0] == state["step"] < total
+    scaled = spec.precision == "fp16"
+    last = dict(zip(STEP_COLUMNS, state["last"], strict=True))
+    sound = all(math.isfinite(value) for name, value in last.items() if not (scaled and name == "grad_norm"))  # of a skipped step
+    return same_tensors and sound and ("loss_scale" in state) == scaled and last["step"] == state["step"] < total
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
