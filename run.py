@@ -150,14 +150,15 @@ def study(grid: str, dataset: str | None, models: tuple[str, ...], dry_run: bool
 @click.argument("model", metavar="FILE.py:CLASS")
 @options.which_grid("The sizes and data sets of this grid only. [default: all]")
 @options.grid_dataset
-def check(model: str, grid: str | None, dataset: str | None) -> None:
+@options.data
+def check(model: str, grid: str | None, dataset: str | None, data_root: str | None) -> None:
     """Check an architecture of your own before it costs money.
 
     In seconds, on a CPU: shapes, parameters and FLOPs at every size, gradients, determinism, and that images do not see each other. Exit
     code 1 if something does not hold.
     """
     name = resolve_model(model)
-    specs = find_grid(grid, dataset).runs(seeds=1) if grid else None
+    specs = find_grid(grid, dataset, data_root).runs(seeds=1) if grid else None
     from diffvit.soundness import cells_of, check_architecture
 
     sound = True
@@ -267,7 +268,7 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
 @under("Output", option("--out", type=FOLDER, metavar="DIR", help="Folder for the report. [default: report in the checkpoints folder]"))
 @options.price("GPU: the page says what training cost.")
 @options.json_to
-@options.checkpoints
+@options.data_and_ledger
 def report(json_to: Path | None, price: float | None, **given: Any) -> None:
     """Write the verdict, and all that it rests on, as one page.
 
@@ -291,15 +292,16 @@ def report(json_to: Path | None, price: float | None, **given: Any) -> None:
 @options.of_grid
 @under("What", option("--difference", type=float, default=2.0, show_default=True, metavar="PERCENT", help="Relative difference in error."))
 @options.json_to
-@options.checkpoints
-def power(grid: str, dataset: str | None, epochs: int | None, difference: float, json_to: Path | None, checkpoints: Path) -> None:
+@options.data_and_ledger
+def power(grid: str, dataset: str | None, epochs: int | None, difference: float, json_to: Path | None, data_root: str | None,
+          checkpoints: Path) -> None:  # fmt: skip
     """Say how many seeds it takes to see a difference.
 
     From the spread between the seeds that are finished, or an assumed one.
     """
     from study.report.power import power_rows, power_text
 
-    chosen = find_grid(grid, dataset)
+    chosen = find_grid(grid, dataset, data_root)
     rows = power_rows(checkpoints, chosen.runs(overrides={"epochs": epochs}), difference / 100, chosen.arms)
     put(lambda: power_text(rows, difference / 100), lambda: rows, json_to)
 
@@ -315,7 +317,7 @@ def power(grid: str, dataset: str | None, epochs: int | None, difference: float,
 @options.of_grid
 @options.models
 @under("Output", option("--out", type=FOLDER, metavar="DIR", help="Folder for figures. [default: figures in the checkpoints folder]"))
-@options.checkpoints
+@options.data_and_ledger
 def plot(**given: Any) -> None:
     """Draw the losses and the scaling of finished runs.
 
@@ -351,8 +353,9 @@ def untrained(grid: str, dataset: str | None, images: int, quick: bool, json_to:
     """
     from study.report.start import start_rows, start_text
 
-    rows = start_rows(find_grid(grid, dataset, data_root).runs(seeds=1), images, data_root, quick)
-    put(lambda: start_text(rows), lambda: rows, json_to)
+    chosen = find_grid(grid, dataset, data_root)
+    rows = start_rows(chosen.runs(seeds=1), images, data_root, quick)
+    put(lambda: start_text(rows, chosen.arms), lambda: rows, json_to)
 
 
 @cli.command(
@@ -403,7 +406,14 @@ def train(model: str, size: str, dataset: str, seed: int, data_root: str | None,
 )
 @under(
     "What",
-    option("--model", type=options.MODEL, metavar=options.MODEL_OR_FILE, help=options.MODELS_OR_CLASS),
+    option(
+        "--model",
+        "models",
+        type=options.MODEL,
+        multiple=True,
+        metavar=options.MODEL_OR_FILE,
+        help=f"{options.MODELS_OR_CLASS} With --grid, again and again: those that its study had.",
+    ),
     option("--size", type=options.SIZE, help=options.SIZES),
     option("--dataset", type=options.DATASET, help=f"{options.DATASETS}; with --grid, that of a grid for one data set."),
     option("--run_id", metavar="ID", help="Which run; it may stand alone."),
@@ -420,7 +430,7 @@ def train(model: str, size: str, dataset: str, seed: int, data_root: str | None,
 @options.device
 @under("How", option("--batch_size", type=click.IntRange(min=1), metavar="N", default=64, show_default=True, help="Images at once."))
 @options.json_to
-def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: str | None, seed: int | None, grid: str | None,
+def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run_id: str | None, seed: int | None, grid: str | None,
              corruptions: bool, attention: bool, again: bool, trust: bool, json_to: Path | None, checkpoints: Path, device: str | None,
              **given: Any) -> None:  # fmt: skip
     """Measure trained models on the test set.
@@ -435,15 +445,18 @@ def evaluate(model: str | None, size: str | None, dataset: str | None, run_id: s
         raise UserError("--again has nothing to evaluate again.", "use it with --corruptions or --attention; all else is always measured.")
     if grid:
         epochs = given.pop("epochs")
-        of_one_run = {"model": model, "size": size, "run_id": run_id, "seed": seed, **given}
+        of_one_run = {"size": size, "run_id": run_id, "seed": seed, **given}
         if wrong := [name for name, value in of_one_run.items() if value is not None]:
             raise UserError(f"--grid and --{wrong[0]} exclude each other.", "use one or the other.")
         if not kinds:
             raise UserError("--grid evaluates nothing by itself.", "add --corruptions, --attention or both.")
         from study.results import finished_checkpoints
 
-        paths = finished_checkpoints(checkpoints, grid, epochs, dataset, settings["data_root"])
+        paths = finished_checkpoints(checkpoints, grid, epochs, dataset, settings["data_root"], models)
     else:
+        if len(models) > 1:
+            raise UserError("--model is given more than once.", "that goes with --grid only.")
+        model = next(iter(models), None)
         if not (run_id or (model and size and dataset)) or (size and not dataset):
             raise UserError("no model given.", "give --model, --size and --dataset, or --grid, or --run_id.")
         names = full_names(model, size, dataset, settings["data_root"])

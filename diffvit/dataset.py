@@ -93,7 +93,7 @@ def at_hand(name: str, data_root: str | Path | None = None) -> bool:
     if root is not None and not root.is_dir():
         raise UserError(f"there is no data folder {root}.", "check --data_root or DIFFVIT_DATA.")
     if source.folder is not None:
-        return source.folder.is_dir()
+        return source.folder.is_dir() and any(source.folder.iterdir())  # an empty one is where a disk would be mounted
     return source.hub is None or (root is not None and (root / source.hub).is_dir())
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from diffvit.checks import dict_of, read_text, record, text
+from diffvit.checks import dict_of, read_text, record, text, usable_path
 from diffvit.errors import UserError, first_line, shown
 from diffvit.machine.caches import cache_folder, read_cache, remember
 
@@ -149,7 +149,7 @@ def read_source(reference: str) -> Source:
         UserError: there is no such file or class, it cannot be parsed, or it imports what would not travel with it.
     """
     match = _REFERENCE.fullmatch(reference)
-    path, name = (Path(match["path"]).expanduser(), match["name"]) if match else (Path(reference), None)
+    path, name = (usable_path(match["path"]), match["name"]) if match else (usable_path(reference), None)
     if not path.is_file():
         raise UserError(f"there is no file {shown(str(path))}.", "name a file and its class: ideas/my_attention.py:MyAttention.")
     files, pending = {}, [PurePosixPath(path.name)]
@@ -245,10 +245,10 @@ def _imported(tree: ast.Module, folder: Path, place: PurePosixPath) -> Iterator[
             places = [parts[:end] for end in range(1, len(parts) + 1)] if relative or parts[0] not in _TAKEN else []
             found = [file for each in places if (file := _file_of(folder, each))]
             yield from found
-            if not found and not relative and (origin := _beside_the_project(parts[0])):
+            if not found and not relative and (origin := _not_installed(parts[0])):
                 raise UserError(
                     f"line {getattr(node, 'lineno', 0)} of {folder / place} imports {parts[0]} from {origin}, which is not in its folder.",
-                    "put it beside the file: a run travels with the files of that folder alone.",
+                    "put it beside the file: a run travels with the files of that folder, and with no others but installed packages.",
                 )
 
 
@@ -258,8 +258,8 @@ def _file_of(folder: Path, parts: tuple[str, ...]) -> PurePosixPath | None:
     return next((file for file in files if (folder / file).is_file()), None)
 
 
-def _beside_the_project(name: str) -> str | None:
-    """Where a module comes from that only this process finds: the working directory, or the command's own."""
+def _not_installed(name: str) -> str | None:
+    """Where a module comes from that may change, or be missing elsewhere, without a version of its own; None for installed packages."""
     if name in _TAKEN:
         return None
     try:
@@ -267,11 +267,7 @@ def _beside_the_project(name: str) -> str | None:
     except (ImportError, ValueError):
         return None
     places = [*(spec.submodule_search_locations or ()), spec.origin or ""] if spec else []
-    roots = [Path.cwd(), Path(sys.path[0] or ".").resolve()]
-    for place in map(Path, filter(None, places)):
-        if not {"site-packages", "dist-packages"} & set(place.parts) and any(root in place.parents for root in roots):
-            return str(place)
-    return None
+    return next((place for place in filter(None, places) if not {"site-packages", "dist-packages"} & set(Path(place).parts)), None)
 
 
 # ------------------------------------------------------------------------------------------------------- execution

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 # Options of `study` that `report` takes too.
-_OF_REPORT = ("--grid", "--dataset", "--model", "--epochs", "--checkpoints")
+_OF_REPORT = ("--grid", "--dataset", "--model", "--epochs", "--checkpoints", "--data_root")
 
 
 def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool, judge: bool = False) -> bool:
@@ -164,18 +164,19 @@ def plot_grid(
     epochs: int | None = None,
     dataset: str | None = None,
     models: Sequence[str] = (),
+    data_root: str | None = None,
 ) -> list[Path]:
     """Draw the finished runs of a grid, or of the built-in grids that have any. Returns the files.
 
     Args:
-        out: None: where a study draws. dataset, models: as find_grid takes them.
+        out: None: where a study draws. dataset, models, data_root: as find_grid takes them.
 
     Raises:
         UserError: there is nothing to draw, or the folder cannot be written.
     """
     from study.report.figures import draw_figures
 
-    table, grids = _finished(checkpoints, grid, epochs, dataset, models=models)
+    table, grids = _finished(checkpoints, grid, epochs, dataset, data_root, models)
     out = out or checkpoints / "figures"
     check_writable(out)
     return draw_figures(table, step_table(checkpoints, table), out, grids[0].prefix if grid else "")
@@ -188,26 +189,26 @@ def _report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
 
 def report_grid(
     checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None,
-    models: Sequence[str] = (), price: float | None = None,
+    models: Sequence[str] = (), data_root: str | None = None, price: float | None = None,
 ) -> list[Path]:  # fmt: skip
     """Write the report of a grid's finished runs, or of the built-in grids' that have any. Returns the files.
 
     Args:
         out: None: report in the checkpoints folder, with a grid file's name and the overrides in its name.
-        dataset, models: as find_grid takes them. price: dollars an hour of one GPU.
+        dataset, models, data_root: as find_grid takes them. price: dollars an hour of one GPU.
 
     Raises:
         UserError: nothing is finished, the folder cannot be written, or a price is given for runs of which none was on a GPU.
     """
     from study.report.write import write_report
 
-    table, grids = _finished(checkpoints, grid, epochs, dataset, models=models)
+    table, grids = _finished(checkpoints, grid, epochs, dataset, data_root, models)
     if price is not None and not table["device"].astype(str).str.startswith("cuda").any():
         raise UserError("--price is of a GPU's hour, and none of these runs was on a GPU.", "leave --price out.")
     out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
     check_writable(out)
     arms = grids[0].arms if grid else ARMS
-    return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset, models), arms, price)
+    return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset, models, data_root), arms, price)
 
 
 def verdict_json(
@@ -217,23 +218,26 @@ def verdict_json(
     epochs: int | None = None,
     dataset: str | None = None,
     models: Sequence[str] = (),
+    data_root: str | None = None,
 ) -> list[dict[str, Any]]:
     """The verdict of the report of these arguments, as JSON has it."""
     from study.report.analysis import analyse
     from study.report.facts import answer_facts
 
-    table, grids = _finished(checkpoints, grid, epochs, dataset, models=models)
+    table, grids = _finished(checkpoints, grid, epochs, dataset, data_root, models)
     out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
     arms = grids[0].arms if grid else ARMS
     return list(map(answer_facts, analyse(table, checkpoints, arms, looks=out / "looks.json").answers))
 
 
-def _commands(checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None, models: Sequence[str]) -> list[str]:
+def _commands(
+    checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None, models: Sequence[str], data_root: str | None
+) -> list[str]:
     """The commands that reproduce these runs. Without a grid: of each built-in one that adds runs to those before it."""
     commands: list[str] = []
     seen: set[str] = set()
     for name in [grid] if grid else list(GRIDS):
-        specs = find_grid(name, dataset, models=models).runs(overrides={"epochs": epochs})
+        specs = find_grid(name, dataset, data_root, models).runs(overrides={"epochs": epochs})
         runs = run_table(checkpoints, specs)
         if set(runs["run_id"]) <= seen:
             continue
@@ -254,10 +258,15 @@ def files_of_table(checkpoints: Path, table: pd.DataFrame) -> list[RunFiles]:
 
 
 def finished_checkpoints(
-    checkpoints: Path, grid: str, epochs: int | None = None, dataset: str | None = None, data_root: str | None = None
+    checkpoints: Path,
+    grid: str,
+    epochs: int | None = None,
+    dataset: str | None = None,
+    data_root: str | None = None,
+    models: Sequence[str] = (),
 ) -> list[Path]:
     """The weights of a grid's finished runs. Raises UserError where there are none."""
-    table, _ = _finished(checkpoints, grid, epochs, dataset, data_root)
+    table, _ = _finished(checkpoints, grid, epochs, dataset, data_root, models)
     done = table[table["status"] == "done"]
     if done.empty:
         raise UserError(f"all finished runs of {grid} have diverged.", "there are no weights to evaluate.")

@@ -58,6 +58,15 @@ def test_another_source_of_noise_is_another_look(tmp_path: Path) -> None:
     assert (first.subject, first.look) == ("digits-noisy", 1) and (second.subject, second.look) == ("digits (input_noise=0.1)", 2)
 
 
+def test_another_version_of_an_architecture_is_another_question(tmp_path: Path) -> None:
+    for version in ("Idea-11111111", "Idea-22222222"):
+        table = study_table(seed=int(version[-1])).replace({"model": {"vit_differential": version}})
+        table["run_id"] += version
+        answers = analyse(table, None, ("vit_classic", version), looks=tmp_path / "looks.json").answers
+        assert [answer.look for answer in answers] == [1, 1]
+    assert "level on CIFAR-100 of vit_classic and Idea-22222222" in json.loads((tmp_path / "looks.json").read_text())
+
+
 def test_all_looks_together_spend_six_per_cent() -> None:
     assert verdict.alpha_of(1) == pytest.approx(0.05)
     assert sum(verdict.alpha_of(look) for look in range(1, 60)) == pytest.approx(0.06)

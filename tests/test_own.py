@@ -189,7 +189,8 @@ BAD = {
     "raises.py:Mine": ("import torch\n\nx = 1 / 0\nclass Mine: ...\n", "line 3 of raises.py raised ZeroDivisionError: division by zero"),
     "exits.py:Mine": ("raise SystemExit(0)\nclass Mine: ...\n", "line 1 of exits.py raised SystemExit: 0"),
     "missing.py:Mine": ("import no_such_module\nclass Mine: ...\n", "line 1 of missing.py raised ModuleNotFoundError"),
-    "outside.py:Mine": ("import conftest\nclass Mine: ...\n", "line 1 of"),
+    "outside.py:Mine": ("import elsewhere\nclass Mine: ...\n", "line 1 of"),
+    f"{'a' * 300}.py:Mine": ("", "File name too long"),
     "init.py:Mine": (
         "from diffvit.vit_classic import Attention\nclass Mine(Attention):\n    def __init__(self, *given):\n        raise ValueError('odd')\n",
         "line 4 of init.py raised ValueError: odd",
@@ -199,8 +200,12 @@ BAD = {
 
 
 @pytest.mark.parametrize("reference", BAD)
-def test_a_bad_file_is_a_sentence_and_leaves_nothing(cli, reference: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))  # where conftest.py is, as the command's folder is first otherwise
+def test_a_bad_file_is_a_sentence_and_leaves_nothing(
+    cli, reference: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    library = tmp_path_factory.mktemp("library")  # as PYTHONPATH or an editable installation adds one
+    (library / "elsewhere.py").touch()
+    monkeypatch.syspath_prepend(str(library))
     content, sentence = BAD[reference]
     if content:
         Path(reference.partition(":")[0]).write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -327,3 +332,21 @@ def test_choices_and_power_are_of_the_arms_that_the_grid_has(cli, mine: Path) ->
     assert f"combinations of choices, {name} has the lower error in" in text and "Differential ViT" not in text
     told = cli("power", "--grid", file)
     assert told.code == 0 and "measured on 4 pairs" in told.out, told.out + told.err
+
+
+def test_a_grid_is_evaluated_with_the_architectures_that_its_study_had(cli) -> None:
+    both = ("--model", "vit_classic", "--model", "vit_differential")
+    alone = cli("evaluate", *both, "--size", "small", "--dataset", "digits")
+    assert alone.code == 2 and "--model is given more than once" in alone.err and "--grid only" in alone.err
+    grid = cli("evaluate", *both, "--grid", "digits", "--corruptions")  # as a report's last section has it
+    assert grid.code == 2 and "has no finished run of the grid digits" in grid.err
+
+
+@pytest.mark.parametrize("command", ["report", "plot", "power", "check"])
+def test_commands_that_read_a_grid_take_the_folder_of_its_data(cli, command: str) -> None:
+    Path("own.yaml").write_text("datasets: [{name: mine, hub: somebody/mine, image: image, label: label, image_size: 28, patch_size: 4, "
+                                "d_model: 64, heads: 4, parameters: [0.1M]}]\nmodels: [vit_classic]\n")  # fmt: skip
+    Path("data").mkdir()
+    model = [f"{EXAMPLE}:SigmoidAttention"] if command == "check" else []
+    outcome = cli(command, *model, "--grid", "own.yaml", "--data_root", "data")
+    assert outcome.code == 2 and "data/somebody/mine" in outcome.err, outcome.err

@@ -57,6 +57,16 @@ def test_the_csv_has_every_run_and_the_methods_their_numbers() -> None:
         assert said in statistics
 
 
+def test_what_was_left_out_is_said_and_a_name_with_underscores_is_escaped() -> None:
+    assert methods(analyse(study_table(), None))[-1].endswith("All finished runs are reported.")
+    table = study_table().replace({"model": {"vit_differential": "My_Idea-12345678"}})
+    table.loc[table.index[-1], "precision"] = "fp32"
+    analysis = analyse(table, None, ("vit_classic", "My_Idea-12345678"))
+    assert "Left out: 1 runs of CIFAR-100 in fp32" in methods(analysis)[-1] and "All finished runs" not in methods(analysis)[-1]
+    (caption,) = re.findall(r"\\caption\{(.*against.*?)\}", latex_tables(analysis))
+    assert r"My\_Idea-12345678 against Classic ViT" in caption
+
+
 def test_bibtex_is_of_what_was_compared() -> None:
     entries = re.findall(r"@(\w+)\{(\w+),\n(.*?)\n\}", bibtex(_analysis()), re.DOTALL)
     assert [key for _, key, _ in entries] == ["dosovitskiy2021image", "ye2025differential", "krizhevsky2009learning", "diffvit"]

@@ -33,6 +33,7 @@ PILOT = study_table(overrides="patch_size=28", spread=0.05)
         ("CIFAR-100", "image_size=112 patch_size=28", "images of 112, not the protocol's 224; patches of 28, not the protocol's 8"),
         ("BACH", "patch_size=32", "patches of 32, not the protocol's 16"),
         ("digits", "label_noise=0.2", "label_noise=0.2"),
+        ("somebody's own", "patch_size=32", "patches of 32"),
     ],
 )
 def test_a_title_says_other_tokens_in_words(dataset: str, overrides: str, title: str) -> None:
@@ -47,6 +48,9 @@ def test_figure_table_card_and_report_say_that_they_are_the_pilots() -> None:
     assert all(f", {SAID} (" in model["name"] for model in yaml.safe_load(card.split("---")[1])["model-index"])
     text = to_markdown(page(analyse(PILOT, None), [], ""), Path())
     assert f"CIFAR-100 ({SAID}): 65 tokens instead of 785. It shows how the architectures compare" in text
+    own = card_text("somebody/results", PILOT.replace({"model": {"vit_classic": "Idea-12345678"}}), [], [])
+    assert "trust=True)" in own and "look at it first" in own and "executes nothing" not in own
+    assert "trust=True)" not in card and "executes nothing" in card
     usual = study_table()
     said = (table_text(usual), card_text("somebody/results", usual, [], []), scaling_figure(usual).axes[0].get_title())
     assert not any("not the protocol" in each for each in said)

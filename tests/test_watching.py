@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import os
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffvit.dataset import load
 from diffvit.keeping.lease import Lease, take_lease
 from diffvit.keeping.saving import Every, Saving
 from diffvit.keeping.storage import open_storage
@@ -71,6 +73,19 @@ def test_a_ledger_tells_how_far_its_study_is(folders: tuple[Path, Path]) -> None
         assert row(watched(ledger), "differential").split()[3:5] == ["silent", "5/12"]
     finally:
         os.utime(log, (before, before))
+
+
+def test_a_run_that_trains_in_another_precision_is_not_done(folders: tuple[Path, Path]) -> None:
+    ledger, _ = folders
+    log = next((ledger / DONE.model).glob("*_training.log"))
+    other = RunFiles.of(ledger, DONE, dataclasses.replace(DONE, precision="bf16").run_id(load("digits").fingerprint))
+    other.log.write_text("".join(log.read_text().splitlines(keepends=True)[:-10]))
+    try:
+        assert watched(ledger)[0].startswith("0 of 4 runs done") and "━" in row(watched(ledger), "classic")
+        os.utime(other.log, (0, 0))
+        assert watched(ledger)[0].startswith("1 of 4 runs done")
+    finally:
+        other.log.unlink()
 
 
 def test_a_storage_tells_the_same_to_a_machine_without_the_ledger(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -193,7 +193,7 @@ def was_interrupted(path: Path) -> bool:
 
 def skipped_steps(path: Path) -> int:
     """How many steps' updates were skipped, by the comments of a log."""
-    return len(re.findall(r"^# step [0-9]+ was skipped: ", path.read_text(), re.MULTILINE))
+    return len(re.findall(r"^# step [0-9]+ was skipped: ", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE))
 
 
 def _steps_and_seconds(text: str) -> tuple[int, float]:

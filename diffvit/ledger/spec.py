@@ -10,7 +10,17 @@ from typing import Any
 
 from diffvit.errors import UserError, shown, unknown_name
 from diffvit.own import Source, known_source
-from diffvit.protocol import OVERRIDES, PILOT, Protocol, check_override, protocol_of, resolve_dataset, resolve_model, resolve_size
+from diffvit.protocol import (
+    OVERRIDES,
+    PILOT,
+    PROTOCOLS,
+    Protocol,
+    check_override,
+    protocol_of,
+    resolve_dataset,
+    resolve_model,
+    resolve_size,
+)
 
 # Raise it when a change in the code changes what a run computes: old results then count as other work.
 SEMANTICS_VERSION = 4
@@ -109,7 +119,9 @@ def overrides_title(dataset: str, overrides: str) -> str:
     """
     given = dict(part.split("=", 1) for part in overrides.split())
     tokens = {name: given.pop(name) for name in _TOKENS if name in given}
-    phrases = [f"{_TOKENS[name]} {value}, not the protocol's {getattr(protocol_of(dataset), name)}" for name, value in tokens.items()]
+    protocol = PROTOCOLS.get(dataset)  # of other data than a process knows, the hub may have runs
+    phrases = [f"{_TOKENS[name]} {value}" + (f", not the protocol's {getattr(protocol, name)}" if protocol else "")
+               for name, value in tokens.items()]  # fmt: skip
     if (dataset, overrides_text(tokens)) == (PILOT[0], overrides_text(PILOT[1])):
         phrases[0] = f"pilot: {phrases[0]}"
     return "; ".join(filter(None, [*phrases, ", ".join(overrides_text(given).split())]))

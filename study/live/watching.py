@@ -56,10 +56,13 @@ class WatchedRun:
         Raises:
             UserError: a damaged log or result.
         """
-        begun = [files for files in self.candidates if files.result.is_file() or files.log.is_file()]
-        if not begun:
+        ended = [files for files in self.candidates if files.result.is_file()]
+        begun = sorted((files for files in self.candidates if files.log.is_file() and files not in ended), key=_written, reverse=True)
+        step_seconds = row.seconds / max(1, row.step)
+        trained = [files for files in begun if not idle(files, step_seconds)]  # in another precision than one that has ended, perhaps
+        if not (found := [*trained, *ended, *begun]):
             return None
-        files = max(begun, key=lambda each: (each.result.is_file(), each.log.stat().st_mtime if each.log.is_file() else 0.0))
+        files = found[0]
         if (result := read_result(files.result)) is not None:
             row.report({"steps": result.steps, "seconds": result.seconds, "run_seconds": math.inf, "test_accuracy": result.test_accuracy})
             row.state, row.ended = result.status, row.ended or next(self.order)
@@ -69,9 +72,13 @@ class WatchedRun:
             (last,) = rows.after(rows.last - 1)
             row.opened = row.opened or (0, 0.0)  # its log has all of its training
             row.report({**last.columns, "images_per_second": last.images_per_second(self.run.spec.protocol.batch_size)})
-        row.phase = idle(files, row.seconds / max(1, row.step))
+        row.phase = idle(files, step_seconds)
         row.state = "stopped" if row.phase else "training"
         return files
+
+
+def _written(files: RunFiles) -> float:
+    return files.log.stat().st_mtime
 
 
 class LedgerSource:

@@ -12,6 +12,7 @@ import yaml
 from diffvit.dataset import hub_name
 from diffvit.ledger.results import Result
 from diffvit.ledger.spec import overrides_title
+from diffvit.own import is_own_name
 from diffvit.protocol import MODEL_TITLES
 from study.report.document import Block, Code, Figures, Heading, Paragraph, Table, to_markdown
 from study.table import other_tokens
@@ -76,13 +77,15 @@ def _page(repository: str, table: pd.DataFrame, done: pd.DataFrame, results: Seq
         blocks += [Figures([(Path("figures") / name, name.removesuffix("_scaling_overlay.png")) for name in figures])]
     if len(done):
         run = done.iloc[0]
-        call = f'model = from_pretrained("{repository}", model="{run["model"]}", size="{run["size"]}", dataset="{run["dataset"]}")'
+        own = is_own_name(str(run["model"]))
+        call = f'model = from_pretrained("{repository}", model="{run["model"]}", size="{run["size"]}", dataset="{run["dataset"]}"'
+        executed = "this model's code comes with them and is executed, so look at it first." if own else "loading them executes nothing."
         blocks += [
             Heading("Load a model"),
-            Code(f"from diffvit import from_pretrained\n{call}"),
+            Code(f"from diffvit import from_pretrained\n{call}{', trust=True' if own else ''})"),
             Paragraph(
                 "`model.facts` has the classes, and the mean and standard deviation that pixels between 0 and 1 are normalised with. "
-                "Weights are safetensors; loading them executes nothing."
+                f"Weights are safetensors; {executed}"
             ),
         ]
     return [*blocks, Heading("Protocol"), *_protocols(results)]

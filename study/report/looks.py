@@ -11,6 +11,7 @@ from typing import Any
 
 from diffvit.errors import UserError
 from diffvit.ledger.disk import write_atomically
+from diffvit.protocol import ARMS
 from study.report.verdict import Answer
 
 _HINT = "put back the file as the report wrote it; without it, the report does not know how often its questions were looked at."
@@ -34,6 +35,8 @@ def count_looks(path: Path, answers: Sequence[Answer]) -> list[Answer]:
             continue
         # What "with noise" means may change from report to report; that is another look at the same question.
         name = "noise" if answer.question == "noise" else f"{answer.question} on {answer.subject}"
+        if answer.arms != ARMS:  # another architecture, or another version of one, is another question
+            name += f" of {' and '.join(answer.arms)}"
         of_question = looks.setdefault(name, [])
         runs = hashlib.sha256(" ".join(sorted(answer.runs)).encode()).hexdigest()[:16]
         if runs not in [look["runs"] for look in of_question]:

@@ -52,7 +52,8 @@ def methods(analysis: Analysis) -> list[str]:
         f"noise changes the difference is asked on log-odds of an error. {100 * (1 - ALPHA):.0f} % intervals and p values are from t tests "
         f"with a variance for each size (Welch), in which the degrees of freedom of the size with the fewest pairs have a weight of "
         f"{DOMINATED:g}; p values are corrected over the {counted(asked, 'question')} (Holm). Architectures count as equivalent where the "
-        f"interval lies within ±{100 * MARGIN:.0f} %. All finished runs are reported."
+        f"interval lies within ±{100 * MARGIN:.0f} %. "
+        + (f"Left out: {'; '.join(analysis.left_out)}." if analysis.left_out else "All finished runs are reported.")
     )
     by_training: dict[str, list[str]] = {}
     for part in bases:
@@ -126,7 +127,7 @@ def _latex(header: list[str], rows: list[list[str]], caption: str, label: str, c
     """A table with escaped text, in which signs stand as mathematics."""
     names = [_escaped(name) for name in header]
     cells = pd.DataFrame([[_escaped(cell) for cell in row] for row in rows], columns=names)
-    return cells.to_latex(index=False, caption=caption, label=label, position="t", column_format=columns).rstrip()
+    return cells.to_latex(index=False, caption=_escaped(caption), label=label, position="t", column_format=columns).rstrip()
 
 
 _ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {

@@ -24,10 +24,10 @@ _HEADER = (
 MOST_APART = 0.1
 
 
-def start_text(rows: Sequence[Mapping[str, Any]]) -> str:
+def start_text(rows: Sequence[Mapping[str, Any]], arms: tuple[str, str] = ARMS) -> str:
     """The rows of findings/start.py for a terminal."""
     looked_at = dict.fromkeys(f"{row['dataset']}: {row['images']} images ({row['of']}) of {row['tokens']} tokens" for row in rows)
-    return "\n".join([columns([_HEADER, *map(_cells, rows)], range(3, len(_HEADER))), "", *looked_at, *start_gaps(rows)])
+    return "\n".join([columns([_HEADER, *map(_cells, rows)], range(3, len(_HEADER))), "", *looked_at, *start_gaps(rows, arms)])
 
 
 def start_section(analysis: Analysis) -> list[Block]:
@@ -36,7 +36,10 @@ def start_section(analysis: Analysis) -> list[Block]:
     for run in analysis.table.drop_duplicates(["model", "size", "dataset", "overrides"]).itertuples():
         with contextlib.suppress(UserError, ValueError):  # a run of another version may have what is unknown here
             specs.append(RunSpec.of(run.model, run.size, run.dataset, run.seed, overrides=parse_overrides(run.overrides)))
-    rows = start_rows(specs, quick=True)
+    try:
+        rows = start_rows(specs, quick=True)
+    except UserError as error:  # a folder of data that is there and has changed
+        return [Heading("Before the first step"), Paragraph(f"Not measured: {error.message}")]
     if not rows:
         return []
     text = " ".join([_START, *start_gaps(rows, analysis.arms)])
