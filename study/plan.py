@@ -30,7 +30,7 @@ class PlannedRun:
         train_flops: of the whole run: three forward passes' worth for each training image (one forward, one backward of twice that),
             one for each image of the validation batches, of the final validation and test, and for each false label.
         status: of a run that has ended: "done" or "diverged".
-        elsewhere: of a run that has ended in another precision only: "done in bf16". In its own it is still to be trained.
+        elsewhere: of a run that has ended, or else begun, in another precision only: "done in bf16". In its own it is still to be trained.
     """
 
     spec: RunSpec
@@ -69,7 +69,10 @@ def _plan(spec: RunSpec, checkpoints: Path, fingerprint: str | None) -> PlannedR
     results = ((precision, read_result(RunFiles.of(checkpoints, spec, run_id).result)) for precision, run_id in run_ids.items())
     precision, result = next((each for each in results if each[1]), (None, None))
     status = result.status if result and precision == spec.precision else None
+    begun = [each for each, run_id in run_ids.items() if not result and (checkpoints / ".state" / run_id).is_dir()]
     elsewhere = f"{result.status} in {precision}" if result and not status else None
+    if begun and spec.precision not in begun:
+        elsewhere = f"begun in {begun[0]}"
     run_id, work = run_ids.get(spec.precision), forward * _image_passes(protocol, steps)
     return PlannedRun(spec, run_id, parameters, forward, steps, work, status, elsewhere)
 

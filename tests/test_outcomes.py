@@ -245,6 +245,9 @@ def test_an_unfinished_run_of_another_precision_is_seen(of_a_cluster) -> None:
     next(CHECKPOINTS.glob("*/*_result.json")).unlink()
     row = json.loads(of_a_cluster("list", "--grid", "one.yaml", "--json").out)[0]
     assert row["state"] == "unfinished" and next(CHECKPOINTS.glob(f"*/*{row['run_id']}*.log"))
+    (CHECKPOINTS / ".state" / row["run_id"]).mkdir(parents=True)
+    dry = of_a_cluster("study", "--grid", "one.yaml", "--dry_run").out
+    assert "to do (begun in bf16)" in dry and "note: 1 runs are begun in bf16; in fp32 they are trained anew" in dry
 
 
 def test_a_study_says_that_it_trains_again_what_is_done_in_another_precision(of_a_cluster, monkeypatch: pytest.MonkeyPatch) -> None:
