@@ -269,16 +269,16 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
 @options.price("GPU: the page says what training cost.")
 @options.json_to
 @options.data_and_ledger
-def report(json_to: Path | None, price: float | None, **given: Any) -> None:
+def report(json_to: Path | None, price: float | None, out: Path | None, **given: Any) -> None:
     """Write the verdict, and all that it rests on, as one page.
 
     As HTML and as Markdown. Of a grid file the default folder is NAME_report.
     """
-    from study.results import report_grid, verdict_json
+    from study.finished import FinishedRuns
 
-    paths = report_grid(**given, price=price)
-    files = list(map(str, paths))
-    put(lambda: "\n".join(files), lambda: {"files": files, "verdict": verdict_json(**given)}, json_to)
+    runs = FinishedRuns(**given)
+    files = list(map(str, runs.report(out, price)))
+    put(lambda: "\n".join(files), lambda: {"files": files, "verdict": runs.verdict(out)}, json_to)
 
 
 @cli.command(
@@ -318,14 +318,14 @@ def power(grid: str, dataset: str | None, epochs: int | None, difference: float,
 @options.models
 @under("Output", option("--out", type=FOLDER, metavar="DIR", help="Folder for figures. [default: figures in the checkpoints folder]"))
 @options.data_and_ledger
-def plot(**given: Any) -> None:
+def plot(out: Path | None, **given: Any) -> None:
     """Draw the losses and the scaling of finished runs.
 
     Seven figures for each data set and condition, as PNG and SVG.
     """
-    from study.results import plot_grid
+    from study.finished import FinishedRuns
 
-    for path in plot_grid(**given):
+    for path in FinishedRuns(**given).plot(out):
         click.echo(path)
 
 
@@ -412,7 +412,7 @@ def train(model: str, size: str, dataset: str, seed: int, data_root: str | None,
         type=options.MODEL,
         multiple=True,
         metavar=options.MODEL_OR_FILE,
-        help=f"{options.MODELS_OR_CLASS} With --grid, again and again: those that its study had.",
+        help=f"{options.MODELS_OR_CLASS} With --grid, one for each architecture that its study had.",
     ),
     option("--size", type=options.SIZE, help=options.SIZES),
     option("--dataset", type=options.DATASET, help=f"{options.DATASETS}; with --grid, that of a grid for one data set."),
@@ -450,9 +450,9 @@ def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run
             raise UserError(f"--grid and --{wrong[0]} exclude each other.", "use one or the other.")
         if not kinds:
             raise UserError("--grid evaluates nothing by itself.", "add --corruptions, --attention or both.")
-        from study.results import finished_checkpoints
+        from study.finished import FinishedRuns
 
-        paths = finished_checkpoints(checkpoints, grid, epochs, dataset, settings["data_root"], models)
+        paths = FinishedRuns(checkpoints, grid, epochs, dataset, models, settings["data_root"]).weights()
     else:
         if len(models) > 1:
             raise UserError("--model is given more than once.", "that goes with --grid only.")

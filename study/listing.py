@@ -10,9 +10,10 @@ from diffvit.ledger.files import RunFiles, result_paths
 from diffvit.ledger.spec import overrides_text, parse_overrides
 from diffvit.ledger.verify import verify_run
 from diffvit.protocol import PROTOCOLS
+from study.finished import check_dataset
 from study.grid import find_grid
 from study.plan import load_fingerprints, run_ids_of
-from study.results import check_dataset, kept_files
+from study.results import kept_files
 from study.table import effective_overrides, files_of, run_table
 from study.text import runs_table, short_model
 

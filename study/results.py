@@ -1,22 +1,18 @@
-"""Output of finished runs: the table, its CSV files, the figures and the report."""
+"""What a study leaves at its end: the table, its CSV files, the figures, and what was found."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from diffvit.errors import UserError, first_line
-from diffvit.findings.kept import read_evaluations
-from diffvit.ledger.disk import check_writable
+from diffvit.errors import first_line
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec, parse_overrides
-from diffvit.protocol import ARMS
-from study.grid import GRIDS, Grid, find_grid, named_after
+from study.finished import report_name
 from study.table import files_of, missing_runs, other_tokens, run_table, step_table, write_csv, write_step_csv
 from study.text import STDOUT, put_json, runs_table, say, short_model
 
@@ -69,8 +65,8 @@ def _report(options: StudyOptions, specs: list[RunSpec], table: pd.DataFrame, dr
     drawn = not draw or _draw(options, table)
     judged = judge and draw and drawn and not missing_runs(options.checkpoints, specs)
     verdict = _say_findings(options, table) if judged else []
-    gone = [path for files, run in zip(files_of_table(options.checkpoints, table), table.itertuples(), strict=True)
-            for path in kept_files(files, run.status) if not path.is_file()]  # fmt: skip
+    kept = [kept_files(files_of(options.checkpoints, run), run.status) for run in table.itertuples()]
+    gone = [path for paths in kept for path in paths if not path.is_file()]
     if gone:
         say(f"warning: files of finished runs are gone: {', '.join(map(str, gone))}")
         say("hint: delete the _result.json of such a run, and the same command trains it again.")
@@ -102,7 +98,7 @@ def _say_findings(options: StudyOptions, table: pd.DataFrame) -> list[dict[str, 
     from study.report.facts import answer_facts
     from study.report.sentences import sentence
 
-    folder = options.checkpoints / _report_name([options.grid], options.epochs, named=bool(options.grid.prefix))
+    folder = options.checkpoints / report_name([options.grid], options.epochs, named=bool(options.grid.prefix))
     facts: list[dict[str, Any]] = []
     try:
         answers = analyse(table, options.checkpoints, options.grid.arms, looks=folder / "looks.json").answers
@@ -155,143 +151,3 @@ def table_text(table: pd.DataFrame) -> str:
     ]
     text = runs_table(header, rows, numbers=("steps", *losses, "test accuracy"), shared=("data set", "seed", "steps", "overrides"))
     return "\n".join([text, *(f"note: {phrase}" for phrase in other_tokens(table)), *flags, *diverged])
-
-
-def plot_grid(
-    checkpoints: Path,
-    grid: str | None,
-    out: Path | None = None,
-    epochs: int | None = None,
-    dataset: str | None = None,
-    models: Sequence[str] = (),
-    data_root: str | None = None,
-) -> list[Path]:
-    """Draw the finished runs of a grid, or of the built-in grids that have any. Returns the files.
-
-    Args:
-        out: None: where a study draws. dataset, models, data_root: as find_grid takes them.
-
-    Raises:
-        UserError: there is nothing to draw, or the folder cannot be written.
-    """
-    from study.report.figures import draw_figures
-
-    table, grids = _finished(checkpoints, grid, epochs, dataset, data_root, models)
-    out = out or checkpoints / "figures"
-    check_writable(out)
-    return draw_figures(table, step_table(checkpoints, table), out, grids[0].prefix if grid else "")
-
-
-def _report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
-    """The report's folder in the checkpoints folder: built-in grids share one, a grid file that is named has its own."""
-    return named_after(f"{grids[0].prefix if named else ''}report", grids, epochs)
-
-
-def report_grid(
-    checkpoints: Path, grid: str | None, out: Path | None = None, epochs: int | None = None, dataset: str | None = None,
-    models: Sequence[str] = (), data_root: str | None = None, price: float | None = None,
-) -> list[Path]:  # fmt: skip
-    """Write the report of a grid's finished runs, or of the built-in grids' that have any. Returns the files.
-
-    Args:
-        out: None: report in the checkpoints folder, with a grid file's name and the overrides in its name.
-        dataset, models, data_root: as find_grid takes them. price: dollars an hour of one GPU.
-
-    Raises:
-        UserError: nothing is finished, the folder cannot be written, or a price is given for runs of which none was on a GPU.
-    """
-    from study.report.write import write_report
-
-    table, grids = _finished(checkpoints, grid, epochs, dataset, data_root, models)
-    if price is not None and not table["device"].astype(str).str.startswith("cuda").any():
-        raise UserError("--price is of a GPU's hour, and none of these runs was on a GPU.", "leave --price out.")
-    out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
-    check_writable(out)
-    arms = grids[0].arms if grid else ARMS
-    return write_report(checkpoints, table, out, _commands(checkpoints, grid, epochs, dataset, models, data_root), arms, price)
-
-
-def verdict_json(
-    checkpoints: Path,
-    grid: str | None,
-    out: Path | None = None,
-    epochs: int | None = None,
-    dataset: str | None = None,
-    models: Sequence[str] = (),
-    data_root: str | None = None,
-) -> list[dict[str, Any]]:
-    """The verdict of the report of these arguments, as JSON has it."""
-    from study.report.analysis import analyse
-    from study.report.facts import answer_facts
-
-    table, grids = _finished(checkpoints, grid, epochs, dataset, data_root, models)
-    out = out or checkpoints / _report_name(grids, epochs, named=grid is not None)
-    arms = grids[0].arms if grid else ARMS
-    return list(map(answer_facts, analyse(table, checkpoints, arms, looks=out / "looks.json").answers))
-
-
-def _commands(
-    checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None, models: Sequence[str], data_root: str | None
-) -> list[str]:
-    """The commands that reproduce these runs. Without a grid: of each built-in one that adds runs to those before it."""
-    commands: list[str] = []
-    seen: set[str] = set()
-    for name in [grid] if grid else list(GRIDS):
-        specs = find_grid(name, dataset, data_root, models).runs(overrides={"epochs": epochs})
-        runs = run_table(checkpoints, specs)
-        if set(runs["run_id"]) <= seen:
-            continue
-        seen |= set(runs["run_id"])
-        values = [("--grid", name), ("--dataset", dataset), *(("--model", model) for model in models), ("--epochs", epochs)]
-        options = shlex.join(text for option, value in values if value is not None for text in (option, str(value)))
-        more_seeds = {spec.seed for spec in specs} == {0} and int(runs["seed"].max()) > 0
-        commands.append(f"uv run run.py study {options}" + (f" --seeds {int(runs['seed'].max()) + 1}" if more_seeds else ""))
-        kinds = {kind for files in files_of_table(checkpoints, runs) for kind in read_evaluations(files)}
-        if kinds:
-            commands.append(f"uv run run.py evaluate {options} " + " ".join(f"--{kind}" for kind in sorted(kinds)))
-    return [*commands, "uv run run.py report" + (f" {options}" if grid else "")]
-
-
-def files_of_table(checkpoints: Path, table: pd.DataFrame) -> list[RunFiles]:
-    """The files of each row of a run table."""
-    return [files_of(checkpoints, run) for run in table.itertuples()]
-
-
-def finished_checkpoints(
-    checkpoints: Path,
-    grid: str,
-    epochs: int | None = None,
-    dataset: str | None = None,
-    data_root: str | None = None,
-    models: Sequence[str] = (),
-) -> list[Path]:
-    """The weights of a grid's finished runs. Raises UserError where there are none."""
-    table, _ = _finished(checkpoints, grid, epochs, dataset, data_root, models)
-    done = table[table["status"] == "done"]
-    if done.empty:
-        raise UserError(f"all finished runs of {grid} have diverged.", "there are no weights to evaluate.")
-    return [files.weights for files in files_of_table(checkpoints, done)]
-
-
-def _finished(
-    checkpoints: Path, grid: str | None, epochs: int | None, dataset: str | None, data_root: str | None = None, models: Sequence[str] = ()
-) -> tuple[pd.DataFrame, list[Grid]]:
-    """The run table of a grid, or of all built-in ones, and those grids; UserError where none of its runs is finished."""
-    check_dataset(grid, dataset)
-    if models and grid is None:
-        raise UserError("--model is given without --grid.", "it says which architectures of a grid's runs are meant.")
-    grids = [find_grid(grid, dataset, data_root, models)] if grid else list(GRIDS.values())
-    specs = [spec for each in grids for spec in each.runs(overrides={"epochs": epochs})]
-    table = run_table(checkpoints, specs)
-    if table.empty:
-        name = f"the grid {grid}" if grid else "a built-in grid"
-        raise UserError(
-            f"{checkpoints} has no finished run of {name}.", "`run.py list` shows the runs there are; `run.py study` trains a grid."
-        )
-    return table, grids
-
-
-def check_dataset(grid: str | None, dataset: str | None) -> None:
-    """Raises UserError for a data set that is given without a grid."""
-    if dataset is not None and grid is None:
-        raise UserError("--dataset is given without --grid.", "--dataset goes with --grid noise, lr, controls or choices.")

@@ -49,12 +49,13 @@ from diffvit.loop.fit import Stopped
 from diffvit.loop.resume import fits_run
 from diffvit.train import train
 from study.commands.parsing import parse_resource, parse_saving, parse_seconds
+from study.finished import FinishedRuns
 from study.grid import read_grid
 from study.hub import collect
 from study.listing import ledger_rows, ledger_text, verify_ledger
 from study.report.analysis import analyse
 from study.report.page import page
-from study.results import report_grid, table_text
+from study.results import table_text
 from study.shard import Shard
 from study.table import cell_key, run_table, step_table
 
@@ -543,9 +544,9 @@ def test_the_report_of_odd_numbers(copied: RunFiles, tmp_path: Path) -> None:
     grid.write_text(GRID)
     odd = {"test_loss": math.nan, "test_accuracy": 1, "seconds": 0, "notes": ["<script>alert(1)</script>"], "device_name": "<b>|$x_"}
     written(copied, with_checksum({**json.loads(copied.result.read_text()), **odd}))
-    pages = clear(lambda: report_grid(copied.checkpoints, str(grid), tmp_path / "report"))
+    pages = clear(lambda: FinishedRuns(copied.checkpoints, str(grid)).report(tmp_path / "report"))
     with pytest.raises(UserError, match="none of these runs was on a GPU"):  # and so nothing that the price could be for
-        report_grid(copied.checkpoints, str(grid), tmp_path / "report", price=2.5)
+        FinishedRuns(copied.checkpoints, str(grid)).report(tmp_path / "report", price=2.5)
     assert pages and "<script>alert" not in pages[0].read_text() and "<b>|" not in pages[0].read_text()
 
 

@@ -1,0 +1,150 @@
+"""What commands make of finished runs: figures, the report, its verdict, and which weights there are."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from diffvit.errors import UserError
+from diffvit.findings.kept import read_evaluations
+from diffvit.ledger.disk import check_writable
+from diffvit.protocol import ARMS
+from study.grid import GRIDS, Grid, find_grid, named_after
+from study.table import files_of, run_table, step_table
+
+
+@dataclass(frozen=True)
+class FinishedRuns:
+    """The finished runs of a grid in a ledger.
+
+    Attributes:
+        grid: a name or file; None: the built-in grids that have any.
+        epochs: of a trial, instead of the grid's.
+        dataset, models, data_root: as find_grid takes them.
+
+    Raises:
+        UserError: what goes with a grid is given without one.
+    """
+
+    checkpoints: Path
+    grid: str | None = None
+    epochs: int | None = None
+    dataset: str | None = None
+    models: Sequence[str] = ()
+    data_root: str | None = None
+
+    def __post_init__(self) -> None:
+        check_dataset(self.grid, self.dataset)
+        if self.models and self.grid is None:
+            raise UserError("--model is given without --grid.", "it says which architectures of a grid's runs are meant.")
+
+    @property
+    def grids(self) -> list[Grid]:
+        """The grid, or the built-in ones. Raises UserError."""
+        return [find_grid(self.grid, self.dataset, self.data_root, self.models)] if self.grid else list(GRIDS.values())
+
+    def table(self) -> pd.DataFrame:
+        """The run table. Raises UserError where no run is finished."""
+        specs = [spec for each in self.grids for spec in each.runs(overrides={"epochs": self.epochs})]
+        table = run_table(self.checkpoints, specs)
+        if table.empty:
+            name = f"the grid {self.grid}" if self.grid else "a built-in grid"
+            hint = "`run.py list` shows the runs there are; `run.py study` trains a grid."
+            raise UserError(f"{self.checkpoints} has no finished run of {name}.", hint)
+        return table
+
+    def weights(self) -> list[Path]:
+        """The runs' weights. Raises UserError where there are none."""
+        table = self.table()
+        done = table[table["status"] == "done"]
+        if done.empty:
+            raise UserError(f"all finished runs of {self.grid} have diverged.", "there are no weights to evaluate.")
+        return [files_of(self.checkpoints, run).weights for run in done.itertuples()]
+
+    def plot(self, out: Path | None = None) -> list[Path]:
+        """Draw the runs. Returns the files.
+
+        Args:
+            out: None: where a study draws.
+
+        Raises:
+            UserError: there is nothing to draw, or the folder cannot be written.
+        """
+        from study.report.figures import draw_figures
+
+        table, out = self.table(), out or self.checkpoints / "figures"
+        check_writable(out)
+        return draw_figures(table, step_table(self.checkpoints, table), out, self.grids[0].prefix if self.grid else "")
+
+    def report(self, out: Path | None = None, price: float | None = None) -> list[Path]:
+        """Write the report. Returns the files.
+
+        Args:
+            out: None: report in the checkpoints folder, with a grid file's name and the overrides in its name.
+            price: dollars an hour of one GPU.
+
+        Raises:
+            UserError: nothing is finished, the folder cannot be written, or a price is given for runs of which none was on a GPU.
+        """
+        from study.report.write import write_report
+
+        table, out = self.table(), self._report_folder(out)
+        if price is not None and not table["device"].astype(str).str.startswith("cuda").any():
+            raise UserError("--price is of a GPU's hour, and none of these runs was on a GPU.", "leave --price out.")
+        check_writable(out)
+        return write_report(self.checkpoints, table, out, self._commands(), self._arms, price)
+
+    def verdict(self, out: Path | None = None) -> list[dict[str, Any]]:
+        """The verdict of the report in `out`, as JSON has it."""
+        from study.report.analysis import analyse
+        from study.report.facts import answer_facts
+
+        answers = analyse(self.table(), self.checkpoints, self._arms, looks=self._report_folder(out) / "looks.json").answers
+        return list(map(answer_facts, answers))
+
+    @property
+    def _arms(self) -> tuple[str, str]:
+        return self.grids[0].arms if self.grid else ARMS
+
+    def _report_folder(self, out: Path | None) -> Path:
+        return out or self.checkpoints / report_name(self.grids, self.epochs, named=self.grid is not None)
+
+    def _commands(self) -> list[str]:
+        """The commands that reproduce these runs. Without a grid: of each built-in one that adds runs to those before it."""
+        commands: list[str] = []
+        seen: set[str] = set()
+        for name, grid in [(self.grid, self.grids[0])] if self.grid else GRIDS.items():
+            specs = grid.runs(overrides={"epochs": self.epochs})
+            runs = run_table(self.checkpoints, specs)
+            if set(runs["run_id"]) <= seen:
+                continue
+            seen |= set(runs["run_id"])
+            values = [
+                ("--grid", name),
+                ("--dataset", self.dataset),
+                *(("--model", model) for model in self.models),
+                ("--epochs", self.epochs),
+            ]
+            options = shlex.join(text for option, value in values if value is not None for text in (option, str(value)))
+            more_seeds = {spec.seed for spec in specs} == {0} and int(runs["seed"].max()) > 0
+            commands.append(f"uv run run.py study {options}" + (f" --seeds {int(runs['seed'].max()) + 1}" if more_seeds else ""))
+            kinds = {kind for run in runs.itertuples() for kind in read_evaluations(files_of(self.checkpoints, run))}
+            if kinds:
+                commands.append(f"uv run run.py evaluate {options} " + " ".join(f"--{kind}" for kind in sorted(kinds)))
+        return [*commands, "uv run run.py report" + (f" {options}" if self.grid else "")]
+
+
+def report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
+    """The report's folder in the checkpoints folder: built-in grids share one, a grid file that is named has its own."""
+    return named_after(f"{grids[0].prefix if named else ''}report", grids, epochs)
+
+
+def check_dataset(grid: str | None, dataset: str | None) -> None:
+    """Raises UserError for a data set that is given without a grid."""
+    if dataset is not None and grid is None:
+        raise UserError("--dataset is given without --grid.", "--dataset goes with --grid noise, lr, controls or choices.")
