@@ -9,6 +9,7 @@ lines are named at their end.
 from __future__ import annotations
 
 import math
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,7 +40,13 @@ _MODEL_STYLES: dict[str, dict[str, Any]] = {
     "vit_classic_sub_norm": {"color": "#2E8B8B", "marker": "P", "linestyle": (0, (1, 1.2))},
     "vit_differential_v2": {"color": "#9C3432", "marker": "v", "linestyle": (0, (2, 1))},
 }
-_OTHER_STYLE: dict[str, Any] = {"color": "#6B7A89", "marker": "D", "linestyle": ":"}
+# Of the user's own architectures, one by the hash in its name.
+_OWN_STYLES: list[dict[str, Any]] = [
+    {"color": "#6B7A89", "marker": "D", "linestyle": ":"},
+    {"color": "#B58900", "marker": "X", "linestyle": (0, (4, 1, 1, 1))},
+    {"color": "#5C8A3A", "marker": "*", "linestyle": (0, (3, 1))},
+    {"color": "#C2185B", "marker": "h", "linestyle": (0, (1, 2))},
+]
 LOSSES = {"train_loss": "training", "val_loss": "validation"}
 
 
@@ -293,4 +300,4 @@ def millions(parameters: float) -> str:
 
 def model_style(model: str) -> dict[str, Any]:
     """Colour, marker and line of an architecture."""
-    return dict(_MODEL_STYLES.get(model, _OTHER_STYLE))
+    return dict(_MODEL_STYLES.get(model) or _OWN_STYLES[zlib.crc32(model.encode()) % len(_OWN_STYLES)])
