@@ -75,7 +75,7 @@ def test_commands_are_found_in_the_documents() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_commands_of_the_documents_run(cli) -> None:
-    """In their order, with one epoch instead of the protocol's; studies that would take minutes even so are listed and not trained."""
+    """In their order, with one epoch and 16 test images; studies that would take minutes even so are listed and not trained."""
     shutil.copytree(ROOT / "docs/examples", "docs/examples")
     Path("FILE.yaml").write_text("datasets: [digits]\nsizes: [small]\nmodels: [vit_differential]")
     done = set()
@@ -88,6 +88,8 @@ def test_the_commands_of_the_documents_run(cli) -> None:
             given[given.index("--epochs") + 1] = "1"
         elif any("--epochs" in param.opts for param in command_line.cli.commands[words[0]].params) and words[0] != "list":
             given += ["--epochs", "1"]
+        if words[0] == "evaluate":
+            given += ["--limit", "16"]
         if words[0] == "study" and ("--dry_run" in words or {"noise", "lr", "controls", "choices"} & set(words)):
             given = [*given, "--dry_run"]
         outcome = cli(*given, *(["--yes"] if words[0] == "study" else []))
