@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class FinishedRuns:
         if self.models and self.grid is None:
             raise UserError("--model is given without --grid.", "it says which architectures of a grid's runs are meant.")
 
-    @property
+    @functools.cached_property  # a file is read once, and its data looked at
     def grids(self) -> list[Grid]:
         """The grid, or the built-in ones. Raises UserError."""
         return [find_grid(self.grid, self.dataset, self.data_root, self.models)] if self.grid else list(GRIDS.values())

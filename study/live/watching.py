@@ -31,9 +31,6 @@ from study.plan import PlannedRun, load_fingerprints, plan_runs, run_ids_of
 _SILENT_SECONDS = 180.0
 _SILENT_STEPS = 10
 
-# How often a ledger is read; and a storage, which may be slow and may count requests.
-_EVERY_SECONDS = {"ledger": 2.0, "storage": 60.0}
-
 
 @dataclass
 class WatchedRun:
@@ -84,7 +81,7 @@ def _written(files: RunFiles) -> float:
 class LedgerSource:
     """A ledger in a folder, which another process of this or another machine writes."""
 
-    every = _EVERY_SECONDS["ledger"]
+    every = 2.0  # seconds between two looks
 
     def __init__(self, checkpoints: Path):
         self.checkpoints = checkpoints
@@ -108,7 +105,7 @@ class StorageSource(LedgerSource):
         UserError: the storage is not known.
     """
 
-    every = _EVERY_SECONDS["storage"]
+    every = 60.0  # it may be slow, and may count requests
 
     def __init__(self, checkpoints: Path, url: str, logs: bool):
         super().__init__(checkpoints)

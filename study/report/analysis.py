@@ -15,13 +15,12 @@ from diffvit.errors import UserError
 from diffvit.findings.kept import outdated, read_evaluations
 from diffvit.findings.robustness import summarise
 from diffvit.ledger.spec import overrides_title, parse_overrides
-from diffvit.protocol import ARMS, Protocol, protocol_of
+from diffvit.protocol import ARMS, Protocol, model_title, protocol_of
 from study.predictions import with_predictions
 from study.report import compare, verdict
 from study.report.caveats import at_chance, losses_left_out, same_images, with_remarks, with_sensitivity
 from study.report.choices import Specification, specifications, with_choices
 from study.report.compare import ArmComparison
-from study.report.figures import model_title
 from study.report.looks import count_looks
 from study.report.noise import label_questions, noise_questions
 from study.report.scaling import Estimate

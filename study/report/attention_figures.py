@@ -18,8 +18,8 @@ from matplotlib.patheffects import Stroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from diffvit.findings.attention import picture_pixels
-from diffvit.protocol import in_order
-from study.report.figures import add_caption, millions, model_style, model_title
+from diffvit.protocol import in_order, model_title
+from study.report.figures import add_caption, millions, model_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

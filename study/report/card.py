@@ -13,7 +13,7 @@ from diffvit.dataset import hub_name
 from diffvit.ledger.results import Result
 from diffvit.ledger.spec import overrides_title
 from diffvit.own import is_own_name
-from diffvit.protocol import MODEL_TITLES
+from diffvit.protocol import model_title
 from study.report.document import Block, Code, Figures, Heading, Paragraph, Table, to_markdown
 from study.table import other_tokens
 
@@ -94,7 +94,7 @@ def _page(repository: str, table: pd.DataFrame, done: pd.DataFrame, results: Seq
 def _runs(table: pd.DataFrame) -> Table:
     rows = [
         (
-            MODEL_TITLES.get(run.model, run.model), run.dataset, run.size, f"{run.parameters:,}", str(run.seed), run.overrides,
+            model_title(run.model), run.dataset, run.size, f"{run.parameters:,}", str(run.seed), run.overrides,
             *((f"{100 * run.test_accuracy:.2f} %", f"{run.test_loss:.4f}") if run.status == "done" else ("diverged", "")),
             f"{run.steps:,}", f"`{run.run_id}`",
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from diffvit.protocol import LIKE_CLASSIC, MODEL_TITLES, model_title
+from diffvit.protocol import LIKE_CLASSIC, model_title
 from study.report.verdict import DIVERGED, Answer, decide
 
 # (question, subject) -> the tables of all runs that its answer rests on
@@ -79,7 +79,7 @@ def _diverged(table: pd.DataFrame, arms: tuple[str, str]) -> str:
     for arm, of_arm in zip(arms, runs, strict=True):
         gone = of_arm[of_arm["status"] == "diverged"].groupby("size", sort=False).size()
         where = " (" + ", ".join(f"{count} at {size}" for size, count in gone.items()) + ")" if len(gone) else ""
-        phrases.append(f"{gone.sum()} of {len(of_arm)} runs of {MODEL_TITLES.get(arm, arm)}{where}")
+        phrases.append(f"{gone.sum()} of {len(of_arm)} runs of {model_title(arm)}{where}")
     return f"diverged: {' and '.join(phrases)}"
 
 
@@ -113,10 +113,7 @@ def losses_left_out(table: pd.DataFrame) -> list[str]:
     done = table[table["status"] == "done"]
     losses = done["test_loss"].astype(float)
     runs = done[~((losses > 0) & (losses < float("inf")))].itertuples()
-    return [
-        f"test loss {run.test_loss:g} of {MODEL_TITLES.get(run.model, run.model)} {run.size} seed {run.seed} (not its error)"
-        for run in runs
-    ]
+    return [f"test loss {run.test_loss:g} of {model_title(run.model)} {run.size} seed {run.seed} (not its error)" for run in runs]
 
 
 def equal_parameters(table: pd.DataFrame) -> str:

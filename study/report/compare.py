@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from diffvit.protocol import ARMS, LIKE_CLASSIC, MODEL_TITLES
+from diffvit.protocol import ARMS, LIKE_CLASSIC, model_title
 from study.report import curves, resampling, scaling
 from study.report.curves import Line, PowerLaw, Ratio
 from study.report.scaling import Cells, Estimate
@@ -194,7 +194,7 @@ def _accuracies_under_noise(clean: pd.DataFrame, noisy: pd.DataFrame, arms: tupl
     both = clean.join(noisy, how="inner", lsuffix="_clean", rsuffix="_noisy").groupby("size").mean().mean()
     first, second = (both[f"log_{arm}_noisy"] for arm in (0, 1))
     lost = [100 * (both[f"log_{arm}_noisy"] - both[f"log_{arm}_clean"]) for arm in (0, 1)]
-    titles = [MODEL_TITLES.get(arm, arm) for arm in arms]
+    titles = [model_title(arm) for arm in arms]
     than = "more accurate than" if second < first else "less accurate than" if second > first else "as accurate as"
     accurate = f"under noise {titles[1]} is {than} {titles[0]} ({100 * (1 - second):.1f} against {100 * (1 - first):.1f} %)"
     share = f", a relative corruption error of {lost[1] / lost[0]:.2f}" if corrupted and lost[0] > 0 else ""
@@ -222,7 +222,7 @@ def left_out(table: pd.DataFrame, arms: tuple[str, str] = ARMS) -> list[str]:
     there = {(run.model, run.size, run.seed): run.status for run in table.itertuples()}
     phrases = []
     for size, seed, arm in itertools.product(dict.fromkeys(table["size"]), dict.fromkeys(sorted(table["seed"])), arms):
-        name = f"{MODEL_TITLES.get(arm, arm)} {size} seed {seed}"
+        name = f"{model_title(arm)} {size} seed {seed}"
         partner = arms[1 - arms.index(arm)]
         if (arm, size, seed) not in there:
             phrases.append(f"{name} failed or was not trained")

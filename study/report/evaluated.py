@@ -10,9 +10,10 @@ import numpy as np
 
 from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.findings.robustness import summarise
+from diffvit.protocol import model_title
 from study.report.analysis import Analysis
 from study.report.document import Block, Figures, Heading, Paragraph, Table
-from study.report.figures import model_title, with_wilson
+from study.report.figures import with_wilson
 from study.report.sentences import between, relative
 
 

@@ -7,10 +7,10 @@ import re
 
 import pandas as pd
 
-from diffvit.protocol import in_order
+from diffvit.protocol import in_order, model_title
 from study.report.analysis import Analysis, Subject
 from study.report.document import Block, Contents, Facts, Finding, Findings, Heading
-from study.report.figures import millions, model_title
+from study.report.figures import millions
 from study.report.interval import MARKS, OPEN, axis_picture, half_width, interval_picture, kind_of
 from study.report.sentences import relative, sentence
 from study.report.verdict import MARGIN, Answer

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from diffvit.protocol import model_title
 from study.report.analysis import Analysis
 from study.report.document import Block, Paragraph, Table
-from study.report.figures import millions, model_title
+from study.report.figures import millions
 
 
 def focus_section(analysis: Analysis) -> list[Block]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from diffvit.protocol import model_title
 from study.report.document import Block, Heading, Paragraph, Scripted
-from study.report.figures import LOSSES, batch_lengths, millions, model_title, running_mean, size_colour, smoothing_window
+from study.report.figures import LOSSES, batch_lengths, millions, running_mean, size_colour, smoothing_window
 from study.table import all_overrides
 
 if TYPE_CHECKING:

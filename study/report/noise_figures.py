@@ -13,7 +13,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from diffvit.data.corruptions import CORRUPTIONS
-from study.report.figures import add_caption, model_style, model_title
+from diffvit.protocol import model_title
+from study.report.figures import add_caption, model_style
 
 
 def noise_figure(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any]], name: str) -> Figure:

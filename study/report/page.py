@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffvit.protocol import in_order, protocol_of
+from diffvit.protocol import in_order, model_title, protocol_of
 from study.report import compare, scaling, verdict
 from study.report.analysis import Analysis
 from study.report.caveats import equal_parameters
@@ -17,7 +17,7 @@ from study.report.compare import ArmComparison
 from study.report.curves import Ratio
 from study.report.document import Block, Code, Figures, Heading, Items, Paragraph, Table
 from study.report.evaluated import attention_section, noise_section
-from study.report.figures import model_title, with_wilson
+from study.report.figures import with_wilson
 from study.report.first import first_screen
 from study.report.focus import focus_section
 from study.report.paper import paper_section

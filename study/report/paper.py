@@ -7,10 +7,10 @@ import re
 
 import pandas as pd
 
-from diffvit.protocol import in_order
+from diffvit.protocol import in_order, model_title
 from study.report.analysis import Analysis, Subject
 from study.report.document import Block, Code, Heading, Paragraph
-from study.report.figures import millions, model_title
+from study.report.figures import millions
 from study.report.first import counted, hours
 from study.report.scaling import DOMINATED
 from study.report.sentences import between, p_value, percent

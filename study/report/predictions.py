@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from diffvit.protocol import model_title
 from study.report.analysis import Analysis, Subject
 from study.report.document import Block, Heading, Items, Paragraph, Table
-from study.report.figures import millions, model_title
+from study.report.figures import millions
 
 # Balanced accuracy of a frozen, randomly initialised ViT-S/16 under a trained linear head: kaiko's eva, whose test images are ours.
 _NOTHING_LEARNT = {"BACH": 0.41}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from diffvit.protocol import MODEL_TITLES
+from diffvit.protocol import model_title
 from study.report.scaling import Estimate
 from study.report.verdict import ALPHA, LATER, MARGIN, Answer
 
@@ -40,7 +40,7 @@ _NUMBERS = {
 
 def sentence(answer: Answer) -> str:
     """The answer for a person: the verdict first."""
-    first, second = (MODEL_TITLES.get(arm, arm) for arm in answer.arms)
+    first, second = (model_title(arm) for arm in answer.arms)
     claims = _CLAIMS[answer.question]
     claim = claims.get(answer.verdict, claims[""]).format(first=first, second=second)
     if answer.verdict in ("better", "worse") and _within_margin(answer):

@@ -9,10 +9,9 @@ from typing import Any
 from diffvit.errors import UserError
 from diffvit.findings.start import start_rows
 from diffvit.ledger.spec import RunSpec, overrides_text, parse_overrides
-from diffvit.protocol import ARMS
+from diffvit.protocol import ARMS, model_title
 from study.report.analysis import Analysis
 from study.report.document import Block, Heading, Paragraph, Table
-from study.report.figures import model_title
 from study.text import columns
 
 _HEADER = (

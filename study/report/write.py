@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 
 from diffvit.ledger.disk import write_atomically
-from diffvit.protocol import ARMS
+from diffvit.protocol import ARMS, model_title
 from study.report.analysis import Analysis, analyse
 from study.report.attention_figures import attention_curves, attention_pictures
 from study.report.choices import draw_choices
 from study.report.document import to_html, to_markdown
 from study.report.drawing import our_style, save
-from study.report.figures import draw_figures, model_title
+from study.report.figures import draw_figures
 from study.report.interactive import curves_section
 from study.report.noise_figures import noise_figure
 from study.report.page import page
