@@ -95,6 +95,11 @@ class HubServer:
         with self._lock:
             return self._repos[name]
 
+    def names(self) -> list[str]:
+        """The repositories that have been made."""
+        with self._lock:
+            return list(self._repos)
+
     def create(self, name: str, *, private: bool = False) -> Repo:
         """Make a repository past HTTP."""
         with self._lock:

@@ -40,6 +40,9 @@ def table(folder: Path) -> pd.DataFrame:
 
 
 def under_way(hub: HubServer) -> list[str]:
+    """The files of runs under way; none while the repository or its branch has not been made."""
+    if NAME not in hub.names() or STATE_BRANCH not in hub.repo(NAME).branches:
+        return []
     return [name for name in hub.repo(NAME).files(STATE_BRANCH) if name.startswith(".state")]
 
 
@@ -86,7 +89,7 @@ def test_a_box_that_dies_strands_nothing(tmp_path: Path, account: HubServer) -> 
     quick = ("--save_every", "0.3s", "--sync_every", "0.5s", "--lease", "6s", *ON_HUB)
     dying = study(first, "--shard", "1/2", *quick, grid=grid)
     with ending(dying):
-        wait_until(lambda: NAME in repositories(account) and [name for name in under_way(account) if name.endswith(".state")], dying)
+        wait_until(lambda: [name for name in under_way(account) if name.endswith(".state")], dying)
         kill_all(dying)
     said = finish(study(second, "--shard", "2/2", *quick, grid=grid))
     assert "2 runs were left undone by other boxes; taking them over" in said and "4 of 4 runs of the grid are done here" in said
@@ -142,7 +145,3 @@ def test_collecting_names_what_is_not_there_and_writes_nothing_of_a_hostile_resu
     before = {path for path in tmp_path.rglob("*")}
     assert "is not a result of diffvit" in collect(victim)[1]
     assert [path.name for path in set(tmp_path.rglob("*")) - before if path.is_file()] == ["grid.yaml"]
-
-
-def repositories(hub: HubServer) -> list[str]:
-    return [NAME] if hub.asked("POST", "create") else []
