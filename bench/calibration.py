@@ -9,6 +9,7 @@ Exit code 1 if a bar is missed. What a simulated study is: bench/worlds.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -131,6 +132,10 @@ def false_verdicts(chance: np.random.Generator, studies: int) -> list[Row]:
         noise = {"noise": scaling.level(interaction(first, noisy))}
         wrong = claims([*level_and_trend(first), *level_and_trend(second), noise]).max(axis=0)
         rows.append(counted(kind, f"{name}, five questions", wrong, FALSE))
+    for name, others in itertools.product(("3 seeds", "3 seeds, spread 1:1:5", "seeds 5,5,2, spread 1:1:3"), (2, 4)):
+        compared = FALSE_WORLDS[name].draw_arms(others, chance, studies)
+        questions = [question for cells in compared for question in level_and_trend(cells)]
+        rows.append(counted(kind, f"{name}, {others} architectures against the first", claims(questions).max(axis=0), FALSE))
     for looks in ((3, 5), range(2, 11)):
         cells = World(seeds=(max(looks),) * 3).draw(chance, studies)
         each = [claims(level_and_trend(first_seeds(cells, seeds)), look) for look, seeds in enumerate(looks, start=1)]

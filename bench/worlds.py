@@ -64,13 +64,18 @@ class World:
 
     def draw(self, chance: np.random.Generator, *studies: int) -> Cells:
         """So many studies; none: one without leading dimensions."""
-        truth = self.truth()
+        return self.draw_arms(1, chance, *studies)[0]
+
+    def draw_arms(self, others: int, chance: np.random.Generator, *studies: int) -> list[Cells]:
+        """Studies of the first arm and `others` like the second one: the first with each of them."""
+        of_arm = [0] + [1] * others
+        truth, own_spread = self.truth()[of_arm], np.asarray(self.arms)[of_arm]
         logs = []
         for i, (seeds, times) in enumerate(zip(self.seeds, self.spreads, strict=True)):
-            own, shared = self.noise(chance, (*studies, 2, seeds)), self.noise(chance, (*studies, 1, seeds))
-            noise = math.sqrt(1 - SHARED) * own * np.asarray(self.arms)[:, None] + math.sqrt(SHARED) * shared
+            own, shared = self.noise(chance, (*studies, 1 + others, seeds)), self.noise(chance, (*studies, 1, seeds))
+            noise = math.sqrt(1 - SHARED) * own * own_spread[:, None] + math.sqrt(SHARED) * shared
             logs.append(truth[:, i, None] + self.spread * times * noise)
-        return Cells(np.log(PARAMETERS), logs)
+        return [Cells(np.log(PARAMETERS), [cell[..., [0, other], :] for cell in logs]) for other in range(1, 1 + others)]
 
 
 def first_seeds(cells: Cells, seeds: int) -> Cells:

@@ -109,7 +109,7 @@ class FinishedRuns:
         return list(map(answer_facts, answers))
 
     @property
-    def _arms(self) -> tuple[str, str]:
+    def _arms(self) -> tuple[str, ...]:
         return self.grids[0].arms if self.grid else ARMS
 
     def _report_folder(self, out: Path | None) -> Path:

@@ -56,6 +56,7 @@ class Grid:
     """Lists whose product is the grid's runs.
 
     Attributes:
+        models: the architectures that are compared, the baseline first. controls: more that are trained, of which no question is asked.
         sizes: None: all that a data set has.
         seeds: for all data sets, or data set -> seeds; a data set that is not named gets seed 0.
         overrides: protocol values for all runs; under the name of a data set, values for its runs on top of them.
@@ -71,20 +72,25 @@ class Grid:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     conditions: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Mapping[str, Any]]] = _ONE_CONDITION
     prefix: str = ""
+    controls: Sequence[str] = ()
 
     @property
-    def arms(self) -> tuple[str, str]:
-        """The two models that are compared, the baseline first."""
-        first, second, *_ = (*map(resolve_model, self.models), *ARMS)
-        return (first, second) if len(self.models) > 1 else ARMS
+    def trained(self) -> tuple[str, ...]:
+        """All its models."""
+        return tuple(map(resolve_model, (*self.models, *self.controls)))
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The models that are compared, the baseline first; of a grid with one model, which has nothing to compare, the study's own."""
+        return tuple(map(resolve_model, self.models)) if len(self.models) > 1 else ARMS
 
     def with_models(self, models: Sequence[str]) -> Grid:
         """This grid with other models, and a name of its own. Raises UserError for an unknown one."""
         chosen = tuple(map(resolve_model, models))
-        if chosen == tuple(map(resolve_model, self.models)):
+        if chosen == self.trained:
             return self
         name = "-".join([self.name, *map(short_model, chosen)])
-        return dataclasses.replace(self, name=name, models=chosen, prefix=f"{name}_")
+        return dataclasses.replace(self, name=name, models=chosen, controls=(), prefix=f"{name}_")
 
     def runs(self, precision: str = "fp32", seeds: int | None = None, overrides: Mapping[str, Any] | None = None,
              on_same: Callable[[str], None] | None = None) -> list[RunSpec]:  # fmt: skip
@@ -108,10 +114,10 @@ class Grid:
             conditions = _for_dataset(self.conditions, dataset, _ONE_CONDITION)
             chosen = range(seeds) if seeds else _for_dataset(self.seeds, dataset, _ONE_SEED)
             sizes = protocol_of(dataset).sizes if self.sizes is None else self.sizes
-            asked += len(conditions) * len(sizes) * len(self.models) * len(chosen)
+            asked += len(conditions) * len(sizes) * len(self.trained) * len(chosen)
             if asked > _MOST_RUNS:
                 raise UserError(f"the grid {self.name} has more than {_MOST_RUNS:,} runs.", "give fewer seeds, or fewer conditions.")
-            for condition, size, model, seed in itertools.product(conditions, sizes, self.models, chosen):
+            for condition, size, model, seed in itertools.product(conditions, sizes, self.trained, chosen):
                 spec = RunSpec.of(model, size, dataset, seed, precision, {**common, **own, **condition, **given})
                 if (first := unique.setdefault(repr(spec.identity("")), spec)) is spec:
                     continue
@@ -155,7 +161,8 @@ def _learning_rates(name: str, dataset: str) -> Grid:
 
 def _controls(name: str, dataset: str) -> Grid:
     """All architectures, with the protocol's heads and with more: is it the subtraction, and does it take more heads?"""
-    return Grid(name, datasets=(dataset,), models=tuple(MODELS), conditions=({}, {"heads": _more_heads(dataset)}))
+    others = tuple(model for model in MODELS if model not in ARMS)
+    return Grid(name, datasets=(dataset,), controls=others, conditions=({}, {"heads": _more_heads(dataset)}))
 
 
 def _choices(name: str, dataset: str) -> Grid:
@@ -195,7 +202,7 @@ GRIDS = {
 _LONGEST_FILE = 20_000
 _DEEPEST = 5
 
-_FILE_KEYS = ("models", "sizes", "datasets", "seeds", "overrides", "conditions")
+_FILE_KEYS = ("models", "controls", "sizes", "datasets", "seeds", "overrides", "conditions")
 
 
 def find_grid(name: str, dataset: str | None = None, data_root: str | None = None, models: Sequence[str] = ()) -> Grid:
@@ -282,13 +289,18 @@ def read_grid(path: Path, data_root: str | None = None) -> Grid:
     return Grid(
         name,
         datasets=_names(path, content, "datasets"),
-        models=[resolve_model(beside(path.parent, name)) for name in _names(path, content, "models")] if "models" in content else ARMS,
+        models=_models(path, content, "models") if "models" in content else ARMS,
+        controls=_models(path, content, "controls") if "controls" in content else (),
         sizes=_names(path, content, "sizes") if "sizes" in content else None,
         seeds=_per_dataset(path, content, "seeds", 1, _seeds),
         overrides=_all_overrides(path, content),
         conditions=_per_dataset(path, content, "conditions", [{}], _conditions),
         prefix=f"{name}_",
     )
+
+
+def _models(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:
+    return tuple(resolve_model(beside(path.parent, name)) for name in _names(path, content, key))
 
 
 def _parse(path: Path, text: str) -> Any:

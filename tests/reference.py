@@ -67,7 +67,7 @@ def _grids() -> Iterator[str]:
     rows = []
     for name, grid in GRIDS.items():
         models = ", ".join(
-            "both" if grid.models == ARMS else "all" if set(grid.models) == set(MODELS) else model for model in grid.models[:1]
+            "both" if grid.trained == ARMS else "all" if set(grid.trained) == set(MODELS) else model for model in grid.trained[:1]
         )
         data = "one, digits by default" if name in _OF_A_DATASET else ", ".join(grid.datasets)
         rows.append((f"`{name}`", models, data, _seeds(grid), _conditions(grid), str(len(grid.runs()))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from diffvit.protocol import ARMS, Protocol, model_title, protocol_of
 from study.predictions import with_predictions
 from study.report import compare, verdict
 from study.report.caveats import at_chance, losses_left_out, same_images, with_remarks, with_sensitivity
-from study.report.choices import Specification, specifications, with_choices
+from study.report.choices import SpecificationCurve, specification_curves, with_choices
 from study.report.compare import ArmComparison
 from study.report.looks import count_looks
-from study.report.noise import label_questions, noise_questions
-from study.report.scaling import Estimate
+from study.report.noise import NoiseQuestion, label_questions, noise_questions
+from study.report.sentences import listed
 from study.report.verdict import Answer
 from study.table import all_overrides, comparable, conditions, file_stem, files_of, wrong_answers
 
@@ -80,35 +80,47 @@ class Analysis:
     """All that the report says, as numbers.
 
     Attributes:
-        comparisons: of each subject's two arms. answers: the family, with verdicts. noise_source: what the noise answer compares.
-        other_noise: (what is compared, answer) for the exploratory ones. controls: (title, estimate, pairs) of other architectures
-            against the first arm. findings: run_id -> what `evaluate` found. left_out: runs that enter no comparison, a phrase each.
-        choices: data set -> its specification curve.
+        comparisons: of each subject, of each pair of arms. answers: the family, with verdicts.
+        noise_sources: what the answers about noise compare. other_noise: (what is compared, answer) for the exploratory ones.
+        controls: of other architectures with the baseline. findings: run_id -> what `evaluate` found.
+        left_out: runs that enter no comparison, a phrase each. choices: the specification curves.
+        arms: the architectures that are compared, the baseline first.
     """
 
     table: pd.DataFrame
     subjects: list[Subject]
-    comparisons: dict[str, ArmComparison]
+    comparisons: list[ArmComparison]
     answers: list[Answer]
-    noise_source: str
+    noise_sources: list[str]
     other_noise: list[tuple[str, Answer]]
-    controls: list[tuple[str, Estimate, int]]
+    controls: list[ArmComparison]
     findings: dict[str, dict[str, Any]]
     left_out: list[str]
-    choices: dict[str, list[Specification]]
-    arms: tuple[str, str] = ARMS
+    choices: list[SpecificationCurve]
+    arms: tuple[str, ...] = ARMS
 
     @property
-    def stems(self) -> dict[str, str]:
-        """Data set -> what the names of its base's figures begin with."""
-        return {part.dataset: part.stem for part in self.subjects if part.base}
+    def pairs(self) -> list[tuple[str, str]]:
+        """The baseline with each of the others."""
+        return pairs_of(self.arms)
+
+    @property
+    def challengers(self) -> str:
+        """All arms but the baseline, in words."""
+        return listed([model_title(arm) for arm in self.arms[1:]])
 
 
-def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str] = ARMS, looks: Path | None = None) -> Analysis:
-    """Compare the arms of a run table's subjects and answer the questions.
+def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """The first of the arms with each of the others."""
+    return [(arms[0], other) for other in arms[1:]]
+
+
+def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: Sequence[str] = ARMS, looks: Path | None = None) -> Analysis:
+    """Compare the arms of a run table's subjects, each with the first, and answer the questions, which are one family.
 
     Args:
         checkpoints: the ledger, for predictions and for what `evaluate` found; None: the table only.
+        arms: the architectures that are compared, the baseline first.
         looks: the file that counts the looks at each question; None: this is the first one.
     """
     whole = table.groupby([table["dataset"], pd.Series(all_overrides(table), index=table.index)])
@@ -124,34 +136,52 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: tuple[str, str]
         parts.append(dataclasses.replace(part, table=kept, whole=whole.get_group((part.dataset, all_overrides(kept[:1])[0]))))
         left_out += [f"{part.name}: {phrase}" for phrase in [*phrases, *compare.left_out(kept, arms), *losses_left_out(kept)]]
     wrong_of = (lambda run: wrong_answers(checkpoints, run)) if checkpoints else None
-    comparisons = {part.name: found for part in parts if (found := compare.compare(part.table, part.name, arms, wrong_of, part.whole))}
-    noise = noise_questions(parts, arms, wrong_of, findings)
-    family = [answer for part in parts if part.base and part.name in comparisons for answer in comparisons[part.name].answers]
-    family += [question.answer(arms) for question in noise[:1]]
+    pairs = pairs_of(arms)
+    comparisons = _compare(parts, pairs, wrong_of)
+    noise = {pair: noise_questions(parts, pair, wrong_of, findings) for pair in pairs}
+    family = _family(parts, comparisons, noise)
     if looks:
         family = count_looks(looks, family)
-    tables = {(question, part.name): [part.table] for part in parts for question in ("level", "trend")}
-    tables |= {("noise", question.subject): question.tables for question in noise[:1]}
-    decided = with_remarks(with_sensitivity(verdict.decide(family), _at_chance(parts, arms), tables), tables)
-    more = [(each.what, each.answer(arms)) for each in [*noise[1:], *label_questions(parts)]]
-    controls = []
-    for part in parts:
-        for model in part.table["model"].unique():
-            if model not in arms and (other := compare.compare(part.table, part.name, (arms[0], model))):
-                title = f"{model_title(model)} against {model_title(arms[0])} on {part.name}"
-                controls.append((title, other.answers[0].estimate, other.answers[0].pairs))
-    choices = specifications(parts, comparisons, arms)
-    answers = with_choices(decided, parts, choices)
-    return Analysis(table, parts, comparisons, answers, noise[0].what if noise else "", [each for each in more if each[1].pairs],
-                    controls, findings, left_out, choices, arms)  # fmt: skip
+    tables = {(question, part.name, pair): [part.table] for part in parts for question in ("level", "trend") for pair in pairs}
+    tables |= {("noise", asked[0].subject, pair): asked[0].tables for pair, asked in noise.items() if asked}
+    decided = with_remarks(with_sensitivity(verdict.decide(family), _at_chance(parts, pairs), tables), tables)
+    more = [(each.what, each.answer(pair)) for pair in pairs for each in [*noise[pair][1:], *label_questions(parts)]]
+    others = [model for model in dict.fromkeys(table["model"]) if model not in arms]
+    choices = [curve for pair in pairs for curve in specification_curves(parts, comparisons, pair)]
+    return Analysis(
+        table, parts, comparisons, with_choices(decided, parts, choices),
+        noise_sources=list(dict.fromkeys(asked[0].what for asked in noise.values() if asked)),
+        other_noise=[each for each in more if each[1].pairs],
+        controls=_compare(parts, [(arms[0], model) for model in others]),
+        findings=findings, left_out=left_out, choices=choices, arms=tuple(arms),
+    )  # fmt: skip
 
 
-def _at_chance(parts: Sequence[Subject], arms: tuple[str, str]) -> list[Answer]:
+def _compare(
+    parts: Sequence[Subject], pairs: Sequence[tuple[str, str]], wrong_of: compare.WrongAnswers | None = None
+) -> list[ArmComparison]:
+    """Every pair on every subject where they have runs in common."""
+    found = [compare.compare(part.table, part.name, pair, wrong_of, part.whole) for pair in pairs for part in parts]
+    return [comparison for comparison in found if comparison]
+
+
+def _family(
+    parts: Sequence[Subject], comparisons: Sequence[ArmComparison], noise: Mapping[tuple[str, str], Sequence[NoiseQuestion]]
+) -> list[Answer]:
+    """The answers that are corrected together: of each pair level and trend under each data set's condition of reference, and noise."""
+    bases = {part.name for part in parts if part.base}
+    answers: list[Answer] = []
+    for pair, asked in noise.items():
+        of_pair = [each for each in comparisons if each.arms == pair and each.subject in bases]
+        answers += [answer for each in of_pair for answer in each.answers] + [question.answer(pair) for question in asked[:1]]
+    return answers
+
+
+def _at_chance(parts: Sequence[Subject], pairs: Sequence[tuple[str, str]]) -> list[Answer]:
     """The family's answers where runs that diverged count as finished at chance level."""
     parts = [dataclasses.replace(part, table=at_chance(part.table, protocol_of(part.dataset).classes)) for part in parts]
-    found = [compare.compare(part.table, part.name, arms, whole=part.whole) for part in parts if part.base]
-    noise = [question.answer(arms) for question in noise_questions(parts, arms, None, {})[:1]]
-    return [answer for comparison in found if comparison for answer in comparison.answers] + noise
+    bases = [part for part in parts if part.base]
+    return _family(parts, _compare(bases, pairs), {pair: noise_questions(parts, pair, None, {}) for pair in pairs})
 
 
 def _findings(table: pd.DataFrame, checkpoints: Path | None) -> tuple[dict[str, dict[str, Any]], list[str]]:

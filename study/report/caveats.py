@@ -10,8 +10,8 @@ import pandas as pd
 from diffvit.protocol import LIKE_CLASSIC, model_title
 from study.report.verdict import DIVERGED, Answer, decide
 
-# (question, subject) -> the tables of all runs that its answer rests on
-TablesOfAnswers = Mapping[tuple[str, str], Sequence[pd.DataFrame]]
+# An answer's key -> the tables of all runs that it rests on
+TablesOfAnswers = Mapping[tuple[str, str, tuple[str, str]], Sequence[pd.DataFrame]]
 
 # What should be alike for both arms of a pair, in words.
 _ALIKE = {"device_name": "devices", "precision": "precisions", "micro_batch": "micro-batches"}
@@ -35,15 +35,15 @@ def with_sensitivity(answers: Sequence[Answer], at_chance_level: Sequence[Answer
     Args:
         at_chance_level: the answers of the same family with these runs, not decided.
     """
-    looks = {(answer.question, answer.subject): answer.look for answer in answers}
-    others = [dataclasses.replace(each, look=looks.get((each.question, each.subject), 1)) for each in at_chance_level]
-    by_question = {(each.question, each.subject): each for each in decide(others)}
+    looks = {answer.key: answer.look for answer in answers}
+    others = [dataclasses.replace(each, look=looks.get(each.key, 1)) for each in at_chance_level]
+    by_question = {each.key: each for each in decide(others)}
     checked = []
     for answer in answers:
-        other = by_question.get((answer.question, answer.subject))
+        other = by_question.get(answer.key)
         if other is not None and other.pairs != answer.pairs:
             changed = answer.verdict in ("better", "worse", "equivalent") and other.verdict != answer.verdict
-            changed = changed and not _confirmed(answer, other, tables[answer.question, answer.subject])
+            changed = changed and not _confirmed(answer, other, tables[answer.key])
             verdict = DIVERGED if changed else answer.verdict
             answer = dataclasses.replace(answer, with_diverged=other.estimate, verdict=verdict)
         checked.append(answer)
@@ -65,7 +65,7 @@ def with_remarks(answers: Sequence[Answer], tables: TablesOfAnswers) -> list[Ans
     """The answers with what their sentences say of their runs: how many diverged, and what differed between the arms."""
     told = []
     for answer in answers:
-        runs = pd.concat([table.assign(part=i) for i, table in enumerate(tables[answer.question, answer.subject])])
+        runs = pd.concat([table.assign(part=i) for i, table in enumerate(tables[answer.key])])
         phrases = (answer.beside, _diverged(runs, answer.arms), _arms_differ(runs, answer.arms))
         told.append(dataclasses.replace(answer, beside="; ".join(filter(None, phrases))))
     return told

@@ -47,14 +47,12 @@ class Specification:
             finished runs in common.
         protocol: whether these are the protocol's own choices, at equal parameters.
         diverged: how many of its runs did, by arm, as text; "" for none.
-        arms: the two architectures that are compared.
     """
 
     chosen: dict[str, str]
     level: Estimate
     protocol: bool
     diverged: str = ""
-    arms: tuple[str, str] = ARMS
 
     @property
     def kind(self) -> str:
@@ -63,14 +61,32 @@ class Specification:
         return "lower" if high < 0 else "higher" if low > 0 else "open"
 
 
-def specifications(
-    parts: Sequence[Subject], comparisons: dict[str, ArmComparison], arms: tuple[str, str] = ARMS
-) -> dict[str, list[Specification]]:
-    """Data set -> its specifications by level, lowest first, for data sets that were trained under three conditions or more.
+@dataclass(frozen=True)
+class SpecificationCurve:
+    """Two arms on one data set under all choices.
+
+    Attributes:
+        figure: the name of its picture's files. specs: by level, lowest first.
+    """
+
+    dataset: str
+    arms: tuple[str, str]
+    figure: str
+    specs: list[Specification]
+
+    @property
+    def levels(self) -> list[float]:
+        """The levels, as log ratios, of those that have something to compare."""
+        return [float(each.level.value) for each in self.specs if not math.isnan(each.level.value)]
+
+
+def specification_curves(parts: Sequence[Subject], comparisons: Sequence[ArmComparison], arms: tuple[str, str]) -> list[SpecificationCurve]:
+    """The curves of two arms on all data sets that were trained under three conditions or more.
 
     Each condition is compared at equal parameters and at equal FLOPs.
     """
-    found = {}
+    by_subject = {each.subject: each for each in comparisons if each.arms == arms}
+    found = []
     for dataset in dict.fromkeys(part.dataset for part in parts):
         tried = [part for part in parts if part.dataset == dataset and not part.overrides & _NO_CHOICES
                  and part.table["model"].isin(arms).any()]  # fmt: skip
@@ -83,13 +99,16 @@ def specifications(
         for part, own in zip(tried, overrides, strict=True):
             chosen = {name: _text(own.get(name, getattr(usual, name))) for name in names}
             at_equal: dict[str, Estimate | None] = {"parameters": Estimate(math.nan, math.nan, 0)}
-            if comparison := comparisons.get(part.name):
+            if comparison := by_subject.get(part.name):
                 at_equal = {"parameters": comparison.answers[0].estimate, "FLOPs": comparison.equal_costs.get("FLOPs")}
             usual_choices = not any(all_overrides(part.table))
             specs += [Specification({**chosen, "compared at equal": cost}, level, usual_choices and cost == "parameters",
-                                    _diverged(part, arms), arms)
+                                    _diverged(part, arms))
                       for cost, level in at_equal.items() if level]  # fmt: skip
-        found[dataset] = sorted(specs, key=lambda each: (math.isnan(each.level.value), float(each.level.value)))
+        specs.sort(key=lambda each: (math.isnan(each.level.value), float(each.level.value)))
+        of_arm = "" if arms[1] == ARMS[1] else f"_{arms[1]}"
+        stem = next(part.stem for part in parts if part.base and part.dataset == dataset)
+        found.append(SpecificationCurve(dataset, arms, f"{stem}{of_arm}_choices", specs))
     return found
 
 
@@ -107,14 +126,9 @@ def _text(value: Any) -> str:
     return ("on" if value else "off") if isinstance(value, bool) else "none" if value is None else f"{value:g}"
 
 
-def _known_levels(specs: Sequence[Specification]) -> list[float]:
-    """The levels, as log ratios, of those that have something to compare."""
-    return [float(each.level.value) for each in specs if not math.isnan(each.level.value)]
-
-
-def curve_sentence(specs: Sequence[Specification]) -> str:
+def curve_sentence(curve: SpecificationCurve) -> str:
     """What the curve says in one sentence; signs and significance both."""
-    values = _known_levels(specs)
+    specs, values = curve.specs, curve.levels
     lower, higher = sum(value < 0 for value in values), sum(value > 0 for value in values)
     kinds = [each.kind for each in specs]
     if not any(each.level.known for each in specs):
@@ -125,7 +139,7 @@ def curve_sentence(specs: Sequence[Specification]) -> str:
     dead = sum(bool(each.diverged) for each in specs)
     unpaired = len(specs) - len(values)
     text = (
-        f"Under {len(specs)} combinations of choices, {model_title(specs[0].arms[1])} has the lower error in {lower} and the higher one in "
+        f"Under {len(specs)} combinations of choices, {model_title(curve.arms[1])} has the lower error in {lower} and the higher one in "
         f"{higher}; {significant}."
     )
     if values:
@@ -136,12 +150,13 @@ def curve_sentence(specs: Sequence[Specification]) -> str:
     return text
 
 
-def with_choices(answers: Sequence[Answer], parts: Sequence[Subject], curves: dict[str, list[Specification]]) -> list[Answer]:
+def with_choices(answers: Sequence[Answer], parts: Sequence[Subject], curves: Sequence[SpecificationCurve]) -> list[Answer]:
     """The answers, those about a level that other choices turn round with a sentence that says so."""
     datasets = {part.name: part.dataset for part in parts}
+    levels = {(curve.dataset, curve.arms): curve.levels for curve in curves}
     told = []
     for answer in answers:
-        values = _known_levels(curves.get(datasets.get(answer.subject, ""), []))
+        values = levels.get((datasets.get(answer.subject, ""), answer.arms), [])
         turned = answer.question == "level" and values and min(values) < 0 < max(values)
         remark = (f"Its sign depends on choices that could have been others: from {percent(min(values))} to "
                   f"{percent(max(values))} under {len(values)} combinations of them.",) if turned else ()  # fmt: skip
@@ -149,21 +164,18 @@ def with_choices(answers: Sequence[Answer], parts: Sequence[Subject], curves: di
     return told
 
 
-def choices_section(curves: dict[str, list[Specification]], figures: Sequence[Path], stems: dict[str, str]) -> list[Block]:
-    """Curve, sentence and table of each data set.
-
-    Args:
-        stems: data set -> what the names of its figures begin with.
-    """
+def choices_section(curves: Sequence[SpecificationCurve], figures: Sequence[Path]) -> list[Block]:
+    """Sentence, picture and table of each curve; the picture is the PNG file of its name among `figures`."""
     blocks: list[Block] = []
-    for dataset, specs in curves.items():
-        names = list(specs[0].chosen)
-        alt = f"specification curve on {dataset}"
-        drawn = [(path, alt) for path in figures if path.name == f"{stems[dataset]}_choices.png"]
+    for curve in curves:
+        names = list(curve.specs[0].chosen)
+        alt = f"specification curve on {curve.dataset}"
+        drawn = [(path, alt) for path in figures if path.name == f"{curve.figure}.png"]
         rows = [[*each.chosen.values(), "nothing to compare" if math.isnan(each.level.value) else relative(each.level),
-                 "the protocol" if each.protocol else "", each.diverged] for each in specs]  # fmt: skip
-        blocks += [Paragraph(f"{dataset}: {curve_sentence(specs)}"), *([Figures(drawn)] if drawn else [])]
-        blocks.append(Table([*names, "difference in test error", "", "diverged"], rows, f"{dataset}: every combination, lowest first"))
+                 "the protocol" if each.protocol else "", each.diverged] for each in curve.specs]  # fmt: skip
+        blocks += [Paragraph(f"{curve.dataset}: {curve_sentence(curve)}"), *([Figures(drawn)] if drawn else [])]
+        caption = f"{curve.dataset}: every combination, lowest first"
+        blocks.append(Table([*names, f"difference in test error, {model_title(curve.arms[1])}", "", "diverged"], rows, caption))
     text = (
         "Each choice of ours could have been another one. Below are all combinations that were trained, each with its own 95 % interval, "
         "which no correction widens: the verdict above stays the one that was fixed beforehand."
@@ -171,17 +183,15 @@ def choices_section(curves: dict[str, list[Specification]], figures: Sequence[Pa
     return [Heading("Would other choices say the same?"), Paragraph(text), *blocks] if blocks else []
 
 
-def draw_choices(curves: dict[str, list[Specification]], out: Path, stems: dict[str, str]) -> list[Path]:
-    """The specification curves as PNG and SVG, {stem}_choices. Returns the files written."""
-    written: list[Path] = []
+def draw_choices(curves: Sequence[SpecificationCurve], out: Path) -> list[Path]:
+    """The specification curves as PNG and SVG, under their names. Returns the files written."""
     with our_style():
-        for dataset, specs in curves.items():
-            written += save(_curve(specs, dataset), out / f"{stems[dataset]}_choices")
-    return written
+        return [path for curve in curves for path in save(_drawn(curve), out / curve.figure)]
 
 
-def _curve(specs: Sequence[Specification], dataset: str) -> Figure:
+def _drawn(curve: SpecificationCurve) -> Figure:
     """Levels with intervals above, what was chosen for each below."""
+    specs = curve.specs
     names = list(specs[0].chosen)
     options = [(name, value) for name in names for value in dict.fromkeys(each.chosen[name] for each in sorted(specs, key=_by_choice))]
     figure = Figure(figsize=(8.0, 3.4 + 0.24 * len(options)), layout="constrained")
@@ -199,8 +209,8 @@ def _curve(specs: Sequence[Specification], dataset: str) -> Figure:
             there = each.chosen[name] == value
             below.plot(x, y, marker="s", markersize=5 if there else 2, color=colour if there else "#D5DAE0", linestyle="")
     above.set_ylabel("difference in test error (%)")
-    first, second = map(model_title, specs[0].arms)
-    above.set_title(f"{dataset}: {second} against {first}, under every choice")
+    first, second = map(model_title, curve.arms)
+    above.set_title(f"{curve.dataset}: {second} against {first}, under every choice")
     above.tick_params(labelbottom=False)
     below.set_yticks(range(len(options)), [f"{name} {value}" for name, value in options], fontsize=8)
     below.set_xticks([])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,19 +215,19 @@ def _wrong_answers(of_run: WrongAnswers, first: pd.DataFrame, second: pd.DataFra
     return [np.stack([np.stack(arm) for arm in of_size]) for of_size in answers.values()]
 
 
-def left_out(table: pd.DataFrame, arms: tuple[str, str] = ARMS) -> list[str]:
-    """Runs of two arms that enter no pair, and why; also those that are not there although others of their size or seed are."""
+def left_out(table: pd.DataFrame, arms: Sequence[str] = ARMS) -> list[str]:
+    """Runs of the arms, the baseline first, that enter no pair, and why; also those missing although others of their size or seed exist."""
     table = table[table["model"].isin(arms)]
     done = {(run.model, run.size, run.seed) for run in table.itertuples() if run.status == "done"}
     there = {(run.model, run.size, run.seed): run.status for run in table.itertuples()}
     phrases = []
     for size, seed, arm in itertools.product(dict.fromkeys(table["size"]), dict.fromkeys(sorted(table["seed"])), arms):
         name = f"{model_title(arm)} {size} seed {seed}"
-        partner = arms[1 - arms.index(arm)]
+        partners = arms[1:] if arm == arms[0] else arms[:1]
         if (arm, size, seed) not in there:
             phrases.append(f"{name} failed or was not trained")
         elif there[arm, size, seed] != "done":
             phrases.append(f"{name} {there[arm, size, seed]}")
-        elif (partner, size, seed) not in done:
+        elif not any((partner, size, seed) in done for partner in partners):
             phrases.append(f"{name} has no partner")
     return phrases

@@ -23,9 +23,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from diffvit.ledger.spec import overrides_title, parse_overrides
-from diffvit.protocol import ARMS, images_in_steps, in_order, model_title, protocol_of
+from diffvit.protocol import ARMS, MODELS, images_in_steps, in_order, model_title, protocol_of
 from study.report import curves, scaling
 from study.table import all_overrides, comparable, file_stem
+from study.text import short_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,15 +180,22 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, o
 
 
 def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
-    """An arrow from the size that a classic model would need to the differential one of the same error, and what it means.
+    """An arrow from the size that the first architecture would need to another one of the same error, and what it means.
 
-    Of the sizes that have one within the measured range, the one nearest the middle; "" where none has.
+    Of the first other one, not a control, that has a size with one within the measured range, the size nearest the middle; "" for none.
     """
     runs, _ = comparable(runs)
-    first, second = (runs[runs["model"] == arm] for arm in ARMS)
-    cells = scaling.cells_of(scaling.pair_table(first, second)) if len(first) and len(second) else None
-    if cells is None or len(cells.logs) < 2:
-        return ""
+    baseline, *others = in_order(runs["model"])
+    for other in (model for model in others if model in ARMS or model not in MODELS):
+        pairs = scaling.pair_table(*(runs[runs["model"] == arm] for arm in (baseline, other)))
+        cells = scaling.cells_of(pairs) if len(pairs) else None
+        if text := _draw_arrow(axes, cells, (baseline, other)) if cells is not None and len(cells.logs) > 1 else "":
+            return text
+    return ""
+
+
+def _draw_arrow(axes: Axes, cells: scaling.Cells, arms: tuple[str, str]) -> str:
+    """The arrow of two arms and what it means; "" for none."""
     middle = (len(cells.logs) - 1) / 2
     for i in sorted(range(len(cells.logs)), key=lambda i: abs(i - middle)):
         equal = curves.equal_cost(cells, i)
@@ -195,7 +203,8 @@ def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
             parameters, accuracy = math.exp(cells.log_costs[1, i]), 100 * (1 - math.exp(cells.means[1, i]))
             axes.annotate("", (parameters / 1e6, accuracy), (equal / 1e6, accuracy), arrowprops={"arrowstyle": "->", "color": "#30363D"})
             share = f"{parameters / equal:.2f} of its parameters"
-            return f"arrow: {parameters / 1e6:.3g} M differential has the error of {equal / 1e6:.3g} M classic, {share}\n"
+            first, second = map(short_model, arms)
+            return f"arrow: {parameters / 1e6:.3g} M {second} has the error of {equal / 1e6:.3g} M {first}, {share}\n"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -16,6 +17,9 @@ from study.report.sentences import relative, sentence
 from study.report.verdict import MARGIN, Answer
 
 _QUESTIONS = {"level": "a lower error?", "trend": "scales better with depth?", "noise": "loses less by noise?"}
+_OF_SEVERAL = {
+    "level": "does {} have a lower error?", "trend": "does {} scale better with depth?", "noise": "does {} lose less by noise?"
+}  # fmt: skip
 
 _KEY = (
     f"{MARKS['better']} better, {MARKS['equivalent']} equivalent, {MARKS['worse']} worse, {OPEN} open. Line: the interval; dotted: what no "
@@ -29,22 +33,26 @@ def first_screen(analysis: Analysis, command: str, price: float | None = None) -
     Args:
         command: lines that reproduce the runs. price: dollars an hour of one GPU.
     """
-    half, (first, second) = half_width(analysis.answers), map(model_title, analysis.arms)
-    title = f"Does {second} scale better than {first}, and does noise change it?"
-    rows = [_finding(answer, half) for answer in analysis.answers]
-    for part in analysis.subjects:
-        if part.base and part.name not in analysis.comparisons:
-            rows.append(Finding("open", OPEN, "no answer", part.name, _nothing_to_compare(part, analysis.arms)))
+    half, several = half_width(analysis.answers), len(analysis.pairs) > 1
+    title = (
+        f"{'Do' if several else 'Does'} {analysis.challengers} scale better than {model_title(analysis.arms[0])}, and does noise change it?"
+    )
+    rows = [_finding(answer, half, several) for answer in analysis.answers]
+    compared = {(comparison.subject, comparison.arms) for comparison in analysis.comparisons}
+    for part, pair in itertools.product(analysis.subjects, analysis.pairs):
+        if part.base and (part.name, pair) not in compared:
+            rows.append(Finding("open", OPEN, "no answer", part.name, _nothing_to_compare(part, pair)))
     if not any(answer.question == "noise" for answer in analysis.answers):
         text = "Whether noise changes the difference has not been measured here."
         rows.append(Finding("open", OPEN, "not measured", _QUESTIONS["noise"].capitalize(), text))
-    axis = axis_picture(half, second) if analysis.answers else ""
+    axis = axis_picture(half, "" if several else analysis.challengers) if analysis.answers else ""
     return [Heading(title, 1), _facts(analysis.table, command, price), Findings(rows, axis, _KEY), Contents()]
 
 
-def _finding(answer: Answer, half: float) -> Finding:
+def _finding(answer: Answer, half: float, several: bool) -> Finding:
     number = "" if math.isnan(answer.estimate.value) else relative(answer.estimate, answer.alpha)
-    kind, question = kind_of(answer), f"{answer.subject}: {_QUESTIONS[answer.question]}"
+    asked = _OF_SEVERAL[answer.question].format(model_title(answer.arms[1])) if several else _QUESTIONS[answer.question]
+    kind, question = kind_of(answer), f"{answer.subject}: {asked}"
     return Finding(kind, MARKS.get(kind, OPEN), answer.verdict, question, sentence(answer), number, interval_picture(answer, half))
 
 

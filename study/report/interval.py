@@ -60,13 +60,16 @@ def axis_picture(half: float, second: str) -> str:
     """The axis above the pictures: which side favours whom, and ticks in percent; SVG.
 
     Args:
-        second: the arm that is better below 0.
+        second: the arm that is better below 0; "" where the rows have one each.
     """
     far = [sign * tick for sign in (-1, 1) for tick in _TICKS if tick < 1 or sign > 0]
     ticks = {side: max((tick for tick in far if tick * side > 0 and abs(math.log1p(tick)) <= half), key=abs) for side in (-1, 1)}
     labels = [(0.0, "0"), *((tick, f"{'−' if tick < 0 else '+'}{100 * abs(tick):.0f} %") for tick in ticks.values())]
     texts = [f'<text x="{_x(math.log1p(tick), half)}" y="29" text-anchor="middle">{label}</text>' for tick, label in labels]
-    texts += [f'<text x="0" y="11">◂ {second} better</text>', f'<text x="{_WIDTH}" y="11" text-anchor="end">worse ▸</text>']
+    texts += [
+        f'<text x="0" y="11">◂ {f"{second} " if second else ""}better</text>',
+        f'<text x="{_WIDTH}" y="11" text-anchor="end">worse ▸</text>',
+    ]
     return _svg(34, f'<g fill="#5b6570" font-size="11.5">{"".join(texts)}</g>')
 
 

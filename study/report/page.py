@@ -40,15 +40,15 @@ def page(
     blocks = [
         *first_screen(analysis, command, price),
         Heading("How the questions were decided"),
-        Paragraph(_RULE.format(model_title(analysis.arms[1]))),
+        Paragraph(_RULE.format(analysis.challengers)),
     ]
-    if analysis.noise_source:
-        blocks.append(Paragraph(f"With noise means here {analysis.noise_source}; without, the same on clean images."))
+    if analysis.noise_sources:
+        blocks.append(Paragraph(f"With noise means here {' and '.join(analysis.noise_sources)}; without, the same on clean images."))
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
     blocks += [*_figures(analysis, figures), *curves, *predictions_section(analysis)]
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
-    blocks += _tuning_section(analysis, analysis.arms)
-    blocks += choices_section(analysis.choices, figures, analysis.stems)
+    blocks += _tuning_section(analysis)
+    blocks += choices_section(analysis.choices, figures)
     blocks += noise_section(analysis, figures)
     blocks += [*attention_section(analysis, figures), *focus_section(analysis), *start_section(analysis)]
     blocks += [Heading("What this does not show"), Items(_limits(analysis))]
@@ -122,26 +122,37 @@ _FIGURES = {"scaling": "test accuracy over model size", "train_loss": "training 
 
 def _scaling_tables(analysis: Analysis) -> list[Block]:
     blocks: list[Block] = []
-    rows: list[list[str]] = []
-    for name, comparison in analysis.comparisons.items():
-        shown = [_quantities(comparison, measure) for measure in _MEASURES]
-        rows += [[name, quantity, *(each.get(quantity, "") for each in shown)] for quantity in shown[0]]
-    header = ["data set", "quantity", "error (95 % interval)", "cross-entropy (95 % interval)"]
-    blocks.append(Table(header, rows, "Lines and contrasts", left=2))
-    rows = [
-        [name, cost, *(_ratio(each.ratios[measure, cost]) if (measure, cost) in each.ratios else "" for measure in _MEASURES)]
-        for name, each in analysis.comparisons.items()
-        for cost in compare.COSTS.values()
-    ]
-    first, second = map(model_title, analysis.arms)
-    header = ["data set", "cost", "at equal error (95 % interval)", "at equal cross-entropy (95 % interval)"]
-    blocks.append(Table(header, rows, f"What {second} costs, as a share of the {first} that is as good", left=2))
-    for name, comparison in analysis.comparisons.items():
-        blocks.append(Items([*_match_sentences(name, comparison), *_secondary(name, comparison)]))
-    if analysis.controls:
-        rows = [[title, relative(estimate), str(pairs)] for title, estimate, pairs in analysis.controls]
+    for pair in analysis.pairs:
+        compared = [each for each in analysis.comparisons if each.arms == pair]
+        if len(analysis.pairs) > 1:
+            blocks.append(Heading(" against ".join(map(model_title, reversed(pair))), 3))
+        blocks += _pair_tables(pair, compared)
+    rows = []
+    for control in analysis.controls:
+        title = f"{' against '.join(map(model_title, reversed(control.arms)))} on {control.subject}"
+        rows.append([title, relative(control.answers[0].estimate), str(control.answers[0].pairs)])
+    if rows:
         blocks.append(Table(["control", "difference in error (95 % interval)", "pairs"], rows, "Other architectures"))
     return blocks
+
+
+def _pair_tables(pair: tuple[str, str], compared: Sequence[ArmComparison]) -> list[Block]:
+    """Lines, contrasts and cost ratios of two arms on all subjects."""
+    rows: list[list[str]] = []
+    for each in compared:
+        shown = [_quantities(each, measure) for measure in _MEASURES]
+        rows += [[each.subject, quantity, *(of.get(quantity, "") for of in shown)] for quantity in shown[0]]
+    header = ["data set", "quantity", "error (95 % interval)", "cross-entropy (95 % interval)"]
+    lines = Table(header, rows, "Lines and contrasts", left=2)
+    rows = [
+        [each.subject, cost, *(_ratio(each.ratios[measure, cost]) if (measure, cost) in each.ratios else "" for measure in _MEASURES)]
+        for each in compared
+        for cost in compare.COSTS.values()
+    ]
+    first, second = map(model_title, pair)
+    header = ["data set", "cost", "at equal error (95 % interval)", "at equal cross-entropy (95 % interval)"]
+    costs = Table(header, rows, f"What {second} costs, as a share of the {first} that is as good", left=2)
+    return [lines, costs, *(Items([*_match_sentences(each.subject, each), *_secondary(each.subject, each)]) for each in compared)]
 
 
 _MEASURES = ("error", "cross-entropy")
@@ -212,15 +223,15 @@ def _secondary(name: str, comparison: ArmComparison) -> list[str]:
     return sentences
 
 
-def _tuning_section(analysis: Analysis, arms: tuple[str, str]) -> list[Block]:
-    """Both arms at several learning rates: would another one turn the comparison round?"""
+def _tuning_section(analysis: Analysis) -> list[Block]:
+    """The arms at several learning rates: would another one turn the comparison round?"""
     blocks: list[Block] = []
     for dataset in dict.fromkeys(part.dataset for part in analysis.subjects):
         rates = [part for part in analysis.subjects if part.dataset == dataset and part.overrides <= {"lr"}]
         if len(rates) < 2:
             continue
         runs = pd.concat([part.table.assign(rate=part.condition or f"lr={protocol_of(dataset).lr}") for part in rates])
-        runs = runs[(runs["status"] == "done") & runs["model"].isin(arms)]
+        runs = runs[(runs["status"] == "done") & runs["model"].isin(analysis.arms)]
         if runs.empty:
             continue
         by_rate = runs.pivot_table(index=["model", "size"], columns="rate", values="val_accuracy")
@@ -231,9 +242,11 @@ def _tuning_section(analysis: Analysis, arms: tuple[str, str]) -> list[Block]:
         blocks.append(Table(["model", *names], rows, f"{dataset}: validation accuracy by learning rate (95 % interval), mean over seeds"))
         best = by_rate.idxmax(axis=1)
         chosen = runs[[best[model, size] == rate for model, size, rate in zip(runs["model"], runs["size"], runs["rate"], strict=True)]]
-        if tuned := compare.compare(chosen, dataset, arms):
-            estimate = relative(tuned.answers[0].estimate)
-            text = f"Each at its own best of these, chosen on the validation split: difference in test error {estimate}."
+        tuned = [found for pair in analysis.pairs if (found := compare.compare(chosen, dataset, pair))]
+        if tuned:
+            several = len(analysis.pairs) > 1
+            changes = [relative(each.answers[0].estimate) + (f" for {model_title(each.arms[1])}" if several else "") for each in tuned]
+            text = f"Each at its own best of these, chosen on the validation split: difference in test error {', '.join(changes)}."
             blocks.append(Paragraph(text))
     return [Heading("Learning rates"), *blocks] if blocks else []
 

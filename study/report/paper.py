@@ -101,10 +101,10 @@ def latex_tables(analysis: Analysis) -> str:
                   for (_, model), cell in part.table.groupby(["parameters", "model"])]  # fmt: skip
     header = ["Data set", "Model", "Parameters", "Seeds", "Test accuracy (%)", "Cross-entropy"]
     first = _latex(header, accuracies, "Test accuracy and cross-entropy: mean and standard deviation over seeds.", "tab:accuracy", "llrrrr")
-    answers = [[answer.subject, answer.question, *_numbers(answer), answer.verdict] for answer in analysis.answers]
-    caption = f"{model_title(analysis.arms[1])} against {model_title(analysis.arms[0])}; negative numbers favour the former."
-    header = ["Data set", "Question", "Difference", "95 % interval", "p (Holm)", "Verdict"]
-    return f"{first}\n\n{_latex(header, answers, caption, 'tab:answers', 'llrrrl')}" if answers else first
+    answers = [[model_title(each.arms[1]), each.subject, each.question, *_numbers(each), each.verdict] for each in analysis.answers]
+    caption = f"Against {model_title(analysis.arms[0])}; negative numbers favour the model in the row."
+    header = ["Model", "Data set", "Question", "Difference", "95 % interval", "p (Holm)", "Verdict"]
+    return f"{first}\n\n{_latex(header, answers, caption, 'tab:answers', 'lllrrrl')}" if answers else first
 
 
 def _accuracy_row(part: Subject, model: str, cell: pd.DataFrame) -> list[str]:

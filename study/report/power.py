@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from diffvit.protocol import ARMS, protocol_of
 from study.grid import GRIDS
 from study.plan import plan_runs
 from study.report import compare, scaling, verdict
-from study.report.analysis import subjects
+from study.report.analysis import pairs_of, subjects
 from study.report.scaling import Cells, Estimate
 from study.table import comparable, run_table
 
@@ -29,15 +30,16 @@ _ASSUMED_ERROR = 0.5
 _NOISE = 1.5
 
 
-def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, arms: tuple[str, str] = ARMS) -> list[dict[str, Any]]:
+def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, arms: Sequence[str] = ARMS) -> list[dict[str, Any]]:
     """For each data set of a grid and each question, the probability of a verdict "better" or "worse", by number of seeds.
 
-    The family is level and trend of each data set, and noise once, of which only the row's own question has an effect.
+    The family is level and trend of each data set, and noise once, for each arm against the first; only the row's own question has an
+    effect. Of several arms, the one whose pairs scatter most counts.
 
     Args:
         difference: relative, of the error: 0.02 is 2 %; for the trend, of what changes from the smallest to the largest size; for noise,
             of the odds of an error.
-        arms: the two architectures that the grid compares.
+        arms: the architectures that the grid compares, the baseline first.
 
     Returns:
         Rows of "dataset", "spread" (standard deviation of a pair's log ratio), "pairs" (that it was measured on; 0: it is assumed),
@@ -45,19 +47,19 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, a
         "power" (seeds -> probability) and "needed" (the fewest seeds that give 80 %; None beyond 50).
 
     Raises:
-        UserError: a difference that is none, or a grid without the two architectures.
+        UserError: a difference that is none, or a grid without the architectures.
     """
     if not 0 < difference < 1:
         raise UserError(f"the difference is {100 * difference:g} %.", "give a percentage above 0 and below 100.")
     specs = [spec for spec in specs if spec.model in arms]
     if not specs:
-        raise UserError("the grid has neither of the two architectures that are compared.", f"name {' or '.join(arms)} in its models.")
+        raise UserError("the grid has none of the architectures that are compared.", f"name {' or '.join(arms)} in its models.")
     measured, piloted = (_errors(checkpoints, some, of) for some, of in ((specs, arms), (GRIDS["pilot"].runs(), ARMS)))
     datasets = list(dict.fromkeys(spec.dataset for spec in specs))
     costs = {dataset: _log_parameters([spec for spec in specs if spec.dataset == dataset], checkpoints) for dataset in datasets}
     questions = {dataset: ["level", *(["trend"] if len(costs[dataset]) > 1 else [])] for dataset in datasets}
     questions[max(datasets, key=lambda dataset: protocol_of(dataset).images[2])].append("noise")
-    family = sum(map(len, questions.values()))
+    family = (len(arms) - 1) * sum(map(len, questions.values()))
     rows = []
     for dataset in datasets:
         cells = measured.get(dataset) or piloted.get(dataset)
@@ -76,12 +78,17 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, a
     return rows
 
 
-def _errors(checkpoints: Path, specs: Sequence[RunSpec], arms: tuple[str, str]) -> dict[str, Cells]:
-    """Data set -> the errors under its condition of reference, where a cell has two seeds."""
+def _errors(checkpoints: Path, specs: Sequence[RunSpec], arms: Sequence[str]) -> dict[str, Cells]:
+    """Data set -> the errors under its condition of reference, where a cell has two seeds; of the pair of arms that scatters most."""
     table, _ = comparable(run_table(checkpoints, specs))
-    compared = {part.dataset: compare.compare(part.table, part.name, arms) for part in subjects(table) if part.base}
-    errors = {dataset: comparison.cells["error"] for dataset, comparison in compared.items() if comparison}
-    return {dataset: cells for dataset, cells in errors.items() if (cells.counts > 1).any()}
+    errors: dict[str, Cells] = {}
+    for part, pair in itertools.product(subjects(table), pairs_of(arms)):
+        if part.base and (comparison := compare.compare(part.table, part.name, pair)):
+            cells = comparison.cells["error"]
+            known = errors.get(part.dataset)
+            if (cells.counts > 1).any() and (known is None or cells.pair_spread() > known.pair_spread()):
+                errors[part.dataset] = cells
+    return errors
 
 
 def assumed_spread(dataset: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from diffvit.protocol import model_title
 from study.report.scaling import Estimate
@@ -103,6 +104,11 @@ def _consequences(answer: Answer) -> list[str]:
 
 def _on_scale(name: str, value: float) -> str:
     return f"{100 * value:+.2f}" if name == "points" else percent(value)
+
+
+def listed(names: Sequence[str]) -> str:
+    """ "A", "A and B", "A, B and C"."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def percent(log_ratio: float) -> str:

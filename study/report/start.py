@@ -23,7 +23,7 @@ _HEADER = (
 MOST_APART = 0.1
 
 
-def start_text(rows: Sequence[Mapping[str, Any]], arms: tuple[str, str] = ARMS) -> str:
+def start_text(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ARMS) -> str:
     """The rows of findings/start.py for a terminal."""
     looked_at = dict.fromkeys(f"{row['dataset']}: {row['images']} images ({row['of']}) of {row['tokens']} tokens" for row in rows)
     return "\n".join([columns([_HEADER, *map(_cells, rows)], range(3, len(_HEADER))), "", *looked_at, *start_gaps(rows, arms)])
@@ -62,15 +62,17 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     return model_title(row["model"]), row["size"], dataset, f"{row['cosine']:.2f}", *of_layers, f"{row['uniform_entropy']:.2f}"
 
 
-def start_gaps(rows: Sequence[Mapping[str, Any]], arms: tuple[str, str] = ARMS) -> list[str]:
-    """How far apart the arms' cosines are at most, and a sentence that names the cells in which that is too far."""
+def start_gaps(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ARMS) -> list[str]:
+    """How far apart the arms' cosines are at most, each from the baseline's, and a sentence that names cells where that is too far."""
     cosines: dict[str, dict[str, float]] = {}
     for row in rows:
         cell = " ".join(filter(None, (row["dataset"], row["size"], overrides_text(row["overrides"]))))
         cosines.setdefault(cell, {})[row["model"]] = row["cosine"]
-    gaps = {cell: abs(of[arms[0]] - of[arms[1]]) for cell, of in cosines.items() if set(arms) <= set(of)}
+    gaps = {(cell, arm): abs(of[arms[0]] - of[arm]) for arm in arms[1:] for cell, of in cosines.items() if {arms[0], arm} <= set(of)}
     if not gaps:
         return []
-    far = ", ".join(f"{cell} ({gap:.2f})" for cell, gap in gaps.items() if gap > MOST_APART)
-    sentence = f"The two arms' cosines differ by at most {max(gaps.values()):.2f}."
+    several = len(arms) > 2
+    names = {(cell, arm): f"{cell}, {model_title(arm)}" if several else cell for cell, arm in gaps}
+    far = ", ".join(f"{names[key]} ({gap:.2f})" for key, gap in gaps.items() if gap > MOST_APART)
+    sentence = f"The {'' if several else 'two '}arms' cosines differ by at most {max(gaps.values()):.2f}."
     return [sentence, *([f"They differ by more than {MOST_APART:g}, so the arms do not start alike, in: {far}."] if far else [])]

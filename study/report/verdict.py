@@ -83,6 +83,11 @@ class Answer:
     with_diverged: Estimate | None = None
 
     @property
+    def key(self) -> tuple[str, str, tuple[str, str]]:
+        """Which question it answers."""
+        return self.question, self.subject, self.arms
+
+    @property
     def alpha(self) -> float:
         """What this look may spend."""
         return alpha_of(self.look)

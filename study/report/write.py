@@ -24,13 +24,13 @@ from study.table import step_table
 
 
 def write_report(
-    checkpoints: Path, table: pd.DataFrame, out: Path, commands: Sequence[str], arms: tuple[str, str] = ARMS, price: float | None = None
+    checkpoints: Path, table: pd.DataFrame, out: Path, commands: Sequence[str], arms: Sequence[str] = ARMS, price: float | None = None
 ) -> list[Path]:
     """Analyse finished runs, draw their figures and write report.html, report.md and looks.json, which counts the looks.
 
     Args:
         table: a run table that is not empty. out: a folder. commands: lines that reproduce its runs.
-        price: dollars an hour of one GPU. arms: the two architectures that are compared, the baseline first.
+        price: dollars an hour of one GPU. arms: the architectures that are compared, the baseline first.
 
     Returns:
         The page in both forms.
@@ -38,10 +38,10 @@ def write_report(
     analysis = analyse(table, checkpoints, arms, looks=out / "looks.json")
     steps = step_table(checkpoints, table)
     figures = draw_figures(table, steps, out / "figures") + _draw_findings(analysis, out / "figures")
-    figures += draw_choices(analysis.choices, out / "figures", analysis.stems)
+    figures += draw_choices(analysis.choices, out / "figures")
     blocks = page(analysis, figures, "\n".join(commands), curves_section(table, steps), price)
     html, markdown = out / "report.html", out / "report.md"
-    write_atomically(html, to_html(blocks, f"{model_title(arms[1])} against {model_title(arms[0])}").encode())
+    write_atomically(html, to_html(blocks, f"{analysis.challengers} against {model_title(arms[0])}").encode())
     write_atomically(markdown, to_markdown(blocks, out).encode())
     return [html, markdown]
 
