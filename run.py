@@ -290,18 +290,19 @@ def report(json_to: Path | None, price: float | None, out: Path | None, **given:
 )
 @options.which_grid("Whose data sets and sizes.", "digits")
 @options.of_grid
+@options.models
 @under("What", option("--difference", type=float, default=2.0, show_default=True, metavar="PERCENT", help="Relative difference in error."))
 @options.json_to
 @options.data_and_ledger
-def power(grid: str, dataset: str | None, epochs: int | None, difference: float, json_to: Path | None, data_root: str | None,
-          checkpoints: Path) -> None:  # fmt: skip
+def power(grid: str, dataset: str | None, epochs: int | None, models: tuple[str, ...], difference: float, json_to: Path | None,
+          data_root: str | None, checkpoints: Path) -> None:  # fmt: skip
     """Say how many seeds it takes to see a difference.
 
     From the spread between the seeds that are finished, or an assumed one.
     """
     from study.report.power import power_rows, power_text
 
-    chosen = find_grid(grid, dataset, data_root)
+    chosen = find_grid(grid, dataset, data_root, models)
     rows = power_rows(checkpoints, chosen.runs(overrides={"epochs": epochs}), difference / 100, chosen.arms)
     put(lambda: power_text(rows, difference / 100), lambda: rows, json_to)
 

@@ -145,13 +145,16 @@ def false_verdicts(chance: np.random.Generator, studies: int) -> list[Row]:
 
 
 def growing_family(chance: np.random.Generator, studies: int) -> list[Row]:
-    """Reports after one data set, after a second one, and after noise, each the first look at its new questions; no effect."""
+    """Reports after one data set, a second one and noise, or after each of four architectures, each the first look; no effect."""
     rows = []
     for name in ("3 seeds", "3 seeds, spread 1:5:1", "3 seeds, spread 1:1:5"):
         first, second, noisy = (FALSE_WORLDS[name].draw(chance, studies) for _ in range(3))
         families = [level_and_trend(first), level_and_trend(second), [{"noise": scaling.level(interaction(first, noisy))}]]
         wrong = [claims(sum(families[:asked], [])).max(axis=0) for asked in (1, 2, 3)]
         rows.append(counted("any false better or worse", f"{name}, reports of 2, 4 and 5 questions", np.max(wrong, axis=0)))
+        families = [level_and_trend(cells) for cells in FALSE_WORLDS[name].draw_arms(4, chance, studies)]
+        wrong = [claims(sum(families[:asked], [])).max(axis=0) for asked in (1, 2, 3, 4)]
+        rows.append(counted("any false better or worse", f"{name}, a report after each of 4 architectures", np.max(wrong, axis=0)))
     return rows
 
 
@@ -176,6 +179,11 @@ def power(chance: np.random.Generator, studies: int) -> list[Row]:
         found = claims(level_and_trend(World(seeds=seeds, level=EFFECT).draw(chance, studies)))[0]
         bar = POWER.get(seeds[0], math.nan) if len(set(seeds)) == 1 else math.nan
         rows.append(counted("power", f"level of -2 %, seeds {','.join(map(str, seeds))}", found, bar, least=True))
+    for seeds, others in itertools.product(((3, 3, 3), (5, 5, 5), (5, 5, 2)), (2, 4)):
+        first, *alike = World(seeds=seeds).draw_arms(others, chance, studies)
+        better = Cells(first.log_costs, [cell + np.asarray([[0.0], [EFFECT]]) for cell in first.logs])
+        found = claims([question for cells in (better, *alike) for question in level_and_trend(cells)])[0]
+        rows.append(counted("power", f"level of -2 % of one of {others} architectures, seeds {','.join(map(str, seeds))}", found))
     cells = World(seeds=(5, 5, 5), level=EFFECT).draw(chance, studies)
     rows.append(counted("power", "level of -2 %, 5 seeds as the second look", claims(level_and_trend(cells), look=2)[0]))
     return rows

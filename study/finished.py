@@ -80,7 +80,7 @@ class FinishedRuns:
 
         table, out = self.table(), out or self.checkpoints / "figures"
         check_writable(out)
-        return draw_figures(table, step_table(self.checkpoints, table), out, self.grids[0].prefix if self.grid else "")
+        return draw_figures(table, step_table(self.checkpoints, table), out, self.grids[0].prefix if self.grid else "", self._arms)
 
     def report(self, out: Path | None = None, price: float | None = None) -> list[Path]:
         """Write the report. Returns the files.

@@ -3,7 +3,8 @@
 A grid is every combination of its models, sizes, data sets, conditions and seeds. Some are built in; others come from a
 small file:
 
-    models: [vit_classic, vit_differential]
+    models: [vit_classic, vit_differential]  # each is compared with the first
+    controls: [vit_differential_v2]          # trained too, without a verdict
     sizes: [small, large]
     datasets: [digits, digits-noisy]
     seeds: 3                                 # how many, or a list of them
@@ -16,8 +17,7 @@ The last three keys may be given for single data sets. Those not named get one s
     overrides: {epochs: 5, digits: {epochs: 8}}
     conditions: {digits: [{}, {lr: 1e-3}]}
 
-The report compares the second model with the first. One of one's own is a file's class (docs/own-idea.md), its path relative to the grid
-file:
+An architecture of one's own is a file's class (docs/own-idea.md), its path relative to the grid file:
 
     models: [vit_classic, ideas/my_attention.py:MyAttention]
 
@@ -31,6 +31,7 @@ What a file says is used or refused. Refused are duplicate names and runs, missi
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import re
 import tomllib
@@ -48,6 +49,7 @@ from study.text import short_model
 
 _ONE_SEED = (0,)
 _MOST_RUNS = 10_000
+_LONGEST_NAME = 80
 _ONE_CONDITION: tuple[Mapping[str, Any], ...] = ({},)
 
 
@@ -81,15 +83,18 @@ class Grid:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The models that are compared, the baseline first; of a grid with one model, which has nothing to compare, the study's own."""
-        return tuple(map(resolve_model, self.models)) if len(self.models) > 1 else ARMS
+        """The models that are compared, the baseline first; one alone is compared with what other grids trained of the study's own."""
+        models = tuple(map(resolve_model, self.models))
+        return models if len(models) > 1 else ARMS if models[0] in ARMS else (ARMS[0], *models)
 
     def with_models(self, models: Sequence[str]) -> Grid:
         """This grid with other models, and a name of its own. Raises UserError for an unknown one."""
         chosen = tuple(map(resolve_model, models))
-        if chosen == self.trained:
+        if chosen == tuple(map(resolve_model, self.models)) and not self.controls:
             return self
         name = "-".join([self.name, *map(short_model, chosen)])
+        if len(name) > _LONGEST_NAME:  # figures and tables have it in their files' names
+            name = f"{self.name}-{len(chosen)}-models-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
         return dataclasses.replace(self, name=name, models=chosen, controls=(), prefix=f"{name}_")
 
     def runs(self, precision: str = "fp32", seeds: int | None = None, overrides: Mapping[str, Any] | None = None,
@@ -286,11 +291,17 @@ def read_grid(path: Path, data_root: str | None = None) -> Grid:
     content = _read(path)
     content["datasets"] = _known(path, _datasets(content), data_root)
     name = path.stem if path.stem not in GRIDS else f"{path.stem}-file"
+    models = _models(path, content, "models") if "models" in content else ARMS
+    controls = _models(path, content, "controls") if content.get("controls") else ()
+    if controls and len(models) < 2:
+        raise UserError(f"{path} has controls, but only one of its models is compared.", "give at least two models, the baseline first.")
+    if both := set(models) & set(controls):
+        raise UserError(f"{path} has {sorted(both)[0]} in models and in controls.", "take it out of one of them.")
     return Grid(
         name,
         datasets=_names(path, content, "datasets"),
-        models=_models(path, content, "models") if "models" in content else ARMS,
-        controls=_models(path, content, "controls") if "controls" in content else (),
+        models=models,
+        controls=controls,
         sizes=_names(path, content, "sizes") if "sizes" in content else None,
         seeds=_per_dataset(path, content, "seeds", 1, _seeds),
         overrides=_all_overrides(path, content),

@@ -79,7 +79,7 @@ def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
     try:
         from study.report.figures import draw_figures
 
-        draw_figures(table, step_table(options.checkpoints, table), out, options.grid.prefix)
+        draw_figures(table, step_table(options.checkpoints, table), out, options.grid.prefix, options.grid.arms)
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         say(f"error: the figures could not be drawn: {reason}\nhint: the same command draws them again: {options.command}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -122,17 +122,23 @@ def conditions(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def comparable(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def comparable(table: pd.DataFrame, arms: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
     """The runs of a table that may be compared, and a phrase for those that may not.
 
     Runs of one cell in several precisions, or on several versions of the data, would be counted as pairs of each other: of each data set
-    only the kind that has most runs is kept.
+    only the kind that has most runs of the arms is kept; where it has none of theirs, most runs.
     """
     kinds = pd.Series(list(zip(table["precision"].map(str), table["fingerprint"].map(str), strict=True)), index=table.index, dtype=object)
-    most = {dataset: of_dataset.value_counts().index[0] for dataset, of_dataset in kinds.groupby(table["dataset"])}
+    most = {dataset: of_arms(kinds[runs.index], runs, arms).value_counts().index[0] for dataset, runs in table.groupby("dataset")}
     keep = kinds == table["dataset"].map(most)
     left = table[~keep].groupby(["dataset", "precision", "fingerprint"]).size()
     return table[keep], [f"{count} runs of {dataset} in {precision} on data {data}" for (dataset, precision, data), count in left.items()]
+
+
+def of_arms(values: pd.Series, runs: pd.DataFrame, arms: Sequence[str]) -> pd.Series:
+    """What the arms' runs have of some values, so that controls decide nothing; of a table without a run of theirs, all values."""
+    theirs = values[runs["model"].isin(arms)].dropna()
+    return theirs if len(theirs) else values
 
 
 def effective_overrides(dataset: str, overrides: str | None) -> list[str]:

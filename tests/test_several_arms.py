@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 from tables import study_table
 
+from diffvit.errors import UserError
 from diffvit.protocol import ARMS
 from study.grid import find_grid
 from study.report.analysis import Analysis, analyse
 from study.report.document import Heading, Table, to_html, to_markdown
 from study.report.first import first_screen
+from study.report.noise_figures import in_common
 from study.report.page import page
 from study.report.paper import latex_tables
 from study.report.power import power_rows
@@ -58,7 +60,7 @@ def test_noise_is_asked_once_for_each_arm_and_looks_are_counted_apart(tmp_path: 
     looks = tmp_path / "looks.json"
     analysis = reported(table, looks=looks)
     assert [answer.arms[1] for answer in analysis.answers if answer.question == "noise"] == list(ARMS_OF_THREE[1:])
-    assert len(analysis.noise_sources) == 1 and {answer.questions for answer in analysis.answers} == {6}
+    assert len(set(analysis.noise_sources.values())) == 1 and {answer.questions for answer in analysis.answers} == {6}
     # The same two arms alone were asked this before: no new look.
     assert [answer.look for answer in reported(table, ARMS, looks=looks).answers] == [1, 1, 1]
 
@@ -80,7 +82,7 @@ def test_the_page_names_whom_it_means_everywhere(tmp_path: Path) -> None:
     assert " for Differential ViT, " in text.partition("Each at its own best")[2].partition("\n")[0]
     titles = [block.text for block in blocks if isinstance(block, Heading)]
     assert {"Differential ViT against Classic ViT", f"{MINE} against Classic ViT"} <= set(titles)
-    (controls,) = [block for block in blocks if isinstance(block, Table) and block.caption == "Other architectures"]
+    (controls,) = [block for block in blocks if isinstance(block, Table) and (block.caption or "").startswith("Controls")]
     assert [row[0].partition(" on ")[0] for row in controls.rows] == ["Classic ViT, wide heads against Classic ViT"] * 4
     assert sorted(curve.figure for curve in analysis.choices) == [f"CIFAR-100_{MINE}_choices", "CIFAR-100_choices"]
     assert to_html(blocks, "report") and latex_tables(analysis).count(MINE) >= 2 + 3
@@ -99,3 +101,74 @@ def test_power_counts_the_questions_of_all_arms(tmp_path: Path) -> None:
     two, three = (power_rows(tmp_path, find_grid("digits", models=models).runs(), 0.02, models)
                   for models in (ARMS, (*ARMS, "vit_differential_v2")))  # fmt: skip
     assert three[0]["questions"] == 2 * two[0]["questions"] and three[0]["power"][5] < two[0]["power"][5]
+
+
+def test_controls_decide_nothing_about_the_arms(tmp_path: Path) -> None:
+    """More controls than arms, in another precision, on other test images, and under a plainer protocol."""
+    table = study_table(level=-0.1)
+    controls = pd.concat([table[table["model"] == ARMS[0]].replace({"model": {ARMS[0]: f"vit_{number}"}}) for number in range(5)])
+    controls["run_id"] += controls["model"]
+    expected = [answer.estimate for answer in reported(table, ARMS).answers]
+    for odd in ({"precision": "fp32"}, {"test_images": 9000}, {"fingerprint": "other"}):
+        assert [
+            answer.estimate for answer in reported(pd.concat([table, controls.assign(**odd)], ignore_index=True), ARMS).answers
+        ] == expected
+    trial = pd.concat([table.assign(overrides="lr=0.001"), controls], ignore_index=True)
+    assert [answer.subject for answer in reported(trial, ARMS).answers] == ["CIFAR-100 (lr=0.001)"] * 2
+
+
+def test_an_arm_without_runs_is_named_and_draws_nothing(tmp_path: Path) -> None:
+    rates = [study_table(overrides=f"lr={rate}", seed=seed) for seed, rate in enumerate((0.001, 0.003))]
+    noisy = study_table(overrides="input_noise=0.1", seed=5)
+    table = pd.concat([study_table(), noisy, *rates], ignore_index=True).assign(val_accuracy=0.5)
+    analysis = reported(table)
+    _, _, findings, _ = first_screen(analysis, "")
+    open_rows = {row.question: row.verdict for row in findings.rows if row.verdict in ("no answer", "not measured")}
+    assert open_rows == {"CIFAR-100": "no answer", f"Does {MINE} lose less by noise?": "not measured"}
+    assert [curve.arms[1] for curve in analysis.choices] == [ARMS[1]]
+    text = to_markdown(page(analysis, [], ""), tmp_path)
+    assert f"### {MINE} against" not in text and "for Differential ViT, CIFAR-100 (input_noise=0.1): trained on noisy" in text
+
+
+def test_a_control_that_diverged_is_not_silent(tmp_path: Path) -> None:
+    table = of_three()
+    table.loc[(table["model"] == MINE) & (table["seed"] > 0), "status"] = "diverged"
+    text = to_markdown(page(reported(table, ARMS), [], ""), tmp_path)
+    assert f"| {MINE} against Classic ViT on CIFAR-100 | " in text and f"{MINE}: 6 of 9" in text
+
+
+@pytest.mark.parametrize(
+    ("models", "controls", "said"),
+    [
+        ("[classic]", "[differential]", "only one of its models"),
+        ("[classic, differential]", "[vit_differential]", "in models and in controls"),
+    ],
+)
+def test_controls_that_cannot_be_are_refused(tmp_path: Path, models: str, controls: str, said: str) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text(f"models: {models}\ncontrols: {controls}\ndatasets: [digits]\n")
+    with pytest.raises(UserError, match=said):
+        find_grid(str(path))
+    path.write_text(f"models: {models}\ncontrols: []\ndatasets: [digits]\n")
+    assert find_grid(str(path)).arms == ARMS
+
+
+def test_model_makes_arms_of_controls_and_one_alone_is_compared_with_the_baseline() -> None:
+    everything = find_grid("controls").trained
+    assert find_grid("controls", models=everything).arms == everything
+    assert find_grid("digits", models=["vit_differential_v2"]).arms == (ARMS[0], "vit_differential_v2")
+    assert find_grid("digits", models=["differential"]).arms == ARMS
+    assert len(find_grid("controls", models=[*everything[::-1]]).prefix) < 100
+
+
+def test_the_same_two_the_other_way_round_are_the_same_question(tmp_path: Path) -> None:
+    few, looks = of_three()[lambda runs: runs["seed"] < 2], tmp_path / "looks.json"
+    assert [answer.look for answer in reported(few, (ARMS[0], MINE), looks=looks).answers] == [1, 1]
+    assert [answer.look for answer in reported(of_three(), (MINE, ARMS[0]), looks=looks).answers] == [2, 2]
+
+
+def test_the_noise_figure_leaves_out_who_shares_nothing() -> None:
+    runs = of_three()
+    runs.loc[runs["model"] == MINE, "seed"] += 3
+    assert set(in_common(runs)["model"]) == set(ARMS) and len(in_common(runs)) == 18 and len(in_common(of_three())) == 27
+    assert in_common(runs.iloc[:0]).empty

@@ -93,7 +93,7 @@ def test_noise_that_hurts_one_arm_more_is_found() -> None:
     assert noise.verdict == "better" and noise.scales["log error"].value == pytest.approx(-0.1, abs=0.02)
     assert (
         "Differential ViT loses less by noise than Classic ViT" in sentences.sentence(noise)
-        and "trained on noisy images" in analysis.noise_sources[0]
+        and "trained on noisy images" in analysis.noise_sources[ARMS]
     )
     # The noisy condition is no question of its own: it is in the one above.
     assert [answer.question for answer in analysis.answers] == ["level", "trend", "noise"]
@@ -182,7 +182,7 @@ def test_without_a_plain_condition_the_first_one_answers() -> None:
 
 def test_false_labels_never_become_the_question_about_noise() -> None:
     analysis = analyse(pd.concat([study_table(), study_table(overrides="label_noise=0.4", seed=1)], ignore_index=True), None)
-    assert [answer.question for answer in analysis.answers] == ["level", "trend"] and analysis.noise_sources == []
+    assert [answer.question for answer in analysis.answers] == ["level", "trend"] and analysis.noise_sources == {}
     assert [what for what, _ in analysis.other_noise] == ["CIFAR-100 (label_noise=0.4): false training labels"]
 
 
@@ -192,9 +192,9 @@ def test_noise_is_compared_with_a_base_that_differs_in_nothing_else() -> None:
     analysis = analyse(pd.concat([heads, blurred, labels], ignore_index=True), None)
     assert [answer.question for answer in analysis.answers] == ["level", "trend"] and not analysis.other_noise
     both = study_table(overrides="heads=16 input_noise=0.1", seed=1)
-    assert "trained on noisy images" in analyse(pd.concat([heads, both, labels], ignore_index=True), None).noise_sources[0]
+    assert "trained on noisy images" in analyse(pd.concat([heads, both, labels], ignore_index=True), None).noise_sources[ARMS]
     weaker, stronger = (study_table(overrides=f"input_noise={noise}", spread=0.004) for noise in (0.05, 0.1))
-    assert analyse(pd.concat([weaker, stronger], ignore_index=True), None).noise_sources == []
+    assert analyse(pd.concat([weaker, stronger], ignore_index=True), None).noise_sources == {}
 
 
 def test_conditions_are_told_apart_and_the_plain_one_is_the_base() -> None:
@@ -269,7 +269,7 @@ def test_what_is_compared_with_noise_does_not_depend_on_how_its_runs_ended() -> 
     blurred = _diverge(blurred, blurred["model"] == "vit_differential")
     analysis = analyse(pd.concat([clean, blurred, twin], ignore_index=True), None)
     noise, text = analysis.answers[-1], sentences.sentence(analysis.answers[-1])
-    assert "trained on noisy images" in analysis.noise_sources[0] and noise.verdict == "no verdict" and "nan" not in text
+    assert "trained on noisy images" in analysis.noise_sources[ARMS] and noise.verdict == "no verdict" and "nan" not in text
     assert "cannot be said (no pair of runs has finished both with noise and without); diverged: 0 of 18 runs of Classic" in text
     assert "9 of 18 runs of Differential ViT" in text and "With diverged runs counted at chance level: +" in text
     assert analysis.other_noise[0][1].verdict == "" and analysis.other_noise[0][0].startswith("digits-noisy") and page(analysis, [], "")

@@ -96,7 +96,7 @@ of_grid = options(grid_dataset, under("What", _override_options["--epochs"]))
 models = under(
     "What",
     option("--model", "models", type=MODEL, multiple=True, metavar=MODEL_OR_FILE,
-           help="An architecture in place of the grid's, once for each; the second is compared with the first."),
+           help="An architecture in place of the grid's, once for each; every further one is compared with the first."),
 )  # fmt: skip
 seeds = under("What", option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1 for every cell. [default: 1]"))
 

@@ -62,15 +62,20 @@ class Subject:
         return bool(own) and without_noise and set(self.condition.split()) - own == set(base.condition.split())
 
 
-def subjects(table: pd.DataFrame) -> list[Subject]:
-    """The data sets and conditions of a run table, each data set's base first: the plain condition, or the one of fewest overrides."""
+def subjects(table: pd.DataFrame, arms: Sequence[str] = ARMS) -> list[Subject]:
+    """The data sets and conditions of a run table, by number of overrides.
+
+    Each data set's base is the plain condition, or the one of fewest overrides, that has a run of the arms.
+    """
     groups = table.groupby(["dataset", pd.Series(conditions(table), index=table.index)], sort=False)
     order = list(dict.fromkeys(table["dataset"]))
+    with_arms = set(table[table["model"].isin(arms)]["dataset"])
     found: list[Subject] = []
     for (dataset, condition), runs in sorted(groups, key=lambda item: (order.index(item[0][0]), len(item[0][1].split()), item[0][1])):
         overrides = all_overrides(runs[:1])[0]
         name = f"{dataset} ({overrides_title(dataset, overrides)})" if overrides else str(dataset)
-        base = not any(part.dataset == dataset for part in found)
+        asked = dataset not in with_arms or bool(runs["model"].isin(arms).any())
+        base = asked and not any(part.dataset == dataset and part.base for part in found)
         found.append(Subject(name, file_stem(str(dataset), overrides), dataset, condition, runs, base))
     return found
 
@@ -81,7 +86,7 @@ class Analysis:
 
     Attributes:
         comparisons: of each subject, of each pair of arms. answers: the family, with verdicts.
-        noise_sources: what the answers about noise compare. other_noise: (what is compared, answer) for the exploratory ones.
+        noise_sources: what each pair's answer about noise compares. other_noise: (what is compared, answer) for the exploratory ones.
         controls: of other architectures with the baseline. findings: run_id -> what `evaluate` found.
         left_out: runs that enter no comparison, a phrase each. choices: the specification curves.
         arms: the architectures that are compared, the baseline first.
@@ -91,7 +96,7 @@ class Analysis:
     subjects: list[Subject]
     comparisons: list[ArmComparison]
     answers: list[Answer]
-    noise_sources: list[str]
+    noise_sources: dict[tuple[str, str], str]
     other_noise: list[tuple[str, Answer]]
     controls: list[ArmComparison]
     findings: dict[str, dict[str, Any]]
@@ -124,15 +129,15 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: Sequence[str] =
         looks: the file that counts the looks at each question; None: this is the first one.
     """
     whole = table.groupby([table["dataset"], pd.Series(all_overrides(table), index=table.index)])
-    table, left_out = comparable(table)
+    table, left_out = comparable(table, arms)
     table = with_predictions(table, checkpoints)
     findings, more_left_out = _findings(table, checkpoints)
     left_out += more_left_out
     corrupted = pd.DataFrame([_errors_found(findings.get(run_id, {})) for run_id in table["run_id"]], table.index, _FOUND)
     table = pd.concat([table, corrupted], axis=1)
     parts = []
-    for part in subjects(table):
-        kept, phrases = same_images(part.table)
+    for part in subjects(table, arms):
+        kept, phrases = same_images(part.table, arms)
         parts.append(dataclasses.replace(part, table=kept, whole=whole.get_group((part.dataset, all_overrides(kept[:1])[0]))))
         left_out += [f"{part.name}: {phrase}" for phrase in [*phrases, *compare.left_out(kept, arms), *losses_left_out(kept)]]
     wrong_of = (lambda run: wrong_answers(checkpoints, run)) if checkpoints else None
@@ -150,7 +155,7 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: Sequence[str] =
     choices = [curve for pair in pairs for curve in specification_curves(parts, comparisons, pair)]
     return Analysis(
         table, parts, comparisons, with_choices(decided, parts, choices),
-        noise_sources=list(dict.fromkeys(asked[0].what for asked in noise.values() if asked)),
+        noise_sources={pair: asked[0].what for pair, asked in noise.items() if asked},
         other_noise=[each for each in more if each[1].pairs],
         controls=_compare(parts, [(arms[0], model) for model in others]),
         findings=findings, left_out=left_out, choices=choices, arms=tuple(arms),

@@ -9,6 +9,7 @@ import pandas as pd
 
 from diffvit.protocol import LIKE_CLASSIC, model_title
 from study.report.verdict import DIVERGED, Answer, decide
+from study.table import of_arms
 
 # An answer's key -> the tables of all runs that it rests on
 TablesOfAnswers = Mapping[tuple[str, str, tuple[str, str]], Sequence[pd.DataFrame]]
@@ -71,6 +72,16 @@ def with_remarks(answers: Sequence[Answer], tables: TablesOfAnswers) -> list[Ans
     return told
 
 
+def diverged(table: pd.DataFrame, arms: Sequence[str]) -> str:
+    """ "Differential ViT: 2 of 9", for the arms of which any run diverged."""
+    counts = []
+    for arm in arms:
+        statuses = table[table["model"] == arm]["status"]
+        if dead := int((statuses == "diverged").sum()):
+            counts.append(f"{model_title(arm)}: {dead} of {len(statuses)}")
+    return ", ".join(counts)
+
+
 def _diverged(table: pd.DataFrame, arms: tuple[str, str]) -> str:
     runs = [table[table["model"] == arm] for arm in arms]
     if not any((of_arm["status"] == "diverged").any() for of_arm in runs):
@@ -98,12 +109,11 @@ def _arms_differ(table: pd.DataFrame, arms: tuple[str, str]) -> str:
     return "; ".join(phrases)
 
 
-def same_images(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """The runs that were tested on as many images as most, with those that diverged; and a phrase for the others."""
-    counts = table["test_images"].dropna()
-    if counts.nunique() < 2:
+def same_images(table: pd.DataFrame, arms: Sequence[str]) -> tuple[pd.DataFrame, list[str]]:
+    """The runs that were tested on as many images as most of the arms', with those that diverged; and a phrase for the others."""
+    if table["test_images"].nunique() < 2:
         return table, []
-    usual = counts.mode().max()
+    usual = of_arms(table["test_images"], table, arms).mode().max()
     other = table["test_images"].notna() & (table["test_images"] != usual)
     return table[~other], [f"{int(other.sum())} runs that were not tested on {int(usual):,} images as most were"]
 

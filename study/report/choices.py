@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from diffvit.ledger.spec import parse_overrides
 from diffvit.protocol import ARMS, model_title, protocol_of
+from study.report.caveats import diverged
 from study.report.compare import ArmComparison
 from study.report.document import Block, Figures, Heading, Paragraph, Table
 from study.report.scaling import Estimate
@@ -103,23 +104,15 @@ def specification_curves(parts: Sequence[Subject], comparisons: Sequence[ArmComp
                 at_equal = {"parameters": comparison.answers[0].estimate, "FLOPs": comparison.equal_costs.get("FLOPs")}
             usual_choices = not any(all_overrides(part.table))
             specs += [Specification({**chosen, "compared at equal": cost}, level, usual_choices and cost == "parameters",
-                                    _diverged(part, arms))
+                                    diverged(part.table, arms))
                       for cost, level in at_equal.items() if level]  # fmt: skip
         specs.sort(key=lambda each: (math.isnan(each.level.value), float(each.level.value)))
+        if not any(each.level.known or each.diverged or not math.isnan(each.level.value) for each in specs):
+            continue  # of an arm without runs
         of_arm = "" if arms[1] == ARMS[1] else f"_{arms[1]}"
         stem = next(part.stem for part in parts if part.base and part.dataset == dataset)
         found.append(SpecificationCurve(dataset, arms, f"{stem}{of_arm}_choices", specs))
     return found
-
-
-def _diverged(part: Subject, arms: tuple[str, str]) -> str:
-    """ "Differential ViT: 2 of 9", for the arms of which any run diverged."""
-    counts = []
-    for arm in arms:
-        statuses = part.table[part.table["model"] == arm]["status"]
-        if dead := int((statuses == "diverged").sum()):
-            counts.append(f"{model_title(arm)}: {dead} of {len(statuses)}")
-    return ", ".join(counts)
 
 
 def _text(value: Any) -> str:
@@ -131,7 +124,9 @@ def curve_sentence(curve: SpecificationCurve) -> str:
     specs, values = curve.specs, curve.levels
     lower, higher = sum(value < 0 for value in values), sum(value > 0 for value in values)
     kinds = [each.kind for each in specs]
-    if not any(each.level.known for each in specs):
+    if not values:
+        significant = "no two finished runs can be compared"
+    elif not any(each.level.known for each in specs):
         significant = "with one seed, none has an interval"
     else:
         words = [f"{kinds.count(kind) or 'never'} significantly {kind}" for kind in ("lower", "higher")]
@@ -169,13 +164,14 @@ def choices_section(curves: Sequence[SpecificationCurve], figures: Sequence[Path
     blocks: list[Block] = []
     for curve in curves:
         names = list(curve.specs[0].chosen)
-        alt = f"specification curve on {curve.dataset}"
+        arm = model_title(curve.arms[1])
+        alt = f"{arm} against {model_title(curve.arms[0])}: specification curve on {curve.dataset}"
         drawn = [(path, alt) for path in figures if path.name == f"{curve.figure}.png"]
         rows = [[*each.chosen.values(), "nothing to compare" if math.isnan(each.level.value) else relative(each.level),
                  "the protocol" if each.protocol else "", each.diverged] for each in curve.specs]  # fmt: skip
         blocks += [Paragraph(f"{curve.dataset}: {curve_sentence(curve)}"), *([Figures(drawn)] if drawn else [])]
-        caption = f"{curve.dataset}: every combination, lowest first"
-        blocks.append(Table([*names, f"difference in test error, {model_title(curve.arms[1])}", "", "diverged"], rows, caption))
+        caption = f"{curve.dataset}, {arm}: every combination, lowest first"
+        blocks.append(Table([*names, "difference in test error", "", "diverged"], rows, caption))
     text = (
         "Each choice of ours could have been another one. Below are all combinations that were trained, each with its own 95 % interval, "
         "which no correction widens: the verdict above stays the one that was fixed beforehand."

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from diffvit.ledger.spec import overrides_title, parse_overrides
-from diffvit.protocol import ARMS, MODELS, images_in_steps, in_order, model_title, protocol_of
+from diffvit.protocol import ARMS, images_in_steps, in_order, model_title, protocol_of
 from study.report import curves, scaling
 from study.table import all_overrides, comparable, file_stem
 from study.text import short_model
@@ -42,22 +43,22 @@ _MODEL_STYLES: dict[str, dict[str, Any]] = {
     "vit_differential_v2": {"color": "#9C3432", "marker": "v", "linestyle": (0, (2, 1))},
 }
 # Of the user's own architectures, one by the hash in its name.
-_OWN_STYLES: list[dict[str, Any]] = [
-    {"color": "#6B7A89", "marker": "D", "linestyle": ":"},
-    {"color": "#B58900", "marker": "X", "linestyle": (0, (4, 1, 1, 1))},
-    {"color": "#5C8A3A", "marker": "*", "linestyle": (0, (3, 1))},
-    {"color": "#C2185B", "marker": "h", "linestyle": (0, (1, 2))},
-]
+# Own architectures: of each list, the entry that the hash in their name chooses, so that few of them look alike.
+_OWN_STYLES: dict[str, list[Any]] = {
+    "color": ["#6B7A89", "#B58900", "#5C8A3A", "#C2185B", "#0E8A8A"],
+    "marker": ["D", "X", "*", "h", "P", "v", "<"],
+    "linestyle": [":", (0, (4, 1, 1, 1)), (0, (3, 1))],
+}
 LOSSES = {"train_loss": "training", "val_loss": "validation"}
 
 
-def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path, prefix: str = "") -> list[Path]:
+def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path, prefix: str = "", arms: Sequence[str] = ARMS) -> list[Path]:
     """All figures of all data sets in the tables.
 
     Args:
         runs: a run table, steps: its step table (see table.py).
         out: folder for {data set}_{what}.png and .svg, or {data set}_{overrides}_{what} (see file_stem in table.py); created if missing.
-        prefix: what their names begin with.
+        prefix: what their names begin with. arms: the architectures that are compared, the baseline first.
 
     Returns:
         The files written.
@@ -77,7 +78,7 @@ def draw_figures(runs: pd.DataFrame, steps: pd.DataFrame, out: Path, prefix: str
                     have_accuracy.append(model)
                     figures[f"{model}_scaling"] = scaling_figure(of_model, of_dataset, overrides)
             if len(have_accuracy) > 1:
-                figures["scaling_overlay"] = scaling_figure(of_dataset, overrides=overrides)
+                figures["scaling_overlay"] = scaling_figure(of_dataset, overrides=overrides, arms=arms)
             for name, figure in figures.items():
                 written += save(figure, out / f"{prefix}{file_stem(str(dataset), str(overrides))}_{name}")
     return written
@@ -126,14 +127,14 @@ def loss_figure(runs: pd.DataFrame, steps: pd.DataFrame, loss: str, overrides: s
     return figure
 
 
-def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, overrides: str = "") -> Figure:
+def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, overrides: str = "", arms: Sequence[str] = ARMS) -> Figure:
     """Test accuracy in % over model size in millions of parameters, a line an architecture, with 95 % Wilson intervals.
 
     Runs that diverged have no accuracy and are named in the caption.
 
     Args:
         scale_like: runs whose accuracies set the vertical range, so that two figures can be compared.
-        overrides: a second line of the title.
+        overrides: a second line of the title. arms: the architectures that are compared, the baseline first.
     """
     dataset = runs["dataset"].iloc[0]
     diverged = runs[runs["status"] == "diverged"]
@@ -175,21 +176,20 @@ def scaling_figure(runs: pd.DataFrame, scale_like: pd.DataFrame | None = None, o
     if len(diverged):
         named = ", ".join(f"{model_title(run.model)} {millions(run.parameters)} seed {run.seed}" for run in diverged.itertuples())
         caption += f"\ndiverged, and so without an accuracy: {named}"
-    add_caption(figure, (_draw_match(axes, runs) if several else "") + caption)
+    add_caption(figure, (_draw_match(axes, runs, arms) if several else "") + caption)
     return figure
 
 
-def _draw_match(axes: Axes, runs: pd.DataFrame) -> str:
-    """An arrow from the size that the first architecture would need to another one of the same error, and what it means.
+def _draw_match(axes: Axes, runs: pd.DataFrame, arms: Sequence[str]) -> str:
+    """An arrow from the size that the baseline would need to an arm of the same error, and what it means.
 
-    Of the first other one, not a control, that has a size with one within the measured range, the size nearest the middle; "" for none.
+    Of the first arm that has a size with one within the measured range, the size nearest the middle; "" for none.
     """
-    runs, _ = comparable(runs)
-    baseline, *others = in_order(runs["model"])
-    for other in (model for model in others if model in ARMS or model not in MODELS):
-        pairs = scaling.pair_table(*(runs[runs["model"] == arm] for arm in (baseline, other)))
+    runs, _ = comparable(runs, arms)
+    for arm in arms[1:]:
+        pairs = scaling.pair_table(*(runs[runs["model"] == model] for model in (arms[0], arm)))
         cells = scaling.cells_of(pairs) if len(pairs) else None
-        if text := _draw_arrow(axes, cells, (baseline, other)) if cells is not None and len(cells.logs) > 1 else "":
+        if text := _draw_arrow(axes, cells, (arms[0], arm)) if cells is not None and len(cells.logs) > 1 else "":
             return text
     return ""
 
@@ -309,4 +309,5 @@ def millions(parameters: float) -> str:
 
 def model_style(model: str) -> dict[str, Any]:
     """Colour, marker and line of an architecture."""
-    return dict(_MODEL_STYLES.get(model) or _OWN_STYLES[zlib.crc32(model.encode()) % len(_OWN_STYLES)])
+    chosen = zlib.crc32(model.encode())
+    return dict(_MODEL_STYLES.get(model) or {name: values[chosen % len(values)] for name, values in _OWN_STYLES.items()})

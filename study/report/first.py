@@ -42,9 +42,11 @@ def first_screen(analysis: Analysis, command: str, price: float | None = None) -
     for part, pair in itertools.product(analysis.subjects, analysis.pairs):
         if part.base and (part.name, pair) not in compared:
             rows.append(Finding("open", OPEN, "no answer", part.name, _nothing_to_compare(part, pair)))
-    if not any(answer.question == "noise" for answer in analysis.answers):
-        text = "Whether noise changes the difference has not been measured here."
-        rows.append(Finding("open", OPEN, "not measured", _QUESTIONS["noise"].capitalize(), text))
+    for pair in analysis.pairs:
+        if pair not in analysis.noise_sources:
+            asked = _OF_SEVERAL["noise"].format(model_title(pair[1])) if several else _QUESTIONS["noise"]
+            text = "Whether noise changes the difference has not been measured here."
+            rows.append(Finding("open", OPEN, "not measured", asked[0].upper() + asked[1:], text))
     axis = axis_picture(half, "" if several else analysis.challengers) if analysis.answers else ""
     return [Heading(title, 1), _facts(analysis.table, command, price), Findings(rows, axis, _KEY), Contents()]
 

@@ -34,10 +34,10 @@ def count_looks(path: Path, answers: Sequence[Answer]) -> list[Answer]:
             counted.append(answer)
             continue
         # What "with noise" means may change from report to report; that is another look at the same question.
-        name = "noise" if answer.question == "noise" else f"{answer.question} on {answer.subject}"
-        if answer.arms != ARMS:  # another architecture, or another version of one, is another question
-            name += f" of {' and '.join(answer.arms)}"
-        of_question = looks.setdefault(name, [])
+        question = "noise" if answer.question == "noise" else f"{answer.question} on {answer.subject}"
+        # Another architecture, or another version of one, is another question; the same two the other way round are not.
+        names = [question if arms == ARMS else f"{question} of {' and '.join(arms)}" for arms in (answer.arms, answer.arms[::-1])]
+        of_question = looks.setdefault(next((name for name in names if name in looks), names[0]), [])
         runs = hashlib.sha256(" ".join(sorted(answer.runs)).encode()).hexdigest()[:16]
         if runs not in [look["runs"] for look in of_question]:
             of_question.append({"runs": runs, "pairs": answer.pairs, "seeds": answer.seeds})

@@ -29,10 +29,8 @@ def noise_figure(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any]], 
     """
     figure = Figure(figsize=(8.4, 5.6), layout="constrained")
     panels = figure.subplots(2, 3, sharey=True).ravel()
-    runs = runs[runs["run_id"].isin(list(findings))]
-    # Means over other sizes or seeds would compare those.
+    runs = in_common(runs[runs["run_id"].isin(list(findings))])
     models = runs["model"].nunique()
-    runs = runs[runs.groupby(["size", "seed"])["model"].transform("nunique") == models]
     for axes, corruption in zip(panels, CORRUPTIONS, strict=False):
         for place, (model, of_model) in enumerate(runs.groupby("model", sort=False)):
             curves = pd.DataFrame([_errors(findings[run_id], corruption) for run_id in of_model["run_id"]], of_model["seed"])
@@ -54,6 +52,19 @@ def noise_figure(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any]], 
     bars_are = "1 seed, so no bars" if seeds == 1 else f"bars: ± 1 standard deviation over {seeds} seeds"
     add_caption(figure, f"{f'mean over {sizes} sizes' if sizes > 1 else '1 size'}; {bars_are}; CIFAR-C's constants")
     return figure
+
+
+def in_common(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of sizes and seeds that all architectures have, since means over others would compare those.
+
+    An architecture that shares none with the one that has most runs is left out.
+    """
+    cells = {model: set(zip(of_model["size"], of_model["seed"], strict=True)) for model, of_model in runs.groupby("model", sort=False)}
+    most = max(cells.values(), key=len, default=set())
+    kept = {model: own for model, own in cells.items() if own & most}
+    shared = set.intersection(most, *kept.values())
+    is_shared = [cell in shared for cell in zip(runs["size"], runs["seed"], strict=True)]
+    return runs[runs["model"].isin(list(kept)) & np.asarray(is_shared, dtype=bool)]
 
 
 def _errors(found: Mapping[str, Any], corruption: str) -> list[float]:

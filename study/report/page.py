@@ -11,7 +11,7 @@ import pandas as pd
 from diffvit.protocol import in_order, model_title, protocol_of
 from study.report import compare, scaling, verdict
 from study.report.analysis import Analysis
-from study.report.caveats import equal_parameters
+from study.report.caveats import diverged, equal_parameters
 from study.report.choices import choices_section
 from study.report.compare import ArmComparison
 from study.report.curves import Ratio
@@ -23,7 +23,7 @@ from study.report.focus import focus_section
 from study.report.paper import paper_section
 from study.report.predictions import predictions_section
 from study.report.scaling import Cells, Estimate
-from study.report.sentences import between, p_value, relative
+from study.report.sentences import between, listed, p_value, relative
 from study.report.start import start_section
 
 
@@ -42,8 +42,10 @@ def page(
         Heading("How the questions were decided"),
         Paragraph(_RULE.format(analysis.challengers)),
     ]
-    if analysis.noise_sources:
-        blocks.append(Paragraph(f"With noise means here {' and '.join(analysis.noise_sources)}; without, the same on clean images."))
+    for source in dict.fromkeys(analysis.noise_sources.values()):
+        of = [model_title(pair[1]) for pair, what in analysis.noise_sources.items() if what == source]
+        whom = "" if len(of) == len(analysis.pairs) else f", for {listed(of)},"
+        blocks.append(Paragraph(f"With noise means here{whom} {source}; without, the same on clean images."))
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
     blocks += [*_figures(analysis, figures), *curves, *predictions_section(analysis)]
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]
@@ -124,16 +126,26 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
     blocks: list[Block] = []
     for pair in analysis.pairs:
         compared = [each for each in analysis.comparisons if each.arms == pair]
-        if len(analysis.pairs) > 1:
+        if compared and len(analysis.pairs) > 1:
             blocks.append(Heading(" against ".join(map(model_title, reversed(pair))), 3))
-        blocks += _pair_tables(pair, compared)
+        blocks += _pair_tables(pair, compared) if compared else []
+    return blocks + _controls(analysis)
+
+
+def _controls(analysis: Analysis) -> list[Block]:
+    """The other architectures, of which nothing was asked."""
+    levels = {(each.arms[1], each.subject): each.answers[0] for each in analysis.controls}
     rows = []
-    for control in analysis.controls:
-        title = f"{' against '.join(map(model_title, reversed(control.arms)))} on {control.subject}"
-        rows.append([title, relative(control.answers[0].estimate), str(control.answers[0].pairs)])
-    if rows:
-        blocks.append(Table(["control", "difference in error (95 % interval)", "pairs"], rows, "Other architectures"))
-    return blocks
+    for part in analysis.subjects:
+        for model in in_order(part.table["model"]):
+            if model in analysis.arms:
+                continue
+            title = f"{model_title(model)} against {model_title(analysis.arms[0])} on {part.name}"
+            level = levels.get((model, part.name))
+            number = [relative(level.estimate), str(level.pairs)] if level else ["nothing to compare", "0"]
+            rows.append([title, *number, diverged(part.table, [model])])
+    header = ["control", "difference in error (95 % interval)", "pairs", "diverged"]
+    return [Heading("Other architectures", 3), Table(header, rows, "Controls, of which no question was asked")] if rows else []
 
 
 def _pair_tables(pair: tuple[str, str], compared: Sequence[ArmComparison]) -> list[Block]:
@@ -287,7 +299,7 @@ def _limits(analysis: Analysis) -> list[str]:
     limits += [
         f"Sizes over a factor of {factor:.1f} say nothing about larger models, and only depth varies.",
         equal_parameters(analysis.table),
-        "One protocol for both, without augmentation. " + _tuning(analysis),
+        "One protocol for all, without augmentation. " + _tuning(analysis),
         "Intervals hold for these test images. The bootstrap over images too is given beside them, and it is on the wide side.",
         "No claim about the best size for a budget of compute.",
     ]
@@ -296,8 +308,8 @@ def _limits(analysis: Analysis) -> list[str]:
 
 def _tuning(analysis: Analysis) -> str:
     if any("lr" in part.overrides for part in analysis.subjects):
-        return "Learning rates were tried with the same budget for both; nothing else was tuned."
-    return "Whether another learning rate would favour one of them is what `study --grid lr` answers; it is not answered here."
+        return "Learning rates were tried with the same budget for all; nothing else was tuned."
+    return "Whether another learning rate would favour another one is what `study --grid lr` answers; it is not answered here."
 
 
 def _provenance(table: pd.DataFrame) -> list[Block]:

@@ -13,7 +13,7 @@ from study.report.document import Block, Code, Heading, Paragraph
 from study.report.figures import millions
 from study.report.first import counted, hours
 from study.report.scaling import DOMINATED
-from study.report.sentences import between, p_value, percent
+from study.report.sentences import between, listed, p_value, percent
 from study.report.verdict import ALPHA, MARGIN, Answer
 
 
@@ -46,10 +46,15 @@ def methods(analysis: Analysis) -> list[str]:
     if conditions:
         runs += f" Further conditions: {'; '.join(conditions)}."
     asked = max((answer.questions for answer in analysis.answers), default=0)
+    others = listed([model_title(model) for model in in_order(table["model"]) if model not in analysis.arms])
+    compared = f"{analysis.challengers} {'are each' if len(analysis.pairs) > 1 else 'is'} compared with {model_title(analysis.arms[0])}."
+    if others:
+        compared += f" No question was asked of {others}."
     statistics = (
-        "Runs of one seed see the same batches in the same order and form a pair. For each size we take the difference of the two log test "
-        "errors, and of these the mean over sizes (level) and the change along the least-squares line over log parameters (trend); whether "
-        f"noise changes the difference is asked on log-odds of an error. {100 * (1 - ALPHA):.0f} % intervals and p values are from t tests "
+        f"{compared} Runs of one seed see the same batches in the same order and form a pair. For each size we take the difference of the "
+        "two log test errors, and of these the mean over sizes (level) and the change along the least-squares line over log parameters "
+        "(trend); whether noise changes the difference is asked on log-odds of an error. "
+        f"{100 * (1 - ALPHA):.0f} % intervals and p values are from t tests "
         f"with a variance for each size (Welch), in which the degrees of freedom of the size with the fewest pairs have a weight of "
         f"{DOMINATED:g}; p values are corrected over the {counted(asked, 'question')} (Holm). Architectures count as equivalent where the "
         f"interval lies within ±{100 * MARGIN:.0f} %. "
@@ -65,7 +70,7 @@ def _training(part: Subject) -> str:
     """How the models of a data set were trained."""
     table, protocol = part.table, part.protocol
     sizes = [_size(runs) for _, runs in sorted(table.groupby("size"), key=lambda of_size: of_size[1]["parameters"].min())]
-    models = " and ".join(map(model_title, in_order(table["model"])))
+    models = listed([*map(model_title, in_order(table["model"]))])
     train, validation, _ = protocol.images
     tested = table["test_images"].dropna()
     side, epochs = protocol.image_size, "" if protocol.max_steps else f" ({protocol.epochs} epochs)"

@@ -80,9 +80,9 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, a
 
 def _errors(checkpoints: Path, specs: Sequence[RunSpec], arms: Sequence[str]) -> dict[str, Cells]:
     """Data set -> the errors under its condition of reference, where a cell has two seeds; of the pair of arms that scatters most."""
-    table, _ = comparable(run_table(checkpoints, specs))
+    table, _ = comparable(run_table(checkpoints, specs), arms)
     errors: dict[str, Cells] = {}
-    for part, pair in itertools.product(subjects(table), pairs_of(arms)):
+    for part, pair in itertools.product(subjects(table, arms), pairs_of(arms)):
         if part.base and (comparison := compare.compare(part.table, part.name, pair)):
             cells = comparison.cells["error"]
             known = errors.get(part.dataset)
@@ -177,7 +177,7 @@ def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
 
 
 def _log_parameters(specs: Sequence[RunSpec], checkpoints: Path) -> np.ndarray:
-    """Log parameters of the sizes, the mean of both arms. [sizes]"""
+    """Log parameters of the sizes, the mean of the arms. [sizes]"""
     runs = plan_runs(specs, checkpoints, {})
     sizes = dict.fromkeys(run.spec.size for run in runs)
     return np.asarray([np.mean([math.log(run.parameters) for run in runs if run.spec.size == size]) for size in sizes])

@@ -37,7 +37,7 @@ def write_report(
     """
     analysis = analyse(table, checkpoints, arms, looks=out / "looks.json")
     steps = step_table(checkpoints, table)
-    figures = draw_figures(table, steps, out / "figures") + _draw_findings(analysis, out / "figures")
+    figures = draw_figures(table, steps, out / "figures", arms=arms) + _draw_findings(analysis, out / "figures")
     figures += draw_choices(analysis.choices, out / "figures")
     blocks = page(analysis, figures, "\n".join(commands), curves_section(table, steps), price)
     html, markdown = out / "report.html", out / "report.md"
