@@ -25,8 +25,8 @@ from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import overrides_text
 from diffvit.ledger.weights import load_weights, read_header
 from diffvit.machine.device import autocast
-from diffvit.own import other_versions
 from diffvit.protocol import protocol_of
+from diffvit.user_models import other_versions
 from diffvit.vit import VisionTransformer
 
 

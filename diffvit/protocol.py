@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffvit.errors import UserError, shown, unknown_name
-from diffvit.own import is_own_name, is_reference, known_source, read_source
+from diffvit.user_models import is_reference, is_user_model, known_source, read_source
 
 # Architecture -> "module:class" of its attention. Only attention differs between architectures, and where it takes more parameters the
 # width of the MLP that pays for them.
@@ -244,7 +244,7 @@ def resolve_model(name: str) -> str:
 
 def ledger_model(name: str) -> str:
     """As resolve_model, for what a ledger may have: code of one's own is not needed to name its runs."""
-    return name if is_own_name(name) else resolve_model(name)
+    return name if is_user_model(name) else resolve_model(name)
 
 
 def model_title(name: str) -> str:

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffvit.errors import UserError
 from diffvit.ledger.spec import RunSpec
-from diffvit.own import known_source, sentences
 from diffvit.protocol import ARMS, LIKE_CLASSIC, PROTOCOLS, Protocol
+from diffvit.user_models import known_source, sentences
 from diffvit.vit import Block, VisionTransformer, attention_class, build_model
 
 # Relative distance of what is equal to rounding.

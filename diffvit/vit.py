@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffvit.kernels.dropout import Dropout, has_kernels
-from diffvit.own import known_source, sentences
 from diffvit.protocol import MODELS, Protocol, resolve_model, stable_seed
+from diffvit.user_models import known_source, sentences
 
 
 class AttentionClass(Interface):

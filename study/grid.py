@@ -43,8 +43,8 @@ from typing import Any
 from diffvit.checks import check_depth, read_text, usable_path
 from diffvit.errors import UserError, shown, unknown_name
 from diffvit.ledger.spec import RunSpec, overrides_text
-from diffvit.own import beside
 from diffvit.protocol import ARMS, MODELS, PILOT, check_override, protocol_of, resolve_dataset, resolve_model
+from diffvit.user_models import beside
 from study.text import short_model
 
 _ONE_SEED = (0,)
@@ -259,7 +259,7 @@ def _known(path: Path, datasets: list[Any], data_root: str | None) -> list[Any]:
     """Data sets of a file, those that it defines by their names, under which this process now knows them. Raises UserError."""
     if not any(isinstance(entry, dict) for entry in datasets):
         return datasets
-    from diffvit.data.own import define  # torch comes with it
+    from diffvit.data.user_datasets import define  # torch comes with it
 
     return [define(entry, path.resolve().parent, data_root) if isinstance(entry, dict) else entry for entry in datasets]
 

@@ -73,7 +73,7 @@ class StudyOptions:
 
     def settings(self) -> Settings:
         """The settings of each run, on a cluster that `on` has resolved."""
-        from diffvit.data.own import registered
+        from diffvit.data.user_datasets import registered
         from study.cluster.runner import Settings
 
         data_root = str(Path(self.data_root).resolve()) if self.data_root else None

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import PRECISIONS, RunSpec
-from diffvit.own import changed_note
 from diffvit.protocol import ARMS, LIKE_CLASSIC, Protocol, images_in_steps, protocol_of
+from diffvit.user_models import changed_note
 
 if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer

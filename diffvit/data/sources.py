@@ -33,7 +33,7 @@ Loader = Callable[[Path | None], Raw]
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where a data set comes from.
 
     Attributes:
@@ -47,15 +47,15 @@ class Source:
     folder: Path | None = None
 
 
-# All data sets: those below, and those that a grid file defines (own.py). Each has a protocol of the same name in PROTOCOLS.
-SOURCES: dict[str, Source] = {}
+# All data sets: those below, and those that a grid file defines (user_datasets.py). Each has a protocol of the same name in PROTOCOLS.
+SOURCES: dict[str, DataSource] = {}
 
 
 def loader(name: str, hub: str | None = None) -> Callable[[Loader], Loader]:
     """Register the function that loads a data set."""
 
     def mark(function: Loader) -> Loader:
-        SOURCES[name] = Source(function, hub)
+        SOURCES[name] = DataSource(function, hub)
         return function
 
     return mark

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffvit.errors import UserError, shown, unknown_name
-from diffvit.own import Source, known_source
 from diffvit.protocol import (
     OVERRIDES,
     PILOT,
@@ -21,6 +20,7 @@ from diffvit.protocol import (
     resolve_model,
     resolve_size,
 )
+from diffvit.user_models import ModelSource, known_source
 
 # Raise it when a change in the code changes what a run computes: old results then count as other work.
 SEMANTICS_VERSION = 4
@@ -44,7 +44,7 @@ class RunSpec:
     seed: int = 0
     precision: str = "fp32"
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    source: Source | None = field(default=None, repr=False)
+    source: ModelSource | None = field(default=None, repr=False)
 
     @staticmethod
     def of(

@@ -12,7 +12,7 @@ from diffvit.ledger.log import read_rows
 from diffvit.ledger.results import Result, read_result, was_changed
 from diffvit.ledger.spec import hash_of_identity
 from diffvit.ledger.weights import load_weights
-from diffvit.own import UntrustedError
+from diffvit.user_models import UntrustedError
 
 
 def verify_run(path: Path) -> list[str]:

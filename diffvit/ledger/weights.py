@@ -23,8 +23,8 @@ from diffvit.checks import (
     whole,
 )
 from diffvit.errors import UserError, first_line
-from diffvit.own import OWN_NAME, SOURCE, kept_source
 from diffvit.protocol import MODELS, Protocol
+from diffvit.user_models import SOURCE, USER_MODEL, kept_source
 
 if TYPE_CHECKING:
     from diffvit.vit import VisionTransformer
@@ -56,7 +56,7 @@ _PROTOCOL = record(
 )  # fmt: skip
 _FACTS = record(
     {
-        "run_id": text(NAME), "model": any_of(one_of(*MODELS), text(OWN_NAME)), "size": text(NAME), "dataset": text(NAME),
+        "run_id": text(NAME), "model": any_of(one_of(*MODELS), text(USER_MODEL)), "size": text(NAME), "dataset": text(NAME),
         "seed": whole(0, 2**63 - 1), "precision": one_of(*PRECISIONS), "protocol": _PROTOCOL, "fingerprint": text(),
         "classes": list_of(text(), 1, 2**20),
         "mean": list_of(real(-1e6, 1e6), 1, 64), "std": list_of(real(1e-12, 1e6), 1, 64),

@@ -37,7 +37,7 @@ from ray.tune import Callback, ResultGrid, TuneConfig, Tuner
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
-from diffvit.data.own import OwnData, register
+from diffvit.data.user_datasets import UserDataset, register
 from diffvit.dataset import load
 from diffvit.errors import DiffvitError, RunIsBusyError, StorageError, UserError, first_line, redacted
 from diffvit.keeping.keeper import RunKeeper
@@ -81,7 +81,7 @@ class Settings:
     Attributes:
         checkpoints: absolute path of the ledger.
         compute: but for its memory_share, which follows from the placement.
-        own_data: definitions of grid files, which a worker's process has to know.
+        user_datasets: definitions of grid files, which a worker's process has to know.
         study: a name for this execution of a study.
     """
 
@@ -91,17 +91,17 @@ class Settings:
     compute: Compute = DEFAULT_COMPUTE
     saving: Saving = DEFAULT_SAVING
     tracker: str | None = None
-    own_data: tuple[tuple[OwnData, Protocol], ...] = ()
+    user_datasets: tuple[tuple[UserDataset, Protocol], ...] = ()
     study: str = field(default_factory=lambda: uuid.uuid4().hex[:8])
 
     def know_data(self) -> None:
         """Make the data sets that grid files define known to this process."""
-        for own, protocol in self.own_data:
-            register(own, protocol)
+        for dataset, protocol in self.user_datasets:
+            register(dataset, protocol)
 
     def data_folders(self) -> list[str]:
         """The folders that every node must have."""
-        return [*filter(None, [self.data_root, *(own.folder for own, _ in self.own_data)])]
+        return [*filter(None, [self.data_root, *(dataset.folder for dataset, _ in self.user_datasets)])]
 
 
 def run_all(

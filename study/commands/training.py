@@ -16,10 +16,10 @@ from diffvit.compute import Compute
 from diffvit.keeping.saving import Saving
 from diffvit.ledger.spec import RunSpec
 from diffvit.loop.fit import Stopped
-from diffvit.own import changed_note
 from diffvit.signals import StopSignals
 from diffvit.tracking import Tracking
 from diffvit.train import train
+from diffvit.user_models import changed_note
 from study.commands.terminal import fail, own_command, warn
 from study.hub import send_run
 from study.text import STDOUT, put_json

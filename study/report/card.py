@@ -12,8 +12,8 @@ import yaml
 from diffvit.dataset import hub_name
 from diffvit.ledger.results import Result
 from diffvit.ledger.spec import overrides_title
-from diffvit.own import is_own_name
 from diffvit.protocol import model_title
+from diffvit.user_models import is_user_model
 from study.report.document import Block, Code, Figures, Heading, Paragraph, Table, to_markdown
 from study.table import other_tokens
 
@@ -77,7 +77,7 @@ def _page(repository: str, table: pd.DataFrame, done: pd.DataFrame, results: Seq
         blocks += [Figures([(Path("figures") / name, name.removesuffix("_scaling_overlay.png")) for name in figures])]
     if len(done):
         run = done.iloc[0]
-        own = is_own_name(str(run["model"]))
+        own = is_user_model(str(run["model"]))
         call = f'model = from_pretrained("{repository}", model="{run["model"]}", size="{run["size"]}", dataset="{run["dataset"]}"'
         executed = "this model's code comes with them and is executed, so look at it first." if own else "loading them executes nothing."
         blocks += [

@@ -1,6 +1,6 @@
 """Data sets of the user's own: an entry of a grid file, and the hub data set or the image folder that it names.
 
-What an entry leaves out is decided in one place, the defaults of OwnData: the values of BACH's protocol at 224 pixels, sizes of about
+What an entry leaves out is decided in one place, the defaults of UserDataset: the values of BACH's protocol at 224 pixels, sizes of about
 10, 25 and 50 million parameters, the splits that are there, or stratified ones.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from diffvit.checks import Check, any_of, dict_of, list_of, one_of, text, usable_path, whole
 from diffvit.data.hub import MOST_CLASSES
 from diffvit.data.parts import ROLES, VALIDATION, raw_of
-from diffvit.data.sources import SOURCES, Raw, Source, find_data_root
+from diffvit.data.sources import SOURCES, DataSource, Raw, find_data_root
 from diffvit.errors import UserError, shown, unknown_name
 from diffvit.protocol import PROTOCOLS, Protocol, check_override, known_dataset
 from diffvit.vit import build_model
@@ -31,7 +31,7 @@ _DEEPEST = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnData:
+class UserDataset:
     """An entry, checked. Its defaults are what is decided where an entry says nothing.
 
     Attributes:
@@ -67,7 +67,7 @@ class OwnData:
     clip_norm: float | None = None
 
     @staticmethod
-    def of(entry: Mapping[str, Any], place: Path) -> OwnData:
+    def of(entry: Mapping[str, Any], place: Path) -> UserDataset:
         """An entry of a grid file in the folder `place`, checked but for its data. Raises UserError."""
         name = entry.get("name")
         if _SHAPES["name"][0](name):
@@ -93,9 +93,9 @@ class OwnData:
             values["splits"] = tuple(splits.items())
         if "folder" in values:
             values["folder"] = str(usable_path(place / Path(values["folder"]).expanduser()).resolve())
-        sizes = values.get("parameters", OwnData.parameters)
+        sizes = values.get("parameters", UserDataset.parameters)
         values["parameters"] = tuple(sorted(sizes, key=_millions))
-        return OwnData(**values)
+        return UserDataset(**values)
 
     def protocol(self, data_root: str | Path | None = None) -> Protocol:
         """The data set's protocol. The data are looked at, not decoded, unless the entry says its classes and images. Raises UserError."""
@@ -103,9 +103,9 @@ class OwnData:
         if not classes or not images:
             raw = raw_of(self, find_data_root(data_root))
             classes, images = len(raw.classes), tuple(len(raw.rows[split]) for split in ("train", "val", "test"))
-        own = {key: getattr(self, key) for key in _OF_PROTOCOL - {"warmup_steps", "clip_norm"}}
+        values = {key: getattr(self, key) for key in _OF_PROTOCOL - {"warmup_steps", "clip_norm"}}
         first = Protocol(
-            **own, classes=classes, channels=3, images=(images[0], images[1], images[2]), d_model=self.d_model,
+            **values, classes=classes, channels=3, images=(images[0], images[1], images[2]), d_model=self.d_model,
             depths={"1": 1, "2": 2}, warmup_steps=0, clip_norm=self.clip_norm,
         )  # fmt: skip
         protocol = _named(self.name, lambda: first.with_overrides({"heads": self.heads}))
@@ -178,7 +178,7 @@ _OF_PROTOCOL = frozenset(
         "clip_norm",
     }
 )  # fmt: skip
-_KEYS = tuple(field.name for field in dataclasses.fields(OwnData))
+_KEYS = tuple(field.name for field in dataclasses.fields(UserDataset))
 
 
 def _named(name: str, make: Callable[[], Any]) -> Any:
@@ -196,32 +196,32 @@ def _millions(label: str) -> float:
 # ------------------------------------------------------------------------------------------------------------ registry
 
 # What grid files have defined in this process.
-_REGISTERED: dict[str, tuple[OwnData, Protocol]] = {}
+_REGISTERED: dict[str, tuple[UserDataset, Protocol]] = {}
 
 
 def define(entry: Mapping[str, Any], place: Path, data_root: str | Path | None = None) -> str:
     """Check an entry of a grid file in the folder `place`, look at its data and register it. Returns its name. Raises UserError."""
-    own = OwnData.of(entry, place)
-    _check_name(own)
-    register(own, own.protocol(data_root))
-    return own.name
+    dataset = UserDataset.of(entry, place)
+    _check_name(dataset)
+    register(dataset, dataset.protocol(data_root))
+    return dataset.name
 
 
-def registered() -> tuple[tuple[OwnData, Protocol], ...]:
+def registered() -> tuple[tuple[UserDataset, Protocol], ...]:
     """All definitions with their protocols, to be registered in a worker's process."""
     return tuple(_REGISTERED.values())
 
 
-def register(own: OwnData, protocol: Protocol) -> None:
+def register(dataset: UserDataset, protocol: Protocol) -> None:
     """Make a data set known to this process under its name. Raises UserError for a name that another one has."""
-    _check_name(own)
-    _REGISTERED[own.name] = own, protocol
-    PROTOCOLS[own.name] = protocol
-    SOURCES[own.name] = Source(own.load, own.hub or None, Path(own.folder) if own.folder else None)
+    _check_name(dataset)
+    _REGISTERED[dataset.name] = dataset, protocol
+    PROTOCOLS[dataset.name] = protocol
+    SOURCES[dataset.name] = DataSource(dataset.load, dataset.hub or None, Path(dataset.folder) if dataset.folder else None)
 
 
-def _check_name(own: OwnData) -> None:
-    known = known_dataset(own.name)
-    if known and (known not in _REGISTERED or _REGISTERED[known][0] != own):
+def _check_name(dataset: UserDataset) -> None:
+    known = known_dataset(dataset.name)
+    if known and (known not in _REGISTERED or _REGISTERED[known][0] != dataset):
         whose = "is another data set of a grid file" if known in _REGISTERED else "is one of diffvit's data sets"
-        raise UserError(f"{own.name} cannot be the name of a data set: {known} {whose}.", "give it another name.")
+        raise UserError(f"{dataset.name} cannot be the name of a data set: {known} {whose}.", "give it another name.")

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffvit import own
+from diffvit import user_models
 from diffvit.errors import UserError
 from diffvit.ledger.disk import file_sha256
 from diffvit.ledger.results import read_results
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.verify import verify_run
 from diffvit.ledger.weights import load_weights
-from diffvit.own import Source, UntrustedError, read_source
 from diffvit.train import train
+from diffvit.user_models import ModelSource, UntrustedError, read_source
 from diffvit.vit import build_model
 from study.grid import Grid, find_grid
 
@@ -44,7 +44,7 @@ class Mine(Attention):
 def _machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine on which nothing was named yet."""
     monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(own, "_known", {})
+    monkeypatch.setattr(user_models, "_known", {})
 
 
 @pytest.fixture
@@ -136,14 +136,14 @@ def test_a_checkpoint_brings_its_code_and_needs_trust(mine: Path, tmp_path: Path
     assert load_weights(files.weights)[1]["source"] == spec.source.content
 
     mine.write_text("nothing of it is left")
-    monkeypatch.setattr(own, "_known", {})  # another process of the same machine: it was named here
+    monkeypatch.setattr(user_models, "_known", {})  # another process of the same machine: it was named here
     assert load_weights(files.weights)[0].count_parameters() == result.parameters
 
-    monkeypatch.setattr(own, "_known", {})
+    monkeypatch.setattr(user_models, "_known", {})
     monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path / "elsewhere"))
     with pytest.raises(UntrustedError, match=r"code that comes with it, Mine in mine\.py, "):
         load_weights(files.weights)
-    assert own._known == {} and verify_run(files.result) == []
+    assert user_models._known == {} and verify_run(files.result) == []
     assert load_weights(files.weights, trust=True)[0].count_parameters() == result.parameters
 
 
@@ -224,7 +224,7 @@ def test_the_example_trains(tmp_path: Path) -> None:
 def test_named_sources_are_read_and_not_executed(tmp_path: Path) -> None:
     trap = tmp_path / "trap.py"
     trap.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Mine: ...\n")
-    assert isinstance(read_source(f"{trap}:Mine"), Source) and not (tmp_path / "executed").exists()
+    assert isinstance(read_source(f"{trap}:Mine"), ModelSource) and not (tmp_path / "executed").exists()
 
 
 BARE = """

@@ -34,7 +34,7 @@ from diffvit.machine.caches import cache_folder, read_cache, remember
 if TYPE_CHECKING:
     from types import CodeType, ModuleType
 
-OWN_NAME = r"[A-Za-z][A-Za-z0-9_]{0,59}-[0-9a-f]{8}"
+USER_MODEL = r"[A-Za-z][A-Za-z0-9_]{0,59}-[0-9a-f]{8}"
 
 _REFERENCE = re.compile(r"(?P<path>.+\.py)(?::(?P<name>.*))?", re.DOTALL)
 _CLASS = r"[A-Za-z][A-Za-z0-9_]{0,59}"
@@ -51,7 +51,7 @@ SOURCE = record({"class": text(_CLASS), "file": text(_PATH), "files": dict_of(te
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """The code of an architecture.
 
     Attributes:
@@ -78,10 +78,10 @@ class Source:
         return {"class": self.class_name, "file": next(iter(self.files)), "files": dict(self.files)}
 
     @staticmethod
-    def of(content: Mapping[str, Any]) -> Source:
+    def of(content: Mapping[str, Any]) -> ModelSource:
         """The source of such a content, as SOURCE has checked it. Raises KeyError where the class's file is missing."""
         main, files = content["file"], content["files"]
-        return Source(content["class"], {main: files[main], **files})
+        return ModelSource(content["class"], {main: files[main], **files})
 
     @property
     def package(self) -> str:
@@ -110,21 +110,21 @@ class Source:
 
 
 _HINT = "docs/own-idea.md says what a class must have; `run.py check FILE.py:CLASS` tries it."
-_known: dict[str, Source] = {}
+_known: dict[str, ModelSource] = {}
 
 
-def known_source(model: str) -> Source | None:
+def known_source(model: str) -> ModelSource | None:
     """The source of an architecture that may be executed here; None for built-in and unknown ones."""
     return _known.get(model)
 
 
-def register(source: Source) -> Source:
+def register(source: ModelSource) -> ModelSource:
     """Make an architecture known by its name; from then on its code may be executed."""
     return _known.setdefault(source.name, source)
 
 
-def _arrived(class_name: str, files: dict[str, str]) -> Source:
-    return register(Source(class_name, files))
+def _arrived(class_name: str, files: dict[str, str]) -> ModelSource:
+    return register(ModelSource(class_name, files))
 
 
 def is_reference(model: str) -> bool:
@@ -132,9 +132,9 @@ def is_reference(model: str) -> bool:
     return isinstance(model, str) and _REFERENCE.fullmatch(model) is not None
 
 
-def is_own_name(model: str) -> bool:
+def is_user_model(model: str) -> bool:
     """Whether this is the name of an architecture of the user's own, known here or not."""
-    return isinstance(model, str) and re.fullmatch(OWN_NAME, model) is not None
+    return isinstance(model, str) and re.fullmatch(USER_MODEL, model) is not None
 
 
 def beside(folder: Path, model: str) -> str:
@@ -142,7 +142,7 @@ def beside(folder: Path, model: str) -> str:
     return str(folder / model) if is_reference(model) else model
 
 
-def read_source(reference: str) -> Source:
+def read_source(reference: str) -> ModelSource:
     """The architecture of a file that the user names: FILE.py:CLASS. It is registered, and its hash noted as named on this machine.
 
     Raises:
@@ -167,12 +167,12 @@ def read_source(reference: str) -> Source:
             f"{path} has no class {shown(name)}." if name else f"{path} is named without its class.",
             f"{defined}; name one after a colon: {path}:{(classes or ['MyAttention'])[0]}.",
         )
-    source = register(Source(name, files))
+    source = register(ModelSource(name, files))
     remember(_named(), source.sha256, {"file": str(path.resolve()), "class": name})
     return source
 
 
-def kept_source(content: Mapping[str, Any], model: str, where: Path, trust: bool) -> Source:
+def kept_source(content: Mapping[str, Any], model: str, where: Path, trust: bool) -> ModelSource:
     """The architecture of a checkpoint's header, registered.
 
     Args:
@@ -183,7 +183,7 @@ def kept_source(content: Mapping[str, Any], model: str, where: Path, trust: bool
         UntrustedError: its code may not be executed.
         UserError: it is not the code that the name stands for.
     """
-    if content["file"] not in content["files"] or (source := Source.of(content)).name != model:
+    if content["file"] not in content["files"] or (source := ModelSource.of(content)).name != model:
         raise UserError(f"{where} has other code than that of its model {model}.", "delete its _result.json and train the run again.")
     if not trust and source.name not in _known and source.sha256 not in read_cache(_named()):
         files = ", ".join(source.files)
@@ -213,8 +213,8 @@ def changed_note(checkpoints: Path, model: str) -> str | None:
 def other_versions(checkpoints: Path, model: str) -> list[str]:
     """Architectures with runs here whose class has the same name and whose code is another."""
     stem, _, _ = model.rpartition("-")
-    folders = sorted(checkpoints.glob(f"{stem}-*")) if is_own_name(model) else []
-    return [each.name for each in folders if is_own_name(each.name) and each.name != model and any(each.glob("model_*"))]
+    folders = sorted(checkpoints.glob(f"{stem}-*")) if is_user_model(model) else []
+    return [each.name for each in folders if is_user_model(each.name) and each.name != model and any(each.glob("model_*"))]
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -280,7 +280,7 @@ def _module_name(package: str, path: str) -> str:
 class _Importer(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """Imports a source's files from memory, as modules of a package of their own."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: ModelSource):
         self.package = source.package
         self._paths = {_module_name(self.package, path): path for path in source.files}
         self._files = source.files
@@ -338,7 +338,7 @@ class _Relative(ast.NodeTransformer):
 
 
 @contextlib.contextmanager
-def sentences(source: Source | None) -> Iterator[None]:
+def sentences(source: ModelSource | None) -> Iterator[None]:
     """Turn what an architecture's own code raises into a UserError that names file and line; None: errors stay as they are."""
     try:
         yield

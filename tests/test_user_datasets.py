@@ -18,9 +18,9 @@ from conftest import SHARED, needs_cifar, needs_tissue
 from PIL import Image
 
 from diffvit import dataset, from_pretrained
-from diffvit.data import own, parts
-from diffvit.data.own import OwnData
+from diffvit.data import parts, user_datasets
 from diffvit.data.sources import SOURCES
+from diffvit.data.user_datasets import UserDataset
 from diffvit.dataset import load
 from diffvit.errors import UserError
 from diffvit.evaluation import evaluate_checkpoint
@@ -39,8 +39,8 @@ SMALL = {"image_size": 32, "patch_size": 8, "d_model": 64, "heads": 4, "paramete
 
 def _forget() -> None:
     """What a new process would not know."""
-    for each, _ in own.registered():
-        del PROTOCOLS[each.name], SOURCES[each.name], own._REGISTERED[each.name]
+    for each, _ in user_datasets.registered():
+        del PROTOCOLS[each.name], SOURCES[each.name], user_datasets._REGISTERED[each.name]
     parts.raw_of.cache_clear()
     dataset._load.cache_clear()
 
@@ -179,12 +179,12 @@ def test_what_is_decided_where_an_entry_says_nothing(tmp_path: Path) -> None:
     bach = PROTOCOLS["BACH"]
     sizes = {"parameters": ["10M", "25M", "50M"], "image_size": 512, "warmup_steps": 500}
     entry = {"name": "mine", "hub": "user/nothing", "classes": 4, "images": [228, 40, 132]}
-    as_bach = OwnData.of({**entry, **sizes}, tmp_path).protocol()
+    as_bach = UserDataset.of({**entry, **sizes}, tmp_path).protocol()
     assert dict(as_bach.depths) == dict(zip(("10M", "25M", "50M"), bach.depths.values(), strict=True))
     assert as_bach == Protocol(**{**vars(bach), "depths": as_bach.depths})
-    by_default = OwnData.of(entry, tmp_path).protocol()
+    by_default = UserDataset.of(entry, tmp_path).protocol()
     assert (by_default.image_size, by_default.patch_size, by_default.warmup_steps) == (224, 16, 40)
-    assert OwnData.of({**entry, "images": [20_000, 1, 1]}, tmp_path).protocol().warmup_steps == 500
+    assert UserDataset.of({**entry, "images": [20_000, 1, 1]}, tmp_path).protocol().warmup_steps == 500
     for label, depth in by_default.depths.items():
         counts = {
             layers: build_model("vit_classic", "x", Protocol(**{**vars(by_default), "depths": {"x": layers}}), "meta").count_parameters()
@@ -291,7 +291,7 @@ def test_an_entry_that_says_something_else_is_one_sentence(tmp_path: Path, kind:
     with pytest.raises(UserError, match=why) as refused:
         _define_and_load(tmp_path, **{"folder": "data", **change})
     assert refused.value.hint and "\n" not in str(refused.value)
-    assert not own.registered() and not (tmp_path / "cache").exists()
+    assert not user_datasets.registered() and not (tmp_path / "cache").exists()
 
 
 def _cut(path: Path) -> None:
