@@ -276,9 +276,9 @@ def report(json_to: Path | None, price: float | None, out: Path | None, **given:
     """
     from study.finished import FinishedRuns
 
-    runs = FinishedRuns(**given)
-    files = list(map(str, runs.report(out, price)))
-    put(lambda: "\n".join(files), lambda: {"files": files, "verdict": runs.verdict(out)}, json_to)
+    pages, verdict = FinishedRuns(**given).report(out, price)
+    files = list(map(str, pages))
+    put(lambda: "\n".join(files), lambda: {"files": files, "verdict": verdict}, json_to)
 
 
 @cli.command(

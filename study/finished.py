@@ -82,8 +82,8 @@ class FinishedRuns:
         check_writable(out)
         return draw_figures(table, step_table(self.checkpoints, table), out, self.grids[0].prefix if self.grid else "", self._arms)
 
-    def report(self, out: Path | None = None, price: float | None = None) -> list[Path]:
-        """Write the report. Returns the files.
+    def report(self, out: Path | None = None, price: float | None = None) -> tuple[list[Path], list[dict[str, Any]]]:
+        """Write the report. Returns its files, and its verdict as JSON has it.
 
         Args:
             out: None: report in the checkpoints folder, with a grid file's name and the overrides in its name.
@@ -92,28 +92,17 @@ class FinishedRuns:
         Raises:
             UserError: nothing is finished, the folder cannot be written, or a price is given for runs of which none was on a GPU.
         """
+        from study.report.facts import answer_facts
         from study.report.write import write_report
 
-        table, out = self.table(), self._report_folder(out)
+        table = self.table()
+        out = out or self.checkpoints / report_name(self.grids, self.epochs, named=self.grid is not None)
         if price is not None and not table["device"].astype(str).str.startswith("cuda").any():
             raise UserError("--price is of a GPU's hour, and none of these runs was on a GPU.", "leave --price out.")
         check_writable(out)
-        return write_report(self.checkpoints, table, out, self._commands(), self._arms, price)
-
-    def verdict(self, out: Path | None = None) -> list[dict[str, Any]]:
-        """The verdict of the report in `out`, as JSON has it."""
-        from study.report.analysis import analyse
-        from study.report.facts import answer_facts
-
-        answers = analyse(self.table(), self.checkpoints, self._arms, looks=self._report_folder(out) / "looks.json").answers
-        return list(map(answer_facts, answers))
-
-    @property
-    def _arms(self) -> tuple[str, ...]:
-        return self.grids[0].arms if self.grid else ARMS
-
-    def _report_folder(self, out: Path | None) -> Path:
-        return out or self.checkpoints / report_name(self.grids, self.epochs, named=self.grid is not None)
+        arms = self.grids[0].arms if self.grid else ARMS
+        pages, answers = write_report(self.checkpoints, table, out, self._commands(), arms, price)
+        return pages, list(map(answer_facts, answers))
 
     def _commands(self) -> list[str]:
         """The commands that reproduce these runs. Without a grid: of each built-in one that adds runs to those before it."""

@@ -14,6 +14,7 @@ import pytest
 import run as command_line
 from diffvit.ledger.results import read_result
 from study.commands.command import COMMAND_HEADINGS, OPTION_HEADINGS
+from study.report import analysis
 
 COMMANDS = command_line.cli.commands
 
@@ -67,7 +68,9 @@ def test_json_goes_to_stdout_or_beside_the_text_into_a_file(cli) -> None:
     assert refused.code == 2 and "a folder that is there" in refused.err
 
 
-def test_study_and_report_say_their_verdict_in_json(cli) -> None:
+def test_study_and_report_say_their_verdict_in_json(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, count_looks = [], analysis.count_looks
+    monkeypatch.setattr(analysis, "count_looks", lambda answers, *rest: looks.append(answers) or count_looks(answers, *rest))
     for model in ("classic", "differential"):
         cli("train", "--model", model, "--size", "small", "--dataset", "digits", "--max_steps", "2", "--device", "cpu")
     Path("two.yaml").write_text("datasets: [digits]\nsizes: [small]\noverrides: {max_steps: 2}")
@@ -78,6 +81,7 @@ def test_study_and_report_say_their_verdict_in_json(cli) -> None:
     assert study["grid"] == "two" and not study["missing"]
     report = json.loads(cli("report", "--grid", "two.yaml", "--json").out)
     assert report["files"][0] == "checkpoints/two_report/report.html" and report["verdict"] == study["verdict"]
+    assert len(looks) == 2  # each analyses once
     [level] = [answer for answer in report["verdict"] if answer["question"] == "level"]
     assert level["verdict"] == "no interval" and level["interval"] is None and level["sentence"].startswith("On digits")
     errors = {run["model"]: 1 - run["test_accuracy"] for run in study["runs"]}

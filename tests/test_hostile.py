@@ -544,7 +544,7 @@ def test_the_report_of_odd_numbers(copied: RunFiles, tmp_path: Path) -> None:
     grid.write_text(GRID)
     odd = {"test_loss": math.nan, "test_accuracy": 1, "seconds": 0, "notes": ["<script>alert(1)</script>"], "device_name": "<b>|$x_"}
     written(copied, with_checksum({**json.loads(copied.result.read_text()), **odd}))
-    pages = clear(lambda: FinishedRuns(copied.checkpoints, str(grid)).report(tmp_path / "report"))
+    pages, _ = clear(lambda: FinishedRuns(copied.checkpoints, str(grid)).report(tmp_path / "report"))
     with pytest.raises(UserError, match="none of these runs was on a GPU"):  # and so nothing that the price could be for
         FinishedRuns(copied.checkpoints, str(grid)).report(tmp_path / "report", price=2.5)
     assert pages and "<script>alert" not in pages[0].read_text() and "<b>|" not in pages[0].read_text()

@@ -20,12 +20,13 @@ from study.report.figures import draw_figures
 from study.report.interactive import curves_section
 from study.report.noise_figures import noise_figure
 from study.report.page import page
+from study.report.verdict import Answer
 from study.table import step_table
 
 
 def write_report(
     checkpoints: Path, table: pd.DataFrame, out: Path, commands: Sequence[str], arms: Sequence[str] = ARMS, price: float | None = None
-) -> list[Path]:
+) -> tuple[list[Path], list[Answer]]:
     """Analyse finished runs, draw their figures and write report.html, report.md and looks.json, which counts the looks.
 
     Args:
@@ -33,7 +34,7 @@ def write_report(
         price: dollars an hour of one GPU. arms: the architectures that are compared, the baseline first.
 
     Returns:
-        The page in both forms.
+        The page in both forms, and its answers.
     """
     analysis = analyse(table, checkpoints, arms, looks=out / "looks.json")
     steps = step_table(checkpoints, table)
@@ -43,7 +44,7 @@ def write_report(
     html, markdown = out / "report.html", out / "report.md"
     write_atomically(html, to_html(blocks, f"{analysis.challengers} against {model_title(arms[0])}").encode())
     write_atomically(markdown, to_markdown(blocks, out).encode())
-    return [html, markdown]
+    return [html, markdown], analysis.answers
 
 
 def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
