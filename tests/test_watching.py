@@ -20,12 +20,14 @@ from diffvit.keeping.lease import Lease, take_lease
 from diffvit.keeping.saving import Every, Saving
 from diffvit.keeping.storage import open_storage
 from diffvit.ledger.files import RunFiles
-from diffvit.ledger.log import read_log
+from diffvit.ledger.log import read_log, read_rows
 from diffvit.loop.fit import Stopped
 from diffvit.train import train
 from study.grid import Grid
+from study.live.board import Board
 from study.live.curves import Curves
-from study.live.watching import watch_study
+from study.live.watching import LedgerSource, WatchedRun, watch_study
+from study.plan import plan_runs
 
 SPECS = Grid("some", ("digits",), sizes=("small",), seeds=(0, 1), overrides={"max_steps": 12, "batch_size": 32}).runs()
 DONE, BEGUN = SPECS[0], SPECS[2]
@@ -113,11 +115,11 @@ def test_curves_have_each_step_once_while_the_log_grows_and_shrinks(folders: tup
     curves = Curves(tmp_path)
     for steps in (0, 3, 3, 9, 4, 12):  # at 4, a run that was killed at 9 has begun again at its last checkpoint
         files.log.write_text("".join(whole[: begin + steps]) + ("7,1,0.0" if steps == 3 else ""))
-        curves.draw(DONE, files)
+        curves.draw(DONE, run_id, read_rows(files.log))
     (folder,) = (tmp_path / "tracking" / "tensorboard").iterdir()
 
     def drawn() -> list[int]:
-        curves.draw(DONE, files)  # each time, what the writer's thread has made of the last one is flushed
+        curves.draw(DONE, run_id, read_rows(files.log))  # each time, what the writer's thread has made of the last one is flushed
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
         events.Reload()
         return [event.step for event in events.Scalars("train_loss")]
@@ -126,3 +128,15 @@ def test_curves_have_each_step_once_while_the_log_grows_and_shrinks(folders: tup
     while len(drawn()) < 12 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert drawn() == list(range(1, 13))
+
+
+def test_a_look_at_a_run_reads_its_log_once(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, _ = folders
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or read_bytes(path))
+    board, curves = Board(plan_runs([DONE, BEGUN], ledger, {}), None, timed=False), Curves(tmp_path)
+    for run in plan_runs([DONE, BEGUN], ledger, {}):
+        files = RunFiles.of(ledger, run.spec, run.spec.run_id(load("digits").fingerprint))
+        WatchedRun(run, [files], itertools.count(1)).look(board.rows[run.spec.title], LedgerSource(ledger).idle, curves)
+        assert read.count(files.log) == 1
+    assert len(list((tmp_path / "tracking" / "tensorboard").iterdir())) == 2

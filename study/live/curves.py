@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from diffvit.errors import UserError, first_line
-from diffvit.ledger.files import RunFiles
-from diffvit.ledger.log import read_rows
+from diffvit.ledger.log import LogRows
 from diffvit.ledger.spec import RunSpec
 from diffvit.tracking import NO_TRACKING, TrackedRun, Tracker, open_tracker
 
@@ -33,19 +32,18 @@ class Curves:
         self._folder = folder
         self._drawn: dict[str, tuple[TrackedRun, Tracker, int]] = {}
 
-    def draw(self, spec: RunSpec, files: RunFiles) -> None:
-        """Draw the steps of a run's log that are not drawn yet; steps that it has lost since go. Raises UserError for a damaged log."""
-        rows = read_rows(files.log)
+    def draw(self, spec: RunSpec, run_id: str, rows: LogRows) -> None:
+        """Draw the steps of a run's log that are not drawn yet; steps that it has lost since go."""
         last = rows.last
-        run, tracker, drawn = self._drawn.get(files.run_id, (None, None, 0))
+        run, tracker, drawn = self._drawn.get(run_id, (None, None, 0))
         if run is None or tracker is None or last < drawn:
             if tracker:
                 tracker.finish({})
             drawn = min(last, drawn)
-            run = TrackedRun.of(spec, files.run_id, self._folder, drawn, NO_TRACKING)
+            run = TrackedRun.of(spec, run_id, self._folder, drawn, NO_TRACKING)
             tracker = open_tracker("tensorboard", run)
         tracker.log([(step.step, run.numbers(step)) for step in rows.after(drawn)])
-        self._drawn[files.run_id] = run, tracker, last
+        self._drawn[run_id] = run, tracker, last
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from diffvit.ledger.log import read_rows
 from diffvit.ledger.results import read_result, read_results
 from diffvit.ledger.spec import RunSpec
 from study.live.board import Board
-from study.live.curves import check_page, served
+from study.live.curves import Curves, check_page, served
 from study.live.progress import RunProgress
 from study.plan import PlannedRun, load_fingerprints, plan_runs, run_ids_of
 
@@ -44,8 +44,8 @@ class WatchedRun:
     candidates: list[RunFiles]
     order: Iterator[int]
 
-    def look(self, row: RunProgress, idle: Callable[[RunFiles, float], str]) -> RunFiles | None:
-        """Bring the run's row up to date; returns its files, None where it has none yet.
+    def look(self, row: RunProgress, idle: Callable[[RunFiles, float], str], curves: Curves | None = None) -> None:
+        """Bring the run's row up to date, and its curves.
 
         Args:
             idle: a word for a run that nobody trains, "" for others; called with its files and its seconds a step.
@@ -57,13 +57,15 @@ class WatchedRun:
         begun = sorted((files for files in self.candidates if files.log.is_file() and files not in ended), key=_written, reverse=True)
         step_seconds = row.seconds / max(1, row.step)
         trained = [files for files in begun if not idle(files, step_seconds)]  # in another precision than one that has ended, perhaps
-        if not (found := [*trained, *ended, *begun]):
-            return None
-        files = found[0]
+        files = next(iter([*trained, *ended, *begun]), None)
+        if files is None:
+            return
         if (result := read_result(files.result)) is not None:
             row.report({"steps": result.steps, "seconds": result.seconds, "run_seconds": math.inf, "test_accuracy": result.test_accuracy})
             row.state, row.ended = result.status, row.ended or next(self.order)
-            return files
+            if curves and files.log.is_file():
+                curves.draw(self.run.spec, files.run_id, read_rows(files.log))
+            return
         rows = read_rows(files.log)
         if rows.last not in (0, row.step):
             (last,) = rows.after(rows.last - 1)
@@ -71,7 +73,8 @@ class WatchedRun:
             row.report({**last.columns, "images_per_second": last.images_per_second(self.run.spec.protocol.batch_size)})
         row.phase = idle(files, step_seconds)
         row.state = "stopped" if row.phase else "training"
-        return files
+        if curves:
+            curves.draw(self.run.spec, files.run_id, rows)
 
 
 def _written(files: RunFiles) -> float:
@@ -162,9 +165,7 @@ def watch_study(
         def look() -> bool:
             source.refresh(runs)
             for watched in runs:
-                files = watched.look(board.rows[watched.run.spec.title], source.idle)
-                if files and curves and files.log.is_file():
-                    curves.draw(watched.run.spec, files)
+                watched.look(board.rows[watched.run.spec.title], source.idle, curves)
             return all(row.state in ("done", "diverged") for row in board.rows.values())
 
         ended = look()
