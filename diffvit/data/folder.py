@@ -33,22 +33,22 @@ def split_folders(root: Path, known: Sequence[str], named: bool) -> list[str]:
             "check folder: in the grid file, which is read from where that file lies; with classes: and images: in it, as each run's log "
             "notes them, plans and reports need no data.",
         )
-    found = _subfolders(root)
+    names = _subfolders(root)
     if named:
-        return found
-    if not {"train", "test"} & set(found):
-        if len(alike := [name for name in found if name.lower() in _LIKE_SPLITS]) > 1:
+        return names
+    if not {"train", "test"} & set(names):
+        if len(alike := [name for name in names if name.lower() in _LIKE_SPLITS]) > 1:
             raise UserError(
                 f"{root} has the folders {', '.join(alike)}, which look like splits and would be classes.",
                 "name the splits with splits: {train: …, test: …}.",
             )
         return []
-    if strange := [name for name in found if name not in known]:
+    if strange := [name for name in names if name not in known]:
         raise UserError(
             f"{root} has the folders of splits and also {', '.join(strange[:5])}.",
             "move what is no split elsewhere, name the splits with splits: {train: …, test: …}, or rename a class that is called like one.",
         )
-    return found
+    return names
 
 
 def class_folders(root: Path) -> tuple[list[str], list[int], list[Path], str]:
@@ -64,14 +64,14 @@ def class_folders(root: Path) -> tuple[list[str], list[int], list[Path], str]:
     files: list[Path] = []
     digest = hashlib.sha256()
     for label, name in enumerate(names):
-        found = _files_below(root / name)
-        if not found:
+        images = _files_below(root / name)
+        if not images:
             raise UserError(f"the class folder {_shown(root / name)} has no images.", "remove it, or put its images there.")
-        for file in found:
+        for file in images:
             facts = file.stat()
             digest.update(os.fsencode(file.relative_to(root)) + f"\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
-        labels += [label] * len(found)
-        files += found
+        labels += [label] * len(images)
+        files += images
     return names, labels, files, digest.hexdigest()
 
 
@@ -96,7 +96,7 @@ def _files_below(root: Path) -> list[Path]:
     def stop(error: OSError) -> None:
         raise _unreadable(error) from error
 
-    found = []
+    files = []
     for folder, below, names in os.walk(root, onerror=stop):
         below[:] = sorted(name for name in below if not name.startswith(_HIDDEN))
         for name in below:
@@ -108,8 +108,8 @@ def _files_below(root: Path) -> list[Path]:
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{_shown(path)} is no file, or a link to nothing.", "remove it.")
-            found.append(path)
-    return sorted(found)
+            files.append(path)
+    return sorted(files)
 
 
 def _unreadable(error: OSError) -> UserError:

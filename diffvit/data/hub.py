@@ -51,14 +51,14 @@ def load_hub(
     wanted, mend = splits(list(parts)), mend or f"it must be in the schema of {name}."
     for split in wanted:
         if split not in parts or not {image, label} <= set(parts[split].column_names):
-            found = f"columns {', '.join(sorted(parts[split].column_names))}" if split in parts else f"splits {', '.join(sorted(parts))}"
+            contents = f"columns {', '.join(sorted(parts[split].column_names))}" if split in parts else f"splits {', '.join(sorted(parts))}"
             columns = ", ".join(sorted((image, label)))
-            raise UserError(f"{path} has no split {split!r} with columns {columns}: it has {found}.", mend)
+            raise UserError(f"{path} has no split {split!r} with columns {columns}: it has {contents}.", mend)
     try:
         return {split: parts[split].cast_column(image, datasets.Image(decode=False)) for split in wanted}
     except Exception as error:  # Arrow's, of several kinds
-        found = str(parts[wanted[0]].features[image])[:100]
-        raise UserError(f"the column {image} of {path} holds no encoded images but {found}.", mend) from error
+        kind = str(parts[wanted[0]].features[image])[:100]
+        raise UserError(f"the column {image} of {path} holds no encoded images but {kind}.", mend) from error
 
 
 def is_cached(name: str) -> bool:

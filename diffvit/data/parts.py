@@ -99,14 +99,14 @@ def raw_of(dataset: UserDataset, data_root: Path | None) -> Raw:
 
     @functools.cache
     def side() -> int:
-        found = _stored_side(parts.values(), dataset.image_size)
-        needed, there = 3 * found**2 * len(labels), memory_bytes()
-        if needed > there:
+        stored = _stored_side(parts.values(), dataset.image_size)
+        needed, memory = 3 * stored**2 * len(labels), memory_bytes()
+        if needed > memory:
             raise UserError(
-                f"{dataset.name} takes {needed / 1e9:.1f} GB while it is decoded, and this machine has {there / 1e9:.1f} GB of memory.",
+                f"{dataset.name} takes {needed / 1e9:.1f} GB while it is decoded, and this machine has {memory / 1e9:.1f} GB of memory.",
                 "give a smaller image_size, or bring the cache folder, DIFFVIT_CACHE, from a larger machine.",
             )
-        return found
+        return stored
 
     def decode(rows: np.ndarray) -> np.ndarray:
         out = np.empty((len(rows), 3, side(), side()), dtype=np.uint8)
@@ -199,10 +199,10 @@ def _check_split(dataset: UserDataset, labels: np.ndarray, rows: Mapping[str, np
                 f"the {title} split of {dataset.name} has no image of the class {classes[few]}, of which there are {counts[few]}.",
                 "it takes about ten images of each class for drawn splits; in those of its own each class needs one.",
             )
-    found = tuple(len(rows[split]) for split in ("train", "val", "test"))
-    if dataset.images and found != dataset.images:
+    images = tuple(len(rows[split]) for split in ("train", "val", "test"))
+    if dataset.images and images != dataset.images:
         raise UserError(
-            f"{dataset.name} has {list(found)} images for training, validation and test, and its entry in the grid file says "
+            f"{dataset.name} has {list(images)} images for training, validation and test, and its entry in the grid file says "
             f"{list(dataset.images)}.",
             "correct images there, or take it out.",
         )

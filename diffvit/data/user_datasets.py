@@ -120,11 +120,11 @@ class UserDataset:
         for label in self.parameters:
             wanted = 1e6 * _millions(label)
             depth = min(max(1, round((wanted - one) / layer) + 1), _DEEPEST)
-            found = one + (depth - 1) * layer
-            if abs(found / wanted - 1) > _FURTHEST:
+            nearest = one + (depth - 1) * layer
+            if abs(nearest / wanted - 1) > _FURTHEST:
                 raise UserError(
                     f"no depth gives the data set {self.name} {label} parameters: with d_model {self.d_model} {depth} layers have "
-                    f"{found / 1e6:.1f}M.",
+                    f"{nearest / 1e6:.1f}M.",
                     "ask for other parameters, or give another d_model.",
                 )
             if depth in depths.values():

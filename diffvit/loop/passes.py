@@ -142,13 +142,13 @@ class Passes:
             for work, inputs, training in calls:
                 self._model.train(training)
                 self._graphs.capture(work, inputs)
-            found = [self._outcome(partial(self._graphs.replay, work, inputs), training) for work, inputs, training in calls]
+            replayed = [self._outcome(partial(self._graphs.replay, work, inputs), training) for work, inputs, training in calls]
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
             raise UserError(f"CUDA graphs do not work here: {first_line(error)[:200]}", "give --graphs false.") from error
         # Only masks that are functions, not draws, are the same twice.
-        if has_kernels(self._device, _DRAWN_TOGETHER) and not torch.allclose(torch.stack(found), torch.stack(right), 0.02, 1e-4, True):
+        if has_kernels(self._device, _DRAWN_TOGETHER) and not torch.allclose(torch.stack(replayed), torch.stack(right), 0.02, 1e-4, True):
             raise UserError("CUDA graphs do not give what they were captured from.", "give --graphs false, and tell us.")
         self._model.train()
         self.zero_gradients()
@@ -218,8 +218,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     """A GPU's memory has an error of its own, and with libraries a sentence as a CPU's has; a capture that it ended may raise another."""
     if error is None:
         return False
-    found = isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
-    return found or is_out_of_memory(error.__context__)
+    named = any(text in str(error) for text in _OUT_OF_MEMORY)
+    return named or isinstance(error, torch.OutOfMemoryError) or is_out_of_memory(error.__context__)
 
 
 class _Graphs:

@@ -26,10 +26,10 @@ _STATE = record(
 
 def tensors_of(model: nn.Module, moments: Mapping[Tensor, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The weights as `model.{name}`, and AdamW's moments of each parameter as `optimizer.{name}.exp_avg` and so on."""
-    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        found |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments[parameter].items()}
-    return found
+        tensors |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments[parameter].items()}
+    return tensors
 
 
 def load_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -70,14 +70,14 @@ def subjects(table: pd.DataFrame, arms: Sequence[str] = ARMS) -> list[Subject]:
     groups = table.groupby(["dataset", pd.Series(conditions(table), index=table.index)], sort=False)
     order = list(dict.fromkeys(table["dataset"]))
     with_arms = set(table[table["model"].isin(arms)]["dataset"])
-    found: list[Subject] = []
+    parts: list[Subject] = []
     for (dataset, condition), runs in sorted(groups, key=lambda item: (order.index(item[0][0]), len(item[0][1].split()), item[0][1])):
         overrides = all_overrides(runs[:1])[0]
         name = f"{dataset} ({overrides_title(dataset, overrides)})" if overrides else str(dataset)
         asked = dataset not in with_arms or bool(runs["model"].isin(arms).any())
-        base = asked and not any(part.dataset == dataset and part.base for part in found)
-        found.append(Subject(name, file_stem(str(dataset), overrides), dataset, condition, runs, base))
-    return found
+        base = asked and not any(part.dataset == dataset and part.base for part in parts)
+        parts.append(Subject(name, file_stem(str(dataset), overrides), dataset, condition, runs, base))
+    return parts
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,10 @@ class Analysis:
     def pairs(self) -> list[tuple[str, str]]:
         """The baseline with each of the others."""
         return pairs_of(self.arms)
+
+    def findings_of(self, kind: str) -> dict[str, dict[str, Any]]:
+        """What one kind of evaluation found: run_id -> findings, of the runs that have any."""
+        return {run_id: findings[kind] for run_id, findings in self.findings.items() if kind in findings}
 
     @property
     def challengers(self) -> str:
@@ -166,8 +170,8 @@ def _compare(
     parts: Sequence[Subject], pairs: Sequence[tuple[str, str]], wrong_of: compare.WrongAnswers | None = None
 ) -> list[ArmComparison]:
     """Every pair on every subject where they have runs in common."""
-    found = [compare.compare(part.table, part.name, pair, wrong_of, part.whole) for pair in pairs for part in parts]
-    return [comparison for comparison in found if comparison]
+    comparisons = [compare.compare(part.table, part.name, pair, wrong_of, part.whole) for pair in pairs for part in parts]
+    return [comparison for comparison in comparisons if comparison]
 
 
 def _family(
@@ -177,8 +181,8 @@ def _family(
     bases = {part.name for part in parts if part.base}
     answers: list[Answer] = []
     for pair, asked in noise.items():
-        of_pair = [each for each in comparisons if each.arms == pair and each.subject in bases]
-        answers += [answer for each in of_pair for answer in each.answers] + [question.answer(pair) for question in asked[:1]]
+        compared = [each for each in comparisons if each.arms == pair and each.subject in bases]
+        answers += [answer for comparison in compared for answer in comparison.answers] + [question.answer(pair) for question in asked[:1]]
     return answers
 
 
@@ -191,17 +195,17 @@ def _at_chance(parts: Sequence[Subject], pairs: Sequence[tuple[str, str]]) -> li
 
 def _findings(table: pd.DataFrame, checkpoints: Path | None) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """run_id -> what `evaluate` found, by kind; and a phrase for findings with warnings, which are not used."""
-    found: dict[str, dict[str, Any]] = {}
+    used: dict[str, dict[str, Any]] = {}
     left_out = []
     for run in table.itertuples() if checkpoints else []:
         files = files_of(Path(str(checkpoints)), run)
         kinds = read_evaluations(files)
         if "attention" in kinds and len(kinds["attention"]["layers"]) != run.depth:
             raise UserError(f"{files.evaluations} is of a model of another depth.", "delete it and evaluate again.")
-        found[run.run_id] = {kind: findings for kind, findings in kinds.items() if not findings["warnings"]}
+        used[run.run_id] = {kind: findings for kind, findings in kinds.items() if not findings["warnings"]}
         left_out += [f"{kind} of the run {run.run_id}: of another version of diffvit, evaluate again" for kind in outdated(files)]
         left_out += [f"{kind} of the run {run.run_id}: {each['warnings'][0]}" for kind, each in kinds.items() if each["warnings"]]
-    return found, left_out
+    return used, left_out
 
 
 _FOUND = ["evaluated_error", "corrupted_error", "evaluated_images"]

@@ -92,10 +92,10 @@ def attention_curves(runs: pd.DataFrame, findings: Mapping[str, Mapping[str, Any
         raise ValueError("there is nothing to draw")
     sizes = [of_size for _, of_size in sorted(runs.groupby("size"), key=lambda of_size: of_size[1]["parameters"].min())]
     models = in_order(runs["model"])
-    some = findings[runs["run_id"].iloc[0]]
+    example = findings[runs["run_id"].iloc[0]]
     measures = [
         ("entropy", "entropy (nats)"),
-        *((background, f"share on object (%),\n{_behind(background)}") for background in some["layers"][0]["signal_share"]),
+        *((background, f"share on object (%),\n{_behind(background)}") for background in example["layers"][0]["signal_share"]),
     ]
 
     figure = Figure(figsize=(2.6 * max(2, len(sizes)) + 1.2, 2.0 * len(measures) + 1.1), layout="constrained")

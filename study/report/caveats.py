@@ -22,8 +22,10 @@ def at_chance(table: pd.DataFrame, classes: int) -> pd.DataFrame:
     """A run table in which runs that diverged have finished at chance level, clean and corrupted."""
     table = table.copy()
     gone = table["status"] == "diverged"
-    found = {"test_images": None, "evaluated_images": None, "corrupted_error": 1 - 1 / classes, "evaluated_error": 1 - 1 / classes}
-    for column, value in {"status": "done", "test_accuracy": 1 / classes, **found}.items():
+    chance = 1 / classes
+    accuracies = {"test_accuracy": chance, "test_images": None}
+    errors = {"evaluated_images": None, "corrupted_error": 1 - chance, "evaluated_error": 1 - chance}
+    for column, value in {"status": "done", **accuracies, **errors}.items():
         known = table[column].dropna()
         if gone.any() and len(known):
             table.loc[gone, column] = known.max() if value is None else value

@@ -78,7 +78,7 @@ class SpecificationCurve:
     @property
     def levels(self) -> list[float]:
         """The levels, as log ratios, of those that have something to compare."""
-        return [float(each.level.value) for each in self.specs if not math.isnan(each.level.value)]
+        return [float(spec.level.value) for spec in self.specs if not math.isnan(spec.level.value)]
 
 
 def specification_curves(parts: Sequence[Subject], comparisons: Sequence[ArmComparison], arms: tuple[str, str]) -> list[SpecificationCurve]:
@@ -87,14 +87,14 @@ def specification_curves(parts: Sequence[Subject], comparisons: Sequence[ArmComp
     Each condition is compared at equal parameters and at equal FLOPs.
     """
     by_subject = {each.subject: each for each in comparisons if each.arms == arms}
-    found = []
+    curves = []
     for dataset in dict.fromkeys(part.dataset for part in parts):
         tried = [part for part in parts if part.dataset == dataset and not part.overrides & _NO_CHOICES
                  and part.table["model"].isin(arms).any()]  # fmt: skip
         if len(tried) < _FEWEST:
             continue
         overrides = [parse_overrides(part.condition) for part in tried]
-        names = list(dict.fromkeys(name for each in overrides for name in each))
+        names = list(dict.fromkeys(name for condition in overrides for name in condition))
         usual = protocol_of(dataset)
         specs = []
         for part, own in zip(tried, overrides, strict=True):
@@ -106,13 +106,13 @@ def specification_curves(parts: Sequence[Subject], comparisons: Sequence[ArmComp
             specs += [Specification({**chosen, "compared at equal": cost}, level, usual_choices and cost == "parameters",
                                     diverged(part.table, arms))
                       for cost, level in at_equal.items() if level]  # fmt: skip
-        specs.sort(key=lambda each: (math.isnan(each.level.value), float(each.level.value)))
-        if not any(each.level.known or each.diverged or not math.isnan(each.level.value) for each in specs):
+        specs.sort(key=lambda spec: (math.isnan(spec.level.value), float(spec.level.value)))
+        if not any(spec.level.known or spec.diverged or not math.isnan(spec.level.value) for spec in specs):
             continue  # of an arm without runs
         of_arm = "" if arms[1] == ARMS[1] else f"_{arms[1]}"
         stem = next(part.stem for part in parts if part.base and part.dataset == dataset)
-        found.append(SpecificationCurve(dataset, arms, f"{stem}{of_arm}_choices", specs))
-    return found
+        curves.append(SpecificationCurve(dataset, arms, f"{stem}{of_arm}_choices", specs))
+    return curves
 
 
 def _text(value: Any) -> str:
@@ -123,15 +123,15 @@ def curve_sentence(curve: SpecificationCurve) -> str:
     """What the curve says in one sentence; signs and significance both."""
     specs, values = curve.specs, curve.levels
     lower, higher = sum(value < 0 for value in values), sum(value > 0 for value in values)
-    kinds = [each.kind for each in specs]
+    kinds = [spec.kind for spec in specs]
     if not values:
         significant = "no two finished runs can be compared"
-    elif not any(each.level.known for each in specs):
+    elif not any(spec.level.known for spec in specs):
         significant = "with one seed, none has an interval"
     else:
         words = [f"{kinds.count(kind) or 'never'} significantly {kind}" for kind in ("lower", "higher")]
         significant = " and ".join(words).replace("never significantly lower and never", "never significantly lower or")
-    dead = sum(bool(each.diverged) for each in specs)
+    dead = sum(bool(spec.diverged) for spec in specs)
     unpaired = len(specs) - len(values)
     text = (
         f"Under {len(specs)} combinations of choices, {model_title(curve.arms[1])} has the lower error in {lower} and the higher one in "
@@ -167,8 +167,8 @@ def choices_section(curves: Sequence[SpecificationCurve], figures: Sequence[Path
         arm = model_title(curve.arms[1])
         alt = f"{arm} against {model_title(curve.arms[0])}: specification curve on {curve.dataset}"
         drawn = [(path, alt) for path in figures if path.name == f"{curve.figure}.png"]
-        rows = [[*each.chosen.values(), "nothing to compare" if math.isnan(each.level.value) else relative(each.level),
-                 "the protocol" if each.protocol else "", each.diverged] for each in curve.specs]  # fmt: skip
+        rows = [[*spec.chosen.values(), "nothing to compare" if math.isnan(spec.level.value) else relative(spec.level),
+                 "the protocol" if spec.protocol else "", spec.diverged] for spec in curve.specs]  # fmt: skip
         blocks += [Paragraph(f"{curve.dataset}: {curve_sentence(curve)}"), *([Figures(drawn)] if drawn else [])]
         caption = f"{curve.dataset}, {arm}: every combination, lowest first"
         blocks.append(Table([*names, "difference in test error", "", "diverged"], rows, caption))
@@ -189,21 +189,21 @@ def _drawn(curve: SpecificationCurve) -> Figure:
     """Levels with intervals above, what was chosen for each below."""
     specs = curve.specs
     names = list(specs[0].chosen)
-    options = [(name, value) for name in names for value in dict.fromkeys(each.chosen[name] for each in sorted(specs, key=_by_choice))]
+    options = [(name, value) for name in names for value in dict.fromkeys(spec.chosen[name] for spec in sorted(specs, key=_by_choice))]
     figure = Figure(figsize=(8.0, 3.4 + 0.24 * len(options)), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3.0, 0.24 * len(options) + 0.2]})
     above.axhline(0, color="#3C4650", linewidth=1.0)
-    for x, each in enumerate(specs):
-        colour = _COLOURS[each.kind]
-        if each.level.known:
-            low, high = (100 * np.expm1(end) for end in each.level.interval)
+    for x, spec in enumerate(specs):
+        colour = _COLOURS[spec.kind]
+        if spec.level.known:
+            low, high = (100 * np.expm1(end) for end in spec.level.interval)
             above.plot([x, x], [low, high], color=colour, linewidth=1.6)
-        marker = {"lower": "v", "higher": "^", "open": "o"}[each.kind]
-        above.plot(x, 100 * np.expm1(each.level.value), marker=marker, color=colour, markersize=9 if each.protocol else 6,
-                   markeredgecolor="black" if each.protocol else colour)  # fmt: skip
+        marker = {"lower": "v", "higher": "^", "open": "o"}[spec.kind]
+        above.plot(x, 100 * np.expm1(spec.level.value), marker=marker, color=colour, markersize=9 if spec.protocol else 6,
+                   markeredgecolor="black" if spec.protocol else colour)  # fmt: skip
         for y, (name, value) in enumerate(options):
-            there = each.chosen[name] == value
-            below.plot(x, y, marker="s", markersize=5 if there else 2, color=colour if there else "#D5DAE0", linestyle="")
+            taken = spec.chosen[name] == value
+            below.plot(x, y, marker="s", markersize=5 if taken else 2, color=colour if taken else "#D5DAE0", linestyle="")
     above.set_ylabel("difference in test error (%)")
     first, second = map(model_title, curve.arms)
     above.set_title(f"{curve.dataset}: {second} against {first}, under every choice")

@@ -120,8 +120,8 @@ def _answers(
 def _sizes_without_pair(table: pd.DataFrame, pairs: pd.DataFrame, arms: tuple[str, str]) -> str:
     """Why nothing can be said of a trend: the sizes of the arms' runs that have no pair, whatever became of them; "" for none."""
     of_arms = table[table["model"].isin(arms)].sort_values("parameters")
-    there = pairs.index.get_level_values("size")
-    without = [size for size in dict.fromkeys(of_arms["size"]) if size not in there]
+    paired = pairs.index.get_level_values("size")
+    without = [size for size in dict.fromkeys(of_arms["size"]) if size not in paired]
     return f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no pair of finished, comparable runs" if without else ""
 
 
@@ -219,15 +219,15 @@ def left_out(table: pd.DataFrame, arms: Sequence[str] = ARMS) -> list[str]:
     """Runs of the arms, the baseline first, that enter no pair, and why; also those missing although others of their size or seed exist."""
     table = table[table["model"].isin(arms)]
     done = {(run.model, run.size, run.seed) for run in table.itertuples() if run.status == "done"}
-    there = {(run.model, run.size, run.seed): run.status for run in table.itertuples()}
+    statuses = {(run.model, run.size, run.seed): run.status for run in table.itertuples()}
     phrases = []
     for size, seed, arm in itertools.product(dict.fromkeys(table["size"]), dict.fromkeys(sorted(table["seed"])), arms):
         name = f"{model_title(arm)} {size} seed {seed}"
         partners = arms[1:] if arm == arms[0] else arms[:1]
-        if (arm, size, seed) not in there:
+        if (arm, size, seed) not in statuses:
             phrases.append(f"{name} failed or was not trained")
-        elif there[arm, size, seed] != "done":
-            phrases.append(f"{name} {there[arm, size, seed]}")
+        elif statuses[arm, size, seed] != "done":
+            phrases.append(f"{name} {statuses[arm, size, seed]}")
         elif not any((partner, size, seed) in done for partner in partners):
             phrases.append(f"{name} has no partner")
     return phrases

@@ -44,7 +44,7 @@ def noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
         ]  # fmt: skip
         header = ["model", "condition", "false labels", "memorised", "true label given", "clean test accuracy (95 % interval)"]
         blocks.append(Table(header, rows, "False training labels: what the final model answers for their images", left=2))
-    evaluated = {run_id: found["corruptions"] for run_id, found in analysis.findings.items() if "corruptions" in found}
+    evaluated = analysis.findings_of("corruptions")
     for part in analysis.subjects:
         runs = part.table[part.table["run_id"].isin(list(evaluated))]
         if runs.empty:
@@ -60,8 +60,8 @@ def noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
                 if (size, baseline) in lost and (lost[size, baseline] > 0).all()
                 else ""
             )
-            found = [{row["corruption"]: row for row in summarise(evaluated[run_id])} for run_id in cell["run_id"]]
-            errors = [100 * float(np.mean([each[name]["error"] for each in found])) for name in names]
+            by_corruption = [{row["corruption"]: row for row in summarise(evaluated[run_id])} for run_id in cell["run_id"]]
+            errors = [100 * float(np.mean([run[name]["error"] for run in by_corruption])) for name in names]
             clean = errors[names.index("clean")]
             to_clean = f"{errors[names.index('mean')] / clean:.2f}" if clean else ""
             title = f"{model_title(model)}, {cell['parameters'].iloc[0] / 1e6:.3g} M"
@@ -92,7 +92,7 @@ _NOISE_AXES = (
 
 def attention_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
     """Where attention goes, by data set; arguments as noise_section."""
-    attended = {run_id: found["attention"] for run_id, found in analysis.findings.items() if "attention" in found}
+    attended = analysis.findings_of("attention")
     blocks: list[Block] = []
     for part in analysis.subjects:
         runs = part.table[part.table["run_id"].isin(list(attended))]
@@ -100,8 +100,8 @@ def attention_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block
             continue
         rows = []
         for (_, model), cell in runs.groupby(["parameters", "model"]):
-            found = [attended[run_id] for run_id in cell["run_id"]]
-            rows.append([f"{model_title(str(model))}, {cell['parameters'].iloc[0] / 1e6:.3g} M", *_attention_cells(found)])
+            cells = _attention_cells([attended[run_id] for run_id in cell["run_id"]])
+            rows.append([f"{model_title(str(model))}, {cell['parameters'].iloc[0] / 1e6:.3g} M", *cells])
         first = attended[runs["run_id"].iloc[0]]
         header = ["model", "lambda", "entropy", "on object, noise", "on object, images", "logits top-1", "median", "hidden top-1", "median"]
         uniform = f"uniform attention: entropy {first['uniform_entropy']:.2f} nats, {100 * first['signal_area']:.0f} % on the object"
@@ -121,9 +121,9 @@ _ATTENTION = (
 )
 
 
-def _attention_cells(found: Sequence[dict[str, Any]]) -> list[str]:
+def _attention_cells(findings: Sequence[dict[str, Any]]) -> list[str]:
     """Means over layers and runs; of top-1 the largest."""
-    layers = [layer for each in found for layer in each["layers"]]
+    layers = [layer for of_run in findings for layer in of_run["layers"]]
     lambdas = [layer["lambda"] for layer in layers if layer["lambda"] is not None]
     cells = [f"{np.mean(lambdas):.2f}" if lambdas else "none", f"{np.mean([layer['entropy'] for layer in layers]):.2f}"]
     cells += [f"{100 * np.mean([layer['signal_share'][background] for layer in layers]):.1f} %" for background in ("noise", "images")]

@@ -76,9 +76,9 @@ def _facts(table: pd.DataFrame, command: str, price: float | None) -> Facts:
         datasets.setdefault(", ".join(sizes), []).append(str(dataset))
     of = "; ".join(f"{' and '.join(names)} ({sizes} parameters)" for sizes, names in datasets.items())
     seeds = table.groupby(["dataset", "overrides", "size", "model"])["seed"].nunique()
-    each = f"{seeds.min()} to " if seeds.min() < seeds.max() else ""
+    fewest = f"{seeds.min()} to " if seeds.min() < seeds.max() else ""
     diverged = int((table["status"] == "diverged").sum())
-    runs_are = f"{len(table)}, {each}{counted(seeds.max(), 'seed')} a model and size" + (f"; {diverged} diverged" if diverged else "")
+    runs_are = f"{len(table)}, {fewest}{counted(seeds.max(), 'seed')} a model and size" + (f"; {diverged} diverged" if diverged else "")
     times = sorted(str(time)[:16].replace("T", " ") for what in ("started", "finished") for time in table[what].dropna())
     commits = dict.fromkeys(re.sub(r"\b([0-9a-f]{10})[0-9a-f]+", r"\1", commit) for commit in _values(table, "git_commit"))
     versions = [f"{what} {'/'.join(_values(table, what))}" for what in ("torch", "diffvit") if _values(table, what)]

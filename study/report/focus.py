@@ -13,12 +13,12 @@ from study.report.figures import millions
 def focus_section(analysis: Analysis) -> list[Block]:
     """A table a data set of the entropy before and after training, the positive part's entropy and the negative mass."""
     blocks: list[Block] = []
+    attended = analysis.findings_of("attention")
     for part in analysis.subjects:
-        attended = {run_id: found["attention"]["layers"] for run_id, found in analysis.findings.items() if "attention" in found}
         runs = part.table[part.table["run_id"].isin(list(attended))]
         rows = []
         for (parameters, model), cell in runs.groupby(["parameters", "model"]):
-            layers = [layer for run_id in cell["run_id"] for layer in attended[run_id]]
+            layers = [layer for run_id in cell["run_id"] for layer in attended[run_id]["layers"]]
             start, end, positive, negative = (np.mean([layer[name] for layer in layers]) for name in _MEASURES)
             title = f"{model_title(str(model))}, {millions(parameters)}"
             rows.append([title, f"{start:.2f}", f"{end:.2f}", f"{end - start:+.2f}", f"{positive:.2f}", f"{100 * negative:.1f} %"])

@@ -47,9 +47,9 @@ class NoiseQuestion:
 
     def answer(self, arms: tuple[str, str]) -> Answer:
         """The answer, not decided; blocked where no pair of finished runs is there with noise and without."""
-        found = compare.noise_answer(self.clean, self.noisy, self.subject, arms, self.measures, self.wrong)
+        answer = compare.noise_answer(self.clean, self.noisy, self.subject, arms, self.measures, self.wrong)
         why = "no pair of runs has finished both with noise and without"
-        return found or Answer("noise", self.subject, arms, Estimate.none(), 0, 0, blocked=why)
+        return answer or Answer("noise", self.subject, arms, Estimate.none(), 0, 0, blocked=why)
 
 
 def noise_questions(
@@ -75,11 +75,11 @@ def noise_questions(
             candidates.append(NoiseQuestion(what, twin.name, part.table, twin.table, wrong=of_predictions))
     under = (_wrong_under(["clean"], findings), _wrong_under(list(CORRUPTIONS), findings)) if wrong_of else None
     for part in base.values():
-        found = part.table["corrupted_error"].notna()
-        evaluated = part.table[found | ((part.table["status"] == "diverged") & found.any())]
+        known = part.table["corrupted_error"].notna()
+        evaluated = part.table[known | ((part.table["status"] == "diverged") & known.any())]
         what = f"{part.name}: test images under five corruptions"
         candidates.append(NoiseQuestion(what, part.name, evaluated, evaluated, ("evaluated error", "corrupted error"), under))
-    return [each for each in candidates if each.has_runs(arms)]
+    return [question for question in candidates if question.has_runs(arms)]
 
 
 def label_questions(parts: Sequence[Subject]) -> list[NoiseQuestion]:
@@ -96,8 +96,8 @@ def _wrong_under(corruptions: Sequence[str], findings: dict[str, dict[str, Any]]
     """Run -> for each test image, the share of its answers under these corruptions that were wrong."""
 
     def of_run(run: Any) -> np.ndarray:
-        found = findings[run.run_id]["corruptions"]
-        asked = [each for each in found["conditions"] if each["corruption"] in corruptions]
-        return np.mean([~right_answers(each, found["images"]) for each in asked], axis=0)
+        evaluated = findings[run.run_id]["corruptions"]
+        asked = [condition for condition in evaluated["conditions"] if condition["corruption"] in corruptions]
+        return np.mean([~right_answers(condition, evaluated["images"]) for condition in asked], axis=0)
 
     return of_run

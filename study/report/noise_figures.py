@@ -67,7 +67,7 @@ def in_common(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["model"].isin(list(kept)) & np.asarray(is_shared, dtype=bool)]
 
 
-def _errors(found: Mapping[str, Any], corruption: str) -> list[float]:
+def _errors(findings: Mapping[str, Any], corruption: str) -> list[float]:
     """Clean error, then by severity."""
-    own = sorted((each for each in found["conditions"] if each["corruption"] in ("clean", corruption)), key=lambda each: each["severity"])
-    return [1 - each["accuracy"] for each in own]
+    conditions = [condition for condition in findings["conditions"] if condition["corruption"] in ("clean", corruption)]
+    return [1 - condition["accuracy"] for condition in sorted(conditions, key=lambda condition: condition["severity"])]

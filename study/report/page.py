@@ -148,23 +148,23 @@ def _controls(analysis: Analysis) -> list[Block]:
     return [Heading("Other architectures", 3), Table(header, rows, "Controls, of which no question was asked")] if rows else []
 
 
-def _pair_tables(pair: tuple[str, str], compared: Sequence[ArmComparison]) -> list[Block]:
+def _pair_tables(pair: tuple[str, str], comparisons: Sequence[ArmComparison]) -> list[Block]:
     """Lines, contrasts and cost ratios of two arms on all subjects."""
     rows: list[list[str]] = []
-    for each in compared:
-        shown = [_quantities(each, measure) for measure in _MEASURES]
-        rows += [[each.subject, quantity, *(of.get(quantity, "") for of in shown)] for quantity in shown[0]]
+    for comparison in comparisons:
+        shown = [_quantities(comparison, measure) for measure in _MEASURES]
+        rows += [[comparison.subject, quantity, *(of.get(quantity, "") for of in shown)] for quantity in shown[0]]
     header = ["data set", "quantity", "error (95 % interval)", "cross-entropy (95 % interval)"]
     lines = Table(header, rows, "Lines and contrasts", left=2)
     rows = [
         [each.subject, cost, *(_ratio(each.ratios[measure, cost]) if (measure, cost) in each.ratios else "" for measure in _MEASURES)]
-        for each in compared
+        for each in comparisons
         for cost in compare.COSTS.values()
     ]
     first, second = map(model_title, pair)
     header = ["data set", "cost", "at equal error (95 % interval)", "at equal cross-entropy (95 % interval)"]
     costs = Table(header, rows, f"What {second} costs, as a share of the {first} that is as good", left=2)
-    return [lines, costs, *(Items([*_match_sentences(each.subject, each), *_secondary(each.subject, each)]) for each in compared)]
+    return [lines, costs, *(Items([*_match_sentences(each.subject, each), *_secondary(each.subject, each)]) for each in comparisons)]
 
 
 _MEASURES = ("error", "cross-entropy")
@@ -254,7 +254,7 @@ def _tuning_section(analysis: Analysis) -> list[Block]:
         blocks.append(Table(["model", *names], rows, f"{dataset}: validation accuracy by learning rate (95 % interval), mean over seeds"))
         best = by_rate.idxmax(axis=1)
         chosen = runs[[best[model, size] == rate for model, size, rate in zip(runs["model"], runs["size"], runs["rate"], strict=True)]]
-        tuned = [found for pair in analysis.pairs if (found := compare.compare(chosen, dataset, pair))]
+        tuned = [comparison for pair in analysis.pairs if (comparison := compare.compare(chosen, dataset, pair))]
         if tuned:
             several = len(analysis.pairs) > 1
             changes = [relative(each.answers[0].estimate) + (f" for {model_title(each.arms[1])}" if several else "") for each in tuned]

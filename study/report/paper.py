@@ -154,7 +154,7 @@ def bibtex(analysis: Analysis) -> str:
     datasets = set(analysis.table["dataset"])
     differential = [model for model in analysis.table["model"].unique() if model.startswith("vit_differential")]
     used = ["vit", *(["differential"] if differential else []), *(key for name, key in _OF_DATASETS.items() if name in datasets)]
-    used += ["corruptions"] if any("corruptions" in found for found in analysis.findings.values()) else []
+    used += ["corruptions"] if analysis.findings_of("corruptions") else []
     versions = " and ".join(sorted({str(version) for version in analysis.table["diffvit"].dropna()}))
     commits = " and ".join(sorted({str(commit) for commit in analysis.table["git_commit"].dropna()}))
     note = f"Version {versions or 'unknown'}" + (f", commit {commits}" if commits else "")

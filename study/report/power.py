@@ -54,7 +54,7 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, a
     specs = [spec for spec in specs if spec.model in arms]
     if not specs:
         raise UserError("the grid has none of the architectures that are compared.", f"name {' or '.join(arms)} in its models.")
-    measured, piloted = (_errors(checkpoints, some, of) for some, of in ((specs, arms), (GRIDS["pilot"].runs(), ARMS)))
+    measured, piloted = _errors(checkpoints, specs, arms), _errors(checkpoints, GRIDS["pilot"].runs(), ARMS)
     datasets = list(dict.fromkeys(spec.dataset for spec in specs))
     costs = {dataset: _log_parameters([spec for spec in specs if spec.dataset == dataset], checkpoints) for dataset in datasets}
     questions = {dataset: ["level", *(["trend"] if len(costs[dataset]) > 1 else [])] for dataset in datasets}

@@ -49,8 +49,8 @@ def write_report(
 
 def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
     """Figures of what `evaluate` found."""
-    corrupted = {run_id: found["corruptions"] for run_id, found in analysis.findings.items() if "corruptions" in found}
-    attended = {run_id: found["attention"] for run_id, found in analysis.findings.items() if "attention" in found}
+    corrupted = analysis.findings_of("corruptions")
+    attended = analysis.findings_of("attention")
     written: list[Path] = []
     with our_style():
         for part in analysis.subjects:
