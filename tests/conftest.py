@@ -43,13 +43,18 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses, option.dist, option.loadscopereorder = 2, "loadfile", False
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before every fixture, of a module too: always the same number of threads."""
+    torch.set_num_threads(1)  # such small models are no faster with two
+
+
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cluster, account or data folder of the user's; always the same number of threads."""
+    """No cluster, account or data folder of the user's."""
     for name in ("RAY_ADDRESS", "HF_TOKEN", "HF_REPOSITORY", "DIFFVIT_DATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_COLOR", "1")
-    torch.set_num_threads(1)  # such small models are no faster with two
 
 
 @pytest.fixture(scope="session")

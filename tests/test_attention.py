@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 from timm.layers.diff_attention import DiffAttention
-from timm.models.vision_transformer import VisionTransformer as TimmViT
 
+from bench.peers import give_weights, timm_model
 from diffvit.protocol import MODELS, PROTOCOLS
 from diffvit.vit import attention_class, build_model
 from diffvit.vit_classic import Attention
@@ -209,27 +209,6 @@ def test_classic_logits_are_the_scaled_products() -> None:
         torch.testing.assert_close(attention.logits(x)[:, head], q[..., part] @ k[..., part].mT / 4)
 
 
-def timm_twin(dataset: str, size: str) -> TimmViT:
-    """timm's ViT in the shape of the protocol."""
-    protocol = PROTOCOLS[dataset]
-    return TimmViT(
-        img_size=protocol.image_size,
-        patch_size=protocol.patch_size,
-        in_chans=protocol.channels,
-        num_classes=protocol.classes,
-        embed_dim=protocol.d_model,
-        depth=protocol.depths[size],
-        num_heads=protocol.heads,
-        mlp_ratio=protocol.mlp_ratio,
-        proj_drop_rate=protocol.dropout,
-        pos_drop_rate=protocol.dropout,
-    )
-
-
-def timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.replace("patch_embed.", "patch_embed.proj."): value for name, value in state.items()}
-
-
 @pytest.mark.parametrize(("dataset", "size"), [("digits", "0.4M"), ("CIFAR-100", "10B")])
 def test_classic_model_equals_timms(dataset: str, size: str) -> None:
     protocol = PROTOCOLS[dataset]
@@ -238,8 +217,8 @@ def test_classic_model_equals_timms(dataset: str, size: str) -> None:
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    timms = timm_twin(dataset, size).eval()
-    timms.load_state_dict(timm_names(ours.state_dict()))
+    timms = timm_model("vit_classic", size, protocol).eval()
+    give_weights(ours, timms)
     images = torch.randn(2, protocol.channels, protocol.image_size, protocol.image_size)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), timms(images), rtol=1e-5, atol=1e-5)
@@ -249,10 +228,10 @@ def test_differential_model_with_timms_attention_in_every_block() -> None:
     protocol = PROTOCOLS["digits"]
     ours = build_model("vit_differential", "0.4M", protocol).eval()
     ours.initialise(seed=3)
-    timms = timm_twin("digits", "0.4M").eval()
+    timms = timm_model("vit_classic", "0.4M", protocol).eval()
     for layer, block in enumerate(timms.blocks):
         block.attn = DiffAttention(protocol.d_model, num_heads=protocol.heads // 2, qkv_bias=True, depth=layer).eval()
-    timms.load_state_dict(timm_names(ours.state_dict()))
+    give_weights(ours, timms)
     images = torch.randn(4, 1, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(ours(images), timms(images), rtol=1e-5, atol=1e-5)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHARED, needs_cifar, needs_tissue
+from pictures import png, structs, write_split
 from PIL import Image
 
 from diffvit import dataset
@@ -30,6 +30,7 @@ from diffvit.protocol import PROTOCOLS
 
 BACH_NAMES = ["Benign", "InSitu", "Invasive", "Normal", "Unknown"]
 BACH_PREFIXES = ["b", "is", "iv", "n"]
+BACH_ROWS = [(f"{prefix}{number:03}.tif", label) for label, prefix in enumerate(BACH_PREFIXES) for number in range(1, 101)]
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +199,7 @@ def _write_bach(root: Path, *, named: bool, rows: list[tuple[str, int]] | None =
     tissue = [np.asarray(Image.open(path).convert("RGB")) for path in sorted((SHARED / "data/breakhis").glob("*.png"))]
     random = np.random.RandomState(0)
     if rows is None:
-        rows = [(f"{BACH_PREFIXES[label]}{number:03}.tif", label) for label in range(4) for number in range(1, 101)]
+        rows = list(BACH_ROWS)
         random.shuffle(rows)
     images = []
     for name, label in rows:
@@ -252,7 +253,7 @@ def test_bach_by_patient_takes_the_held_out_files(tmp_path: Path) -> None:
 
 @needs_tissue
 def test_bachs_unknown_rows_never_enter(tmp_path: Path) -> None:
-    rows = [(f"{BACH_PREFIXES[label]}{number:03}.tif", label) for label in range(4) for number in range(1, 101)]
+    rows = list(BACH_ROWS)
     rows[5:5] = [("test01.tif", 4), ("test02.tif", 4)]
     _write_bach(tmp_path, named=True, rows=rows)
     data = load("BACH", tmp_path)
@@ -306,26 +307,11 @@ def test_another_schema_is_found(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- Parquet as pandas, polars or duckdb write it
 
 
-def _png(number: int, size: int = 32) -> bytes:
-    """An image whose top left pixel says which it is."""
-    pixels = np.random.RandomState(number).randint(0, 256, (size, size, 3)).astype(np.uint8)
-    pixels[0, 0] = number
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _write_cifar100(root: Path, labels: Callable[[list[int]], list | pa.Array], images: Callable[[list[bytes]], list | pa.Array]) -> None:
-    folder = root / "uoft-cs/cifar100"
-    folder.mkdir(parents=True)
     for split, rows in (("train", 1000), ("test", 100)):
         numbers = [row % 100 for row in range(rows)]
-        table = {"img": images([_png(number) for number in numbers]), "fine_label": labels(numbers), "beside": numbers}
-        pq.write_table(pa.table(table), folder / f"{split}.parquet")
-
-
-def _structs(images: list[bytes]) -> list:
-    return [{"bytes": image, "path": None} for image in images]
+        pictures = images([png(number) for number in numbers])
+        write_split(root / "uoft-cs/cifar100", split, img=pictures, fine_label=labels(numbers), beside=numbers)
 
 
 def _few(monkeypatch: pytest.MonkeyPatch, name: str, images: tuple[int, int, int]) -> None:
@@ -341,13 +327,13 @@ LABELS = {
     "dictionary": lambda numbers: pa.array([f"class {number:02}" for number in numbers]).dictionary_encode(),
 }
 IMAGES = {
-    "structs": _structs,
+    "structs": structs,
     "structs without path": lambda images: [{"bytes": image} for image in images],
     "structs, fields the other way round": lambda images: [{"path": "a.png", "bytes": image} for image in images],
     "binary": lambda images: images,
     "large binary": lambda images: pa.array(images, pa.large_binary()),
     "large binary in structs": lambda images: pa.array(
-        _structs(images), pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
+        structs(images), pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
     ),
 }
 
@@ -377,7 +363,7 @@ WRONG_LABELS = {
 @pytest.mark.parametrize("kind", WRONG_LABELS)
 def test_labels_that_are_none_are_one_sentence(tmp_path: Path, kind: str) -> None:
     labels, why = WRONG_LABELS[kind]
-    _write_cifar100(tmp_path, labels, _structs)
+    _write_cifar100(tmp_path, labels, structs)
     with pytest.raises(UserError, match=why):
         load("CIFAR-100", tmp_path)
 
@@ -386,9 +372,9 @@ WRONG_IMAGES = {
     "numbers": (lambda images: [1] * len(images), "holds no encoded images"),
     "lists": (lambda images: [[1, 2]] * len(images), "holds no encoded images|row 0 of the train split cannot be used"),
     "paths to nothing": (lambda images: ["nowhere/1.png"] * len(images), "nowhere/1.png cannot be read: No such file"),
-    "a missing one": (lambda images: [None, *_structs(images)[1:]], "row 0 of the train split cannot be read"),
+    "a missing one": (lambda images: [None, *structs(images)[1:]], "row 0 of the train split cannot be read"),
     "an empty one": (lambda images: [b"", *images[1:]], "row 0 of the train split cannot be decoded"),
-    "another size": (lambda images: [_png(0, 33), *images[1:]], "33 x 33 pixels"),
+    "another size": (lambda images: [png(0, 33), *images[1:]], "33 x 33 pixels"),
 }
 
 
@@ -402,9 +388,7 @@ def test_images_that_are_none_are_one_sentence(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_data_set_without_rows_is_one_sentence(tmp_path: Path) -> None:
-    folder = tmp_path / "1aurent/BACH"
-    folder.mkdir(parents=True)
-    pq.write_table(pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.string())}), folder / "train.parquet")
+    write_split(tmp_path / "1aurent/BACH", "train", image=pa.array([], pa.binary()), label=pa.array([], pa.string()))
     with pytest.raises(UserError, match=r"0 training, 0 validation and 0 test images|cannot be loaded"):
         load("BACH", tmp_path)
 
@@ -413,10 +397,9 @@ def test_a_data_set_without_rows_is_one_sentence(tmp_path: Path) -> None:
 def test_bach_needs_names_and_takes_them_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: str) -> None:
     _few(monkeypatch, "BACH", (24, 4, 12))
     monkeypatch.setitem(PROTOCOLS, "BACH", dataclasses.replace(PROTOCOLS["BACH"], image_size=8))
-    folder, rows = tmp_path / "1aurent/BACH", [row % 5 for row in range(50)]
-    folder.mkdir(parents=True)
+    rows = [row % 5 for row in range(50)]
     named = [BACH_NAMES[label] for label in rows] if labels == "text" else rows
-    pq.write_table(pa.table({"image": [_png(label, 8) for label in rows], "label": named}), folder / "train.parquet")
+    write_split(tmp_path / "1aurent/BACH", "train", image=[png(label, 8) for label in rows], label=named)
     if labels == "numbers":
         with pytest.raises(UserError, match="have no names") as refused:
             load("BACH", tmp_path)
@@ -435,11 +418,9 @@ def test_a_16_bit_bach_keeps_its_pictures(tmp_path: Path, monkeypatch: pytest.Mo
     for kind in (tissue, tissue.astype(np.uint16) * 257, tissue.astype(np.float32)):
         buffer = io.BytesIO()
         Image.fromarray(kind).save(buffer, "TIFF")
-        rows = [(f"{BACH_PREFIXES[label]}{number:03}.tif", BACH_NAMES[label]) for label in range(4) for number in range(1, 101)]
-        folder = tmp_path / str(kind.dtype) / "1aurent/BACH"
-        folder.mkdir(parents=True)
-        images = [{"bytes": buffer.getvalue(), "path": name} for name, _ in rows]
-        pq.write_table(pa.table({"image": images, "label": [label for _, label in rows]}), folder / "train.parquet")
+        images = [{"bytes": buffer.getvalue(), "path": name} for name, _ in BACH_ROWS]
+        names = [BACH_NAMES[label] for _, label in BACH_ROWS]
+        write_split(tmp_path / str(kind.dtype) / "1aurent/BACH", "train", image=images, label=names)
         if kind.dtype == np.float32:
             with pytest.raises(UserError, match=r"^(b|is|iv|n)\d{3}\.tif cannot be used: it holds numbers from"):
                 load("BACH", tmp_path / str(kind.dtype))
@@ -456,7 +437,7 @@ def test_an_image_folder_is_read_from_its_files(tmp_path: Path, monkeypatch: pyt
         folder = tmp_path / "1aurent/BACH/train" / name
         folder.mkdir(parents=True)
         for number in range(10):
-            (folder / f"{BACH_PREFIXES[label]}{number}.png").write_bytes(_png(label, 8))
+            (folder / f"{BACH_PREFIXES[label]}{number}.png").write_bytes(png(label, 8))
     data = load("BACH", tmp_path)
     assert data.train.labels.tolist() == data.train.pixels[:, 0, 0, 0].tolist()
     (tmp_path / "1aurent/BACH/train/Normal/n3.png").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
@@ -472,7 +453,7 @@ def test_an_image_folder_is_read_from_its_files(tmp_path: Path, monkeypatch: pyt
 def decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a small CIFAR-100 in the cache."""
     _few(monkeypatch, "CIFAR-100", (900, 100, 100))
-    _write_cifar100(tmp_path, LABELS["int64"], _structs)
+    _write_cifar100(tmp_path, LABELS["int64"], structs)
     load("CIFAR-100", tmp_path)
     dataset._load.cache_clear()
     (folder,) = (tmp_path / "cache").iterdir()
@@ -593,7 +574,7 @@ def test_what_the_hub_gave_once_is_used_without_it(
     import datasets
 
     _few(monkeypatch, "CIFAR-100", (900, 100, 100))
-    _write_cifar100(tmp_path, LABELS["int64"], _structs)
+    _write_cifar100(tmp_path, LABELS["int64"], structs)
     datasets.load_dataset(str(tmp_path / "uoft-cs/cifar100"))
     (away / "cifar100").rename(away / "uoft-cs___cifar100")
     assert hub.is_cached("uoft-cs/cifar100") and not hub.is_cached("1aurent/BACH")
@@ -609,7 +590,7 @@ def test_a_hugging_face_cache_that_cannot_be_written_is_named(
     away: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
 ) -> None:
     away.parent.write_text("a file in its place")
-    _write_cifar100(tmp_path, LABELS["int64"], _structs)
+    _write_cifar100(tmp_path, LABELS["int64"], structs)
     with _out_of_reach("dead proxy", monkeypatch), pytest.raises(UserError, match=r"Hugging Face cache .* cannot be written") as refused:
         load("CIFAR-100", tmp_path if local else None)
     assert "HF_HOME" in refused.value.hint
@@ -627,9 +608,7 @@ def test_pointers_instead_of_parquet_say_what_to_do(away: Path, tmp_path: Path, 
 
 
 def test_a_bach_class_by_another_name_is_named(tmp_path: Path) -> None:
-    folder = tmp_path / "1aurent/BACH"
-    folder.mkdir(parents=True)
     labels = [("Benign", "In Situ", "Invasive", "Normal")[row % 4] for row in range(40)]
-    pq.write_table(pa.table({"image": [_png(row % 4, 8) for row in range(40)], "label": labels}), folder / "train.parquet")
+    write_split(tmp_path / "1aurent/BACH", "train", image=[png(row % 4, 8) for row in range(40)], label=labels)
     with pytest.raises(UserError, match="is InSitu, and some are In Situ"):
         load("BACH", tmp_path)

@@ -219,7 +219,7 @@ def test_noise_has_bars_over_seeds_axes_on_every_panel_and_says_how_many_seeds()
             assert high - low == pytest.approx(200 * of_model.std())
 
 
-def testwilson_interval() -> None:
+def test_wilson_interval() -> None:
     # 81 of 263: a worked example of Newcombe, Statistics in Medicine 17 (1998), method 3.
     assert wilson(100 * 81 / 263, 263) == pytest.approx((25.53, 36.62), abs=0.01)
 

@@ -27,6 +27,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import stop_after
 from safetensors.torch import load, save
 
 from diffvit.errors import DiffvitError, StorageError, UserError
@@ -45,7 +46,6 @@ from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.verify import verify_run
 from diffvit.ledger.weights import load_weights, read_header
-from diffvit.loop.fit import Stopped
 from diffvit.loop.resume import fits_run
 from diffvit.train import train
 from study.commands.parsing import parse_resource, parse_saving, parse_seconds
@@ -652,14 +652,19 @@ def test_an_unknown_kind_of_findings(copied: RunFiles, findings: dict) -> None:
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ledger with a run that was stopped after its second step."""
     folder = tmp_path_factory.mktemp("stopped")
-    asked = iter([False, True])
-    with pytest.raises(Stopped):
-        train(SPECS[0], folder, device="cpu", should_stop=lambda: next(asked))
+    stop_after(2, SPECS[0], folder)
     return folder
 
 
 def state_file(folder: Path) -> Path:
     return next(folder.glob(".state/*/*.state"))
+
+
+@pytest.fixture
+def state(stopped: Path, tmp_path: Path) -> Path:
+    """The state's file in a copy of that ledger."""
+    shutil.copytree(stopped, tmp_path / "copy")
+    return state_file(tmp_path / "copy")
 
 
 def with_digest(payload: bytes) -> bytes:
@@ -689,10 +694,8 @@ class Touch:
         return os.mkdir, (str(self.path),)
 
 
-def test_what_is_no_state_of_this_version_is_passed_over(stopped: Path, tmp_path: Path) -> None:
-    shutil.copytree(stopped, tmp_path / "copy")
-    path, marker = state_file(tmp_path / "copy"), tmp_path / "pwned"
-    whole = path.read_bytes()
+def test_what_is_no_state_of_this_version_is_passed_over(state: Path, tmp_path: Path) -> None:
+    marker, whole = tmp_path / "pwned", state.read_bytes()
     header, facts, tensors = split_checkpoint(whole[:-32])
     payloads = [
         pickled({"format": 2, "step": 2}), pickled(Touch(marker)), pickle.dumps(Touch(marker)), b"", b"PK\x03\x04",  # as states were
@@ -701,8 +704,8 @@ def test_what_is_no_state_of_this_version_is_passed_over(stopped: Path, tmp_path
     ]  # fmt: skip
     heard: list[str] = []
     for content in (*map(with_digest, payloads), whole[:-1], whole[1:], whole[:-32], whole + b"x", with_digest(whole), b"", b"x" * 31):
-        path.write_bytes(content)
-        assert StateFolder(tmp_path / "copy", path.parent.name, heard.append).load() is None
+        state.write_bytes(content)
+        assert StateFolder(tmp_path / "copy", state.parent.name, heard.append).load() is None
         assert len(verify_ledger(tmp_path / "copy")["damaged"]) == 1
     assert [text.split(".state ")[1] for text in heard] == [
         *["was written by another version; the one before is used"] * len(payloads), *["is damaged; the one before is used"] * 4,
@@ -712,11 +715,9 @@ def test_what_is_no_state_of_this_version_is_passed_over(stopped: Path, tmp_path
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_state_with_other_tensors_than_its_run(stopped: Path, tmp_path: Path, damage: str) -> None:
-    shutil.copytree(stopped, tmp_path / "copy")
-    path = state_file(tmp_path / "copy")
-    path.write_bytes(with_digest(damaged_tensors(path.read_bytes()[:-32], damage, "model.norm")))
-    with RunKeeper(RunFiles.of(tmp_path / "copy", SPECS[0], path.parent.name), Saving()) as keeper:
+def test_a_state_with_other_tensors_than_its_run(state: Path, tmp_path: Path, damage: str) -> None:
+    state.write_bytes(with_digest(damaged_tensors(state.read_bytes()[:-32], damage, "model.norm")))
+    with RunKeeper(RunFiles.of(tmp_path / "copy", SPECS[0], state.parent.name), Saving()) as keeper:
         assert keeper.load_state(lambda state: fits_run(state, SPECS[0], 3)) is None
 
 
@@ -748,38 +749,30 @@ CHANGES: list[tuple[tuple, Any]] = [
 
 
 @pytest.mark.parametrize(("path", "value"), CHANGES, ids=lambda each: str(each)[:50].replace("\n", " "))
-def test_a_state_that_is_not_of_the_run_is_passed_over(stopped: Path, tmp_path: Path, path: tuple, value: Any) -> None:
-    shutil.copytree(stopped, tmp_path / "copy")
-    file = state_file(tmp_path / "copy")
-    file.write_bytes(forged(file, lambda content: replaced(content, path, value)))
-    files = RunFiles.of(tmp_path / "copy", SPECS[0], file.parent.name)
-    with RunKeeper(files, Saving()) as keeper:
+def test_a_state_that_is_not_of_the_run_is_passed_over(state: Path, tmp_path: Path, path: tuple, value: Any) -> None:
+    state.write_bytes(forged(state, lambda content: replaced(content, path, value)))
+    with RunKeeper(RunFiles.of(tmp_path / "copy", SPECS[0], state.parent.name), Saving()) as keeper:
         assert keeper.load_state(lambda state: fits_run(state, SPECS[0], 3)) is None
 
 
-def test_a_run_whose_state_is_not_its_own_begins_again(stopped: Path, tmp_path: Path) -> None:
-    shutil.copytree(stopped, tmp_path / "copy")
-    file = state_file(tmp_path / "copy")
+def test_a_run_whose_state_is_not_its_own_begins_again(state: Path, tmp_path: Path) -> None:
     heard: list[str] = []
-    file.write_bytes(forged(file, lambda content: {**content, "step": 10**15}))
+    state.write_bytes(forged(state, lambda content: {**content, "step": 10**15}))
     result = train(SPECS[0], tmp_path / "copy", device="cpu", on_warning=heard.append)
     assert result.steps == 3 and any("resume state" in text for text in heard)
     assert len(read_log(next((tmp_path / "copy").glob("*/*.log")), 3)) == 3
 
 
-def test_a_state_of_the_run_is_taken(stopped: Path, tmp_path: Path) -> None:
-    shutil.copytree(stopped, tmp_path / "copy")
-    files = RunFiles.of(tmp_path / "copy", SPECS[0], state_file(stopped).parent.name)
-    with RunKeeper(files, Saving()) as keeper:
-        state = keeper.load_state(lambda state: fits_run(state, SPECS[0], 3))
-        assert state["step"] == 2 and state["tensors"]["optimizer.norm.weight.step"] == 2
+def test_a_state_of_the_run_is_taken(state: Path, tmp_path: Path) -> None:
+    with RunKeeper(RunFiles.of(tmp_path / "copy", SPECS[0], state.parent.name), Saving()) as keeper:
+        content = keeper.load_state(lambda state: fits_run(state, SPECS[0], 3))
+        assert content["step"] == 2 and content["tensors"]["optimizer.norm.weight.step"] == 2
         assert keeper.load_state(lambda state: fits_run(state, SPECS[0], 2)) is None
         assert keeper.load_state(lambda state: fits_run(state, SPECS[1], 3)) is None
 
 
-def test_other_files_among_the_states(stopped: Path, tmp_path: Path) -> None:
-    shutil.copytree(stopped, tmp_path / "copy")
-    folder = state_file(tmp_path / "copy").parent
+def test_other_files_among_the_states(state: Path, tmp_path: Path) -> None:
+    folder = state.parent
     for name in ("x.state", "-1.state", "9" * 200 + ".state", "٣٣٣٣٣٣٣٣٣.state", ".state"):
         (folder / name).write_bytes(b"x")
     assert StateFolder(tmp_path / "copy", folder.name).steps() == [2]

@@ -13,6 +13,12 @@ from diffvit.errors import UserError
 from diffvit.ledger.log import STEP_COLUMNS, LogPosition, Step, TrainingLog, WorkAgain, read_log, read_rows
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Of a log."""
+    return tmp_path / "run.log"
+
+
 def _steps(first: int, last: int) -> list[Step]:
     return [Step(step, 1, 1e-3, 1.0, 1.0, 0.5, 1.0, seconds=2.0 * step) for step in range(first, last + 1)]
 
@@ -29,8 +35,7 @@ def _grow(path: Path, keep: LogPosition | None, first: int, last: int) -> LogPos
     return position
 
 
-def test_work_that_is_done_twice_is_counted_over_several_interruptions(tmp_path: Path) -> None:
-    path = tmp_path / "run.log"
+def test_work_that_is_done_twice_is_counted_over_several_interruptions(path: Path) -> None:
     assert WorkAgain.after(path, None) == (0, 0.0)
     saved = _grow(path, None, 1, 10)
     assert WorkAgain.after(path, None) == (12, 24.0)  # nothing was saved: all of it
@@ -45,8 +50,7 @@ def test_work_that_is_done_twice_is_counted_over_several_interruptions(tmp_path:
     assert read_log(path)["step"].tolist() == list(range(1, 23))
 
 
-def test_a_line_that_was_cut_is_no_step(tmp_path: Path) -> None:
-    path = tmp_path / "run.log"
+def test_a_line_that_was_cut_is_no_step(path: Path) -> None:
     saved = _grow(path, None, 1, 3)
     path.write_bytes(path.read_bytes()[:-4])
     assert WorkAgain.after(path, saved) == (1, 2.0)
@@ -69,18 +73,17 @@ def _log(path: Path, count: int) -> list[Step]:
     return steps
 
 
-def test_a_log_is_read_as_pandas_reads_it(tmp_path: Path) -> None:
-    steps = _log(tmp_path / "run.log", 7)
-    table = read_log(tmp_path / "run.log", steps=7)
-    expected = pd.read_csv(tmp_path / "run.log", comment="#", float_precision="round_trip")
+def test_a_log_is_read_as_pandas_reads_it(path: Path) -> None:
+    steps = _log(path, 7)
+    table = read_log(path, steps=7)
+    expected = pd.read_csv(path, comment="#", float_precision="round_trip")
     pd.testing.assert_frame_equal(table, expected, check_exact=True)
     assert table["train_loss"].astype(np.float32).tolist()[:-1] == [step.train_loss for step in steps[:-1]]  # to the bit
-    text = read_rows(tmp_path / "run.log").text
+    text = read_rows(path).text
     assert text == "".join(step.line() + "\n" for step in steps).encode()
 
 
-def test_an_unfinished_log_is_read_up_to_the_line_that_is_cut(tmp_path: Path) -> None:
-    path = tmp_path / "run.log"
+def test_an_unfinished_log_is_read_up_to_the_line_that_is_cut(path: Path) -> None:
     _log(path, 5)
     whole = path.read_bytes()
     for length in range(len(whole) + 1):  # killed after any byte
@@ -113,8 +116,7 @@ def test_an_unfinished_log_is_read_up_to_the_line_that_is_cut(tmp_path: Path) ->
     ],
 )
 @pytest.mark.parametrize("steps", [None, 5])
-def test_damage_is_named_with_its_line(tmp_path: Path, old: bytes, new: bytes, said: str, steps: int | None) -> None:
-    path = tmp_path / "run.log"
+def test_damage_is_named_with_its_line(path: Path, old: bytes, new: bytes, said: str, steps: int | None) -> None:
     _log(path, 5)
     assert path.read_bytes().count(old) >= 1
     path.write_bytes(path.read_bytes().replace(old, new, 1))
@@ -132,16 +134,14 @@ def test_damage_is_named_with_its_line(tmp_path: Path, old: bytes, new: bytes, s
         (5, 15, "line 11 is cut, after 4 of 5 steps"),
     ],
 )
-def test_a_finished_run_has_all_of_its_steps(tmp_path: Path, steps: int, cut: int, said: str) -> None:
-    path = tmp_path / "run.log"
+def test_a_finished_run_has_all_of_its_steps(path: Path, steps: int, cut: int, said: str) -> None:
     _log(path, 5)
     path.write_bytes(path.read_bytes()[: -cut or None])
     with pytest.raises(UserError, match=f"damaged: {said}"):
         read_log(path, steps)
 
 
-def test_garbage_and_a_missing_log_are_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "run.log"
+def test_garbage_and_a_missing_log_are_one_sentence(path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.log cannot be read: No such file"):
         read_log(path)
     path.write_bytes(np.random.default_rng(0).bytes(5000))

@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from faults.processes import finish, run_py, study
+from runs import stop_after
 
 from diffvit.compute import DEFAULT_COMPUTE, Compute
 from diffvit.dataset import load
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import was_interrupted
 from diffvit.ledger.spec import RunSpec
-from diffvit.loop.fit import Stopped
 from diffvit.memory import Peak, activation_bytes, evaluation_bytes, even_split, micro_batch_within, parameter_bytes, training_memory
 from diffvit.protocol import MODELS, PROTOCOLS
 from diffvit.train import train
@@ -143,9 +143,7 @@ def test_a_runs_cost_is_that_of_its_own_shape(tmp_path: Path) -> None:
 def test_done_runs_cost_nothing_and_begun_ones_the_rest(tmp_path: Path) -> None:
     specs = Grid("two", ("digits",), sizes=("small",), overrides={"max_steps": 20}).runs()
     train(specs[0], tmp_path, device="cpu")
-    stops = iter(range(1, 100))
-    with pytest.raises(Stopped):
-        train(specs[1], tmp_path, device="cpu", should_stop=lambda: next(stops) >= 5)
+    stop_after(5, specs[1], tmp_path)
     runs = plan_runs(specs, tmp_path, load_fingerprints(specs, None, required=True))
     machine = _machine(runs)
     forecast = forecast_study(runs, measured_fleet(machine, runs, 1, DEFAULT_COMPUTE, None), tmp_path)

@@ -171,10 +171,7 @@ def test_a_finished_run_with_a_damaged_log_is_named(tmp_path: Path, damage, said
 
 
 def test_a_trial_trains_as_a_plain_process_does(finished, tmp_path: Path) -> None:
-    import torch
-
     folder, *_ = finished
-    torch.set_num_threads(1)
     for run in _plan(FOUR, tmp_path)[:2]:
         train(run.spec, tmp_path, device="cpu")
         ours, theirs = (RunFiles.of(place, run.spec, str(run.run_id)).weights for place in (tmp_path, folder))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import stop_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffvit import tracking
@@ -20,24 +20,16 @@ from diffvit.errors import UserError
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import read_log
 from diffvit.ledger.spec import RunSpec
-from diffvit.loop.fit import Stopped
 from diffvit.tracking import TRACKERS, Tracker, Tracking, check_tracker
 from diffvit.train import train
 
 SPEC = RunSpec.of("vit_classic", "0.1M", "digits", overrides={"max_steps": 12, "batch_size": 32})
 
 
-def _stop_after(step: int, folder: Path, options: Tracking) -> None:
-    """Train until the step is done; the state after it is saved."""
-    asked = itertools.count(1)  # after each step
-    with pytest.raises(Stopped):
-        train(SPEC, folder, device="cpu", tracking=options, should_stop=lambda: next(asked) >= step)
-
-
 def test_tensorboard_has_every_step_once_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "_SECONDS_TO_STOP", 120.0)
     options = Tracking("tensorboard", dollars_per_second=0.01)
-    _stop_after(5, tmp_path, options)
+    stop_after(5, SPEC, tmp_path, tracking=options)
     result = train(SPEC, tmp_path, device="cpu", tracking=options)
     assert result is not None and result.test_accuracy is not None
     (folder,) = (tmp_path / "tracking" / "tensorboard").iterdir()
@@ -101,7 +93,7 @@ def test_a_run_that_is_stopped_does_not_wait_for_its_tracker(tmp_path: Path, mon
     monkeypatch.setitem(tracking._CLASSES, "wandb", _Silent)
     monkeypatch.setattr(tracking, "_SECONDS_TO_FINISH", 10_000.0)
     monkeypatch.setattr(tracking, "_SECONDS_TO_STOP", 0.05)
-    _stop_after(3, tmp_path, Tracking("wandb"))
+    stop_after(3, SPEC, tmp_path, tracking=Tracking("wandb"))
 
 
 def test_mlflow_without_a_server_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +119,7 @@ def test_real_writers_continue_a_resumed_run(name: str, tmp_path: Path, monkeypa
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setattr(tracking, "_SECONDS_TO_FINISH", 120.0)
     monkeypatch.setattr(tracking, "_SECONDS_TO_STOP", 120.0)
-    _stop_after(5, tmp_path, Tracking(name))
+    stop_after(5, SPEC, tmp_path, tracking=Tracking(name))
     warnings: list[str] = []
     result = train(SPEC, tmp_path, device="cpu", tracking=Tracking(name), on_warning=warnings.append)
     assert result is not None and not [text for text in warnings if text.startswith(name)]

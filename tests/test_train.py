@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import needs_cifar
-from test_attention import timm_names, timm_twin
+from runs import stop_after
 
+from bench.peers import give_weights, timm_model
 from diffvit.compute import Compute
 from diffvit.data.batches import Prepare
 from diffvit.dataset import load, with_training_noise
@@ -220,9 +221,7 @@ def test_both_arms_train_on_the_same_noise_and_test_on_clean_images(tmp_path: Pa
 def test_a_resumed_run_meets_the_same_noise(tmp_path: Path) -> None:
     overrides = {**SHORT, "label_noise": 0.4, "input_noise": 0.3}
     whole = _run(tmp_path / "whole", overrides=overrides)
-    asked = iter(range(1, 100))
-    with pytest.raises(Stopped):
-        _run(tmp_path / "parts", overrides=overrides, should_stop=lambda: next(asked) >= 5)
+    stop_after(5, RunSpec.of("vit_differential", "0.1M", "digits", overrides=overrides), tmp_path / "parts")
     resumed = _run(tmp_path / "parts", overrides=overrides)
     assert "# resumed after step 5;" in resumed.log.read_text()
     assert resumed.weights.read_bytes() == whole.weights.read_bytes()
@@ -341,10 +340,9 @@ def test_a_small_model_learns_from_real_cifar100(data_root: str) -> None:
 
 def test_timms_vit_in_the_same_loop_learns_the_same() -> None:
     data, protocol = load("digits"), PROTOCOLS["digits"].with_overrides({"max_steps": 80})
-    ours, timms = build_model("vit_classic", "0.1M", protocol), timm_twin("digits", "0.1M")
+    ours, timms = build_model("vit_classic", "0.1M", protocol), timm_model("vit_classic", "0.1M", protocol)
     ours.initialise(0)
-    timms.load_state_dict(timm_names(ours.state_dict()))
-    torch.set_num_threads(1)
+    give_weights(ours, timms)
     losses: tuple[list[float], list[float]] = ([], [])
     for model, found in zip((ours, timms), losses, strict=True):
         fit(model, data, protocol, seed=0, on_steps=lambda steps, total, found=found: found.extend(step.train_loss for step in steps))

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import SHARED, needs_cifar, needs_tissue
+from pictures import png, structs, write_split
 from PIL import Image
 
 from diffvit import dataset, from_pretrained
@@ -52,21 +53,12 @@ def _own_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     _forget()
 
 
-def _png(number: int, size: tuple[int, int] = (16, 16)) -> bytes:
-    """An image whose top left pixel says which it is."""
-    pixels = np.random.RandomState(number).randint(0, 256, (size[1], size[0], 3)).astype(np.uint8)
-    pixels[0, 0] = number
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _folder(root: Path, classes: dict[str, int], first: int = 0) -> Path:
     """An image folder with so many images of each class."""
     for name, count in classes.items():
         for i in range(count):
             (root / name).mkdir(parents=True, exist_ok=True)
-            (root / name / f"{i:02}.png").write_bytes(_png(first + i))
+            (root / name / f"{i:02}.png").write_bytes(png(first + i, 16))
         first += count
     return root
 
@@ -132,7 +124,7 @@ def test_an_image_folder_trains_and_its_checkpoint_is_rebuilt(tmp_path: Path) ->
     run_id = _run_id()
     assert _define(tmp_path / "elsewhere", folder="tissue", splits="stratified") == protocol and _run_id() == run_id
     for file in sorted((tmp_path / "tissue/benign").iterdir())[:20]:
-        file.write_bytes(_png(1))
+        file.write_bytes(png(1, 16))
     assert _define(tmp_path, folder="tissue") == protocol and _run_id() != run_id
     assert load("mine").notes[-1] == "4 of 8 test images are also training images, to the pixel"
     assert evaluate_checkpoint(weights, device=torch.device("cpu"))["warnings"]
@@ -352,13 +344,10 @@ def test_what_is_hidden_or_beside_the_classes_is_not_looked_at(tmp_path: Path) -
 
 def _parquet(root: Path, labels: Callable[[list[int]], list], **splits: int) -> None:
     """A hub data set whose labels are numbers from 1 to 3, made into something else."""
-    import pyarrow as pa
-
-    (root / "user/mine").mkdir(parents=True)
     for first, (split, count) in enumerate(splits.items()):
         numbers = [1 + row % 3 for row in range(count)]
-        table = {"image": [{"bytes": _png(100 * first + row), "path": None} for row in range(count)], "label": labels(numbers)}
-        pq.write_table(pa.table(table), root / f"user/mine/{split}.parquet")
+        images = structs([png(100 * first + row, 16) for row in range(count)])
+        write_split(root / "user/mine", split, image=images, label=labels(numbers))
 
 
 @pytest.mark.parametrize(

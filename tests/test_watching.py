@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
+from runs import stop_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffvit.dataset import load
@@ -21,7 +21,6 @@ from diffvit.keeping.saving import Every, Saving
 from diffvit.keeping.storage import open_storage
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import read_log, read_rows
-from diffvit.loop.fit import Stopped
 from diffvit.train import train
 from study.grid import Grid
 from study.live.board import Board
@@ -36,14 +35,11 @@ DONE, BEGUN = SPECS[0], SPECS[2]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A ledger and a storage with a finished run, one that was stopped after 5 of 12 steps, and two that nobody began."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("watched")
     ledger, storage = folder / "checkpoints", folder / "storage"
     saving = Saving(Every.parse("1steps"), str(storage), sync_every=0.0)
     train(DONE, ledger, device="cpu", saving=saving)
-    asked = itertools.count(1)
-    with pytest.raises(Stopped):
-        train(BEGUN, ledger, device="cpu", saving=saving, should_stop=lambda: next(asked) >= 5)
+    stop_after(5, BEGUN, ledger, saving=saving)
     return ledger, storage
 
 

@@ -11,15 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from faults.processes import ending, finish, run_py, states, study, wait_until, weights
+from runs import stop_after
 
 from diffvit.errors import StorageError
 from diffvit.keeping.saving import Every, Saving
 from diffvit.ledger.files import RunFiles, result_paths
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.verify import verify_run
-from diffvit.loop.fit import Stopped
 from diffvit.train import train
 
 SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 2})
@@ -53,16 +52,13 @@ def _fill(disk: Path, leave: int = 0) -> Path:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The weights of the undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
-    torch.set_num_threads(1)
     train(SPEC, folder / "checkpoints", device="cpu")
     return weights(folder)
 
 
 def test_a_full_disk_while_a_state_is_saved(disk: Path, whole: dict[str, bytes]) -> None:
-    torch.set_num_threads(1)
-    checkpoints, seen = disk / "checkpoints", iter(range(1, 1000))
-    with pytest.raises(Stopped):
-        train(SPEC, checkpoints, device="cpu", should_stop=lambda: next(seen) >= 20)
+    checkpoints = disk / "checkpoints"
+    stop_after(20, SPEC, checkpoints)
     filler = _fill(disk, leave=600_000)  # half a state
     with pytest.raises(StorageError, match="No space left on device"):
         train(SPEC, checkpoints, device="cpu", saving=Saving(Every(steps=5)))
@@ -78,7 +74,6 @@ def test_a_full_disk_while_a_state_is_saved(disk: Path, whole: dict[str, bytes])
 @pytest.mark.parametrize("leave", [0, 150_000, 600_000])
 def test_a_full_disk_at_any_other_moment(disk: Path, whole: dict[str, bytes], leave: int) -> None:
     # No room for the log; for the log only; for the weights, and not for what comes then.
-    torch.set_num_threads(1)
     filler = _fill(disk, leave)
     with pytest.raises(StorageError, match="No space left on device"):
         train(SPEC, disk / "checkpoints", device="cpu", saving=Saving(Every(steps=5)) if leave > 200_000 else Saving())
@@ -95,7 +90,6 @@ def test_files_that_may_not_grow(tmp_path: Path, whole: dict[str, bytes]) -> Non
     assert process.returncode == 1
     assert "error: " in errors and "File too large" in errors and "hint: make room" in errors and "Traceback" not in errors
     assert not states(tmp_path) and not weights(tmp_path)
-    torch.set_num_threads(1)
     train(SPEC, tmp_path / "checkpoints", device="cpu")
     assert weights(tmp_path) == whole
 
@@ -112,7 +106,6 @@ def test_a_folder_that_becomes_read_only(disk: Path, whole: dict[str, bytes]) ->
     assert process.returncode == 1, errors
     assert "Read-only file system" in errors and "hint: " in errors and "Traceback" not in errors
     assert states(disk) and not weights(disk)
-    torch.set_num_threads(1)
     train(SPEC, disk / "checkpoints", device="cpu")
     assert weights(disk) == whole
 

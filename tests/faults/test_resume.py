@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults.processes import assert_same_logs, files_in, run_py, wait_until
+from runs import stop_after
 
 from diffvit.errors import RunIsBusyError
 from diffvit.keeping.saving import Every, Saving
@@ -18,7 +19,6 @@ from diffvit.keeping.state import StateFolder
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import RunSpec
-from diffvit.loop.fit import Stopped
 from diffvit.train import train
 
 SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 3, "dropout": 0.1})
@@ -27,7 +27,6 @@ SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 3, 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFiles:
     folder = tmp_path_factory.mktemp("undisturbed")
-    torch.set_num_threads(1)
     return RunFiles.of(folder, SPEC, train(SPEC, folder, device="cpu").run_id)
 
 
@@ -38,22 +37,10 @@ def _same(ours: RunFiles, undisturbed: RunFiles) -> None:
     assert not (ours.checkpoints / ".state" / ours.run_id).exists()
 
 
-def _stop_after(step: int):
-    """A should_stop that says yes after so many steps."""
-    asked = iter(range(1, 10_000))
-    return lambda: next(asked) >= step
-
-
-def _train(folder: Path, **options) -> dict:
-    torch.set_num_threads(1)
-    return train(SPEC, folder, device="cpu", **options)
-
-
 def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, undisturbed: RunFiles) -> None:
     for _ in range(3):
-        with pytest.raises(Stopped):
-            _train(tmp_path, should_stop=_stop_after(30))
-    _train(tmp_path)
+        stop_after(30, SPEC, tmp_path)
+    train(SPEC, tmp_path, device="cpu")
     files = files_in(tmp_path, undisturbed)
     _same(files, undisturbed)
     resumed = [line for line in files.log.read_text().splitlines() if line.startswith("# resumed")]
@@ -61,20 +48,18 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(tmp_path: Path, undisturbed: Ru
 
 
 def test_steps_after_the_last_state_are_not_in_the_log_twice(tmp_path: Path, undisturbed: RunFiles) -> None:
-    with pytest.raises(Stopped):
-        _train(tmp_path, should_stop=_stop_after(40))
+    stop_after(40, SPEC, tmp_path)
     files = files_in(tmp_path, undisturbed)
     with files.log.open("a") as log:  # what a killed process wrote after its last state, the last line half
         log.write("41,2,1e-3,0.5,0.5,0.9,1.0,9999.0\n42,2,1e-3,0.")
-    _train(tmp_path)
+    train(SPEC, tmp_path, device="cpu")
     _same(files, undisturbed)
     assert re.search(r"# resumed after step 40; 1 steps, 99\d\d\.\d s done again\n", files.log.read_text())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
 def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, undisturbed: RunFiles, damage: str) -> None:
-    with pytest.raises(Stopped):
-        _train(tmp_path, should_stop=_stop_after(50), saving=Saving(Every(steps=1)))
+    stop_after(50, SPEC, tmp_path, saving=Saving(Every(steps=1)))
     states = sorted((tmp_path / ".state" / undisturbed.run_id).glob("*.state"))
     assert [int(path.stem) for path in states] == [49, 50]
     content = bytearray(states[-1].read_bytes())
@@ -82,7 +67,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, undis
         content[len(content) // 2] ^= 1
     states[-1].write_bytes({"truncated": content[:-1000], "flipped": content, "empty": b""}[damage])
     warnings: list[str] = []
-    _train(tmp_path, on_warning=warnings.append)
+    train(SPEC, tmp_path, device="cpu", on_warning=warnings.append)
     assert any("damaged" in warning for warning in warnings)
     _same(files_in(tmp_path, undisturbed), undisturbed)
     assert "# resumed after step 49" in files_in(tmp_path, undisturbed).log.read_text()
@@ -90,13 +75,12 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, undis
 
 def test_without_a_whole_state_or_log_the_run_begins_again(tmp_path: Path, undisturbed: RunFiles) -> None:
     for lost in ("*.state", "log"):
-        with pytest.raises(Stopped):
-            _train(tmp_path, should_stop=_stop_after(20))
+        stop_after(20, SPEC, tmp_path)
         if lost == "log":
             files_in(tmp_path, undisturbed).log.write_text("# run_id")
         for path in (tmp_path / ".state" / undisturbed.run_id).glob(lost):
             path.write_bytes(b"x" * 100)
-    _train(tmp_path)
+    train(SPEC, tmp_path, device="cpu")
     _same(files_in(tmp_path, undisturbed), undisturbed)
 
 
@@ -140,7 +124,6 @@ def _last_state(folder: Path) -> int:
 def test_killed_three_ways_the_command_carries_on(tmp_path: Path) -> None:
     # The command has no option for dropout: a run of its own to compare with.
     spec = RunSpec.of(SPEC.model, SPEC.size, SPEC.dataset, overrides={"epochs": 3})
-    torch.set_num_threads(1)
     whole = RunFiles.of(tmp_path / "whole", spec, train(spec, tmp_path / "whole", device="cpu").run_id)
     step = 0
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)):
@@ -167,9 +150,7 @@ def test_two_processes_do_not_train_the_same_run(tmp_path: Path) -> None:
         train(spec, tmp_path / "checkpoints", device="cpu")
     process.kill()
     process.communicate()
-    with pytest.raises(Stopped) as stopped:  # a dead holder does not keep the lock
-        train(spec, tmp_path / "checkpoints", device="cpu", should_stop=_stop_after(1))
-    assert stopped.value.step > 1
+    assert stop_after(1, spec, tmp_path / "checkpoints") > 1  # a dead holder does not keep the lock
 
 
 def test_the_result_names_the_hashes_of_its_files(undisturbed: RunFiles) -> None:

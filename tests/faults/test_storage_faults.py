@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 import time
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from faults.processes import assert_same_ledgers, ending, finish, kill_all, run_py, states, study, wait_until, weights
+from runs import stop_after
 from s3 import Gate
 
 from diffvit.dataset import load
@@ -26,7 +25,6 @@ from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import Step
 from diffvit.ledger.spec import RunSpec
 from diffvit.ledger.verify import verify_run
-from diffvit.loop.fit import Stopped
 from diffvit.train import train
 
 SPEC = RunSpec.of("vit_differential", "0.1M", "digits", overrides={"epochs": 3})
@@ -49,7 +47,6 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _undisturbed(paths: pytest.TempPathFactory, spec: RunSpec) -> Path:
     folder = paths.mktemp("whole")
-    torch.set_num_threads(1)
     train(spec, folder / "checkpoints", device="cpu")
     return folder
 
@@ -61,7 +58,6 @@ def _remote_states(storage: Storage) -> list[str]:
 def test_another_machine_takes_over_from_one_that_vanished_with_its_disk(
     tmp_path: Path, s3: str, long: Path, cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.set_num_threads(1)
     storage, first, second, third = open_storage(s3), *(tmp_path / name for name in ("first", "second", "third"))
     for folder in (first, second, third):
         folder.mkdir()
@@ -89,23 +85,17 @@ def test_another_machine_takes_over_from_one_that_vanished_with_its_disk(
 
 
 def test_a_stopped_run_leaves_its_newest_state_and_no_lease(tmp_path: Path, s3: str, whole: Path) -> None:
-    torch.set_num_threads(1)
     for box, reached in (("one", 40), ("two", 80)):
-        asked = iter(range(1, 1000))
-        with pytest.raises(Stopped):
-            train(SPEC, tmp_path / box / "checkpoints", device="cpu", saving=Saving(storage=s3), should_stop=lambda a=asked: next(a) >= 40)
+        stop_after(40, SPEC, tmp_path / box / "checkpoints", saving=Saving(storage=s3))
         assert max(int(Path(name).stem) for name in _remote_states(open_storage(s3))) == reached
     train(SPEC, tmp_path / "three" / "checkpoints", device="cpu", saving=Saving(storage=s3))
     assert_same_ledgers(tmp_path / "three", whole)
 
 
 def test_a_damaged_state_in_the_storage_is_passed_over(tmp_path: Path, whole: Path) -> None:
-    torch.set_num_threads(1)
     url = str(tmp_path / "storage")
     for _ in range(2):
-        asked = iter(range(1, 1000))
-        with pytest.raises(Stopped):
-            train(SPEC, tmp_path / "one/checkpoints", device="cpu", saving=Saving(storage=url), should_stop=lambda a=asked: next(a) >= 30)
+        stop_after(30, SPEC, tmp_path / "one/checkpoints", saving=Saving(storage=url))
     newest = max((tmp_path / "storage").glob(".state/*/*.state"))
     content = bytearray(newest.read_bytes())
     content[1000] ^= 1
@@ -120,16 +110,9 @@ def test_a_damaged_state_in_the_storage_is_passed_over(tmp_path: Path, whole: Pa
 
 @pytest.mark.parametrize("damaged", [".state", ".log"])
 def test_a_damaged_state_in_the_storage_does_no_harm_to_ours(tmp_path: Path, whole: Path, damaged: str) -> None:
-    torch.set_num_threads(1)
     url = str(tmp_path / "storage")
-
-    def stop_after(box: str, steps: int, saving: Saving) -> None:
-        asked = iter(range(1, 1000))
-        with pytest.raises(Stopped):
-            train(SPEC, tmp_path / box / "checkpoints", device="cpu", saving=saving, should_stop=lambda: next(asked) >= steps)
-
-    stop_after("ours", 20, Saving())
-    stop_after("other", 30, Saving(storage=url))  # another box's, with a log of its own
+    stop_after(20, SPEC, tmp_path / "ours/checkpoints")
+    stop_after(30, SPEC, tmp_path / "other/checkpoints", saving=Saving(storage=url))  # another box's, with a log of its own
     next((tmp_path / "storage").glob(f".state/*/*{damaged}")).write_bytes(b"damaged")
     log = next((tmp_path / "ours").glob("checkpoints/*/*.log"))
     before = log.read_text()
@@ -139,7 +122,6 @@ def test_a_damaged_state_in_the_storage_does_no_harm_to_ours(tmp_path: Path, who
 
 
 def test_who_was_silent_for_too_long_gives_way(tmp_path: Path) -> None:
-    torch.set_num_threads(1)
     url = str(tmp_path / "storage")
     taken: list[Lease] = []
 
@@ -187,7 +169,6 @@ def test_a_storage_that_falls_silent_costs_no_work(tmp_path: Path, gated: tuple[
 
 
 def test_a_run_that_need_not_wait_for_its_storage_joins_it_later(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
     url = str(tmp_path / "storage")
     silent = _fall_silent(monkeypatch)
     with pytest.raises(StorageError, match="not now"):
@@ -208,32 +189,35 @@ def test_a_run_that_need_not_wait_for_its_storage_joins_it_later(tmp_path: Path,
     assert_same_ledgers(tmp_path / "third", whole)
 
 
+def _end_elsewhere(whole: Path, other: Path, url: str) -> None:
+    """Another machine has trained the run and sent it."""
+    shutil.copytree(whole / "checkpoints", other)
+    settle_run(open_storage(url), RunFiles.of(other, SPEC, SPEC.run_id(load("digits").fingerprint)))
+
+
+def _contents(url: str) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("how", ["trains it", "has ended it"])
 def test_who_began_without_the_storage_gives_way(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    torch.set_num_threads(1)
     url = str(tmp_path / "storage")
-    ended = next((whole / "checkpoints").glob("*/*_result.json"))
-    run_id = json.loads(ended.read_text())["run_id"]
     if how == "trains it":
-        assert isinstance(take_lease(open_storage(url), run_id, "another machine", 600.0), Lease)
+        assert isinstance(take_lease(open_storage(url), SPEC.run_id(load("digits").fingerprint), "another machine", 600.0), Lease)
     else:
-        shutil.copytree(whole / "checkpoints", tmp_path / "other")
-        settle_run(open_storage(url), RunFiles.of(tmp_path / "other", SPEC, run_id))
+        _end_elsewhere(whole, tmp_path / "other", url)
     silent = _fall_silent(monkeypatch)
-    before = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
+    before = _contents(url)
     saving = Saving(every=Every(steps=1), storage=url, lease_seconds=0.9, needs_storage=False)
     with pytest.raises(RunIsBusyError):
         train(SPEC, tmp_path / "checkpoints", device="cpu", saving=saving, on_steps=lambda *_: (silent.clear(), time.sleep(0.1)))
-    assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == before
+    assert _contents(url) == before
 
 
 def test_a_result_that_could_not_be_looked_at_is_not_replaced(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.set_num_threads(1)
     url = str(tmp_path / "storage")
-    run_id = json.loads(next((whole / "checkpoints").glob("*/*_result.json")).read_text())["run_id"]
-    shutil.copytree(whole / "checkpoints", tmp_path / "other")
-    settle_run(open_storage(url), RunFiles.of(tmp_path / "other", SPEC, run_id))
-    before = {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()}
+    _end_elsewhere(whole, tmp_path / "other", url)
+    before = _contents(url)
 
     def fail(*_: object) -> None:
         raise StorageError("not now.", "later.")
@@ -242,7 +226,7 @@ def test_a_result_that_could_not_be_looked_at_is_not_replaced(tmp_path: Path, wh
     saving = Saving(every=Every(steps=1), storage=url, lease_seconds=0.9, needs_storage=False)
     with pytest.raises(RunIsBusyError):
         train(SPEC, tmp_path / "checkpoints", device="cpu", saving=saving, on_steps=lambda *_: time.sleep(0.1))
-    assert {path: path.read_bytes() for path in Path(url).rglob("*") if path.is_file()} == before
+    assert _contents(url) == before
 
 
 def _fall_silent(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
