@@ -100,9 +100,12 @@ class FinishedRuns:
         if price is not None and not table["device"].astype(str).str.startswith("cuda").any():
             raise UserError("--price is of a GPU's hour, and none of these runs was on a GPU.", "leave --price out.")
         check_writable(out)
-        arms = self.grids[0].arms if self.grid else ARMS
-        pages, answers = write_report(self.checkpoints, table, out, self._commands(), arms, price)
+        pages, answers = write_report(self.checkpoints, table, out, self._commands(), self._arms, price)
         return pages, list(map(answer_facts, answers))
+
+    @property
+    def _arms(self) -> tuple[str, ...]:
+        return self.grids[0].arms if self.grid else ARMS
 
     def _commands(self) -> list[str]:
         """The commands that reproduce these runs. Without a grid: of each built-in one that adds runs to those before it."""
