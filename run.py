@@ -38,7 +38,7 @@ from study.commands.terminal import fail, own_command, terminal_width, transfer,
 from study.cost.devices import find_sheet
 from study.doctor import diagnose, diagnosis_json, diagnosis_text
 from study.grid import find_dataset, find_grid
-from study.text import put
+from study.text import put, say
 
 
 @click.group(
@@ -245,12 +245,17 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
           data_root: str | None, checkpoints: Path) -> None:  # fmt: skip
     """Show how far a study is that runs elsewhere.
 
-    From its checkpoints folder or its storage alone. Off a terminal, once.
+    From its checkpoints folder or its storage, where the data set is at hand too: run_ids depend on it. Off a terminal, once.
     """
     chosen = find_grid(grid, dataset, data_root, models)
-    chosen.runs(seeds=seeds, overrides={"epochs": epochs}, on_same=warn)  # names and values first
+    asked = chosen.runs(seeds=seeds, overrides={"epochs": epochs}, on_same=warn)  # names and values first
     from study.live.watching import watch_study
     from study.options import StudyOptions
+    from study.table import run_table
+
+    most = run_table(checkpoints, asked)["seed"].max()
+    if seeds is None and most > max(spec.seed for spec in asked):
+        warn(f"this folder has seeds up to {most} of these runs: --seeds {most + 1} shows them.")
 
     watch_study(StudyOptions(chosen, checkpoints, seeds, epochs).on(None).runs(), checkpoints, storage, data_root, web)
 
@@ -278,6 +283,7 @@ def report(json_to: Path | None, price: float | None, out: Path | None, **given:
 
     pages, verdict = FinishedRuns(**given).report(out, price)
     files = list(map(str, pages))
+    say("\n".join([*(answer["sentence"] for answer in verdict), ""]))
     put(lambda: "\n".join(files), lambda: {"files": files, "verdict": verdict}, json_to)
 
 
@@ -459,7 +465,8 @@ def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run
             raise UserError("--model is given more than once.", "that goes with --grid only.")
         model = next(iter(models), None)
         if not (run_id or (model and size and dataset)) or (size and not dataset):
-            raise UserError("no model given.", "give --model, --size and --dataset, or --grid, or --run_id.")
+            missing = [name for name, value in (("model", model), ("size", size), ("data set", dataset)) if not value]
+            raise UserError(f"no {' and no '.join(missing)} given.", "give --model, --size and --dataset, or --grid, or --run_id.")
         names = full_names(model, size, dataset, settings["data_root"])
         from diffvit.evaluation import find_checkpoint
 

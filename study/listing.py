@@ -104,8 +104,8 @@ def verify_ledger(checkpoints: Path) -> dict[str, Any]:
 def ledger_text(rows: list[dict[str, Any]]) -> str:
     """The ledger for a person."""
     if not rows:
-        return "no finished runs"
-    header = ("state", "model", "size", "data set", "seed", "run_id", "test accuracy", "finished", "overrides")
+        return "no finished runs in this checkpoints folder; `run.py study` trains some"
+    header = ("state", "model", "size", "data set", "seed", "run_id", "accuracy", "finished", "overrides")
     body = [
         (
             row["state"], short_model(row["model"]), row["size"], row["dataset"], str(row["seed"]), row["run_id"] or "data not here",
@@ -117,5 +117,5 @@ def ledger_text(rows: list[dict[str, Any]]) -> str:
     missing = [f"missing: {path}" for row in rows for path in row["missing"]]
     states = Counter(row["state"] for row in rows)
     others = "".join(f", {count} {state}" for state, count in states.items() if state != "done")
-    table = runs_table(header, body, numbers=("test accuracy",), shared=("data set", "seed", "overrides"))
+    table = runs_table(header, body, numbers=("accuracy",), shared=("data set", "seed", "overrides"))
     return "\n".join([table, *missing, f"{states['done']} of {len(rows)} runs done{others}"])

@@ -132,8 +132,8 @@ def kept_files(files: RunFiles, status: str) -> list[Path]:
 
 def table_text(table: pd.DataFrame) -> str:
     """The run table for a person: outcome only, flags below. The CSV has all columns."""
-    losses = ("train loss", "val loss", "test loss")
-    header = ("model", "size", "data set", "seed", "run_id", "steps", *losses, "test accuracy", "overrides")
+    losses = ("train", "val", "test")
+    header = ("model", "size", "data set", "seed", "run_id", "steps", *losses, "accuracy", "overrides")
     rows = [
         (
             short_model(run.model), run.size, run.dataset, str(run.seed), run.run_id, f"{run.steps:,}",
@@ -149,5 +149,13 @@ def table_text(table: pd.DataFrame) -> str:
         for run in table.itertuples()
         if run.status == "diverged"
     ]
-    text = runs_table(header, rows, numbers=("steps", *losses, "test accuracy"), shared=("data set", "seed", "steps", "overrides"))
-    return "\n".join([text, *(f"note: {phrase}" for phrase in other_tokens(table)), *flags, *diverged])
+    text = runs_table(header, rows, numbers=("steps", *losses, "accuracy"), shared=("data set", "seed", "steps", "overrides"))
+    return "\n".join(
+        [
+            "train, val, test: losses in nats; accuracy: of the test",
+            text,
+            *(f"note: {phrase}" for phrase in other_tokens(table)),
+            *flags,
+            *diverged,
+        ]
+    )

@@ -67,12 +67,11 @@ class Board:
     def draw(self) -> Group:
         """The summary, what all runs share, and as many rows as the terminal is high: running runs, then those that ended last.
 
-        The others are a line: "21 waiting; not shown: 3 done".
+        The others are a line: "12 done before; 21 waiting; not shown: 3 done".
         """
         rows = list(self.rows.values())
         shown = [row for row in rows if row.state in ("training", "stopped")]
         shown += sorted((row for row in rows if row.ended), key=lambda row: row.ended, reverse=True)
-        shown += [row for row in rows if row.state.endswith("before")]
         shown = shown[: max(1, self.console.height - 3)]
         while True:
             picture = self._picture(shown, rows)
@@ -89,8 +88,9 @@ class Board:
         if shown:
             parts.append(self._table(shown))
         hidden = Counter(row.state for row in rows if row not in shown)
-        waiting, ended = hidden.pop("waiting", 0), ", ".join(f"{count} {state}" for state, count in hidden.items())
-        if texts := [*([f"{waiting} waiting"] if waiting else []), *([f"not shown: {ended}"] if ended else [])]:
+        texts = [f"{hidden.pop(state)} {state}" for state in sorted(hidden) if state == "waiting" or state.endswith("before")]
+        texts += ["not shown: " + ", ".join(f"{count} {state}" for state, count in hidden.items())] if hidden else []
+        if texts:
             parts.append(Text("; ".join(texts), style="dim"))
         return Group(*parts)
 
@@ -123,7 +123,7 @@ class Board:
             bar = ProgressBar(total=steps, completed=row.step, width=_BAR_WIDTH)
         return {
             **{name: text for name, text in self._names[spec.title].items() if name not in self._same},
-            "progress": bar, "step": f"{row.step}/{steps}",
+            "progress": bar, "step": f"{row.step or ('…' if row.phase else 0)}/{steps}",  # a resumed run has not said yet where it is
             "train loss": _number(row.train_loss, ".4f"), "val loss": _number(row.val_loss, ".4f"), "images/s": _number(row.pace, ",.0f"),
             "test": "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
         }  # fmt: skip

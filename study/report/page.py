@@ -68,8 +68,8 @@ _RULE = (
     "Negative numbers favour {}. Intervals are over pairs of runs that share a seed. Everything below is exploratory."
 )
 _SCALING = (
-    "Width is fixed by the protocol, so models scale by depth alone. Slopes are of log error (or cross-entropy) over log parameters, "
-    "within the measured range: they are not the exponents of a power law."
+    "Width is fixed by the protocol, so models scale by depth alone. A slope is what log error (or cross-entropy) falls by for each unit "
+    "of log parameters within the measured range, negative where larger models err more: it is not the exponent of a power law."
 )
 
 

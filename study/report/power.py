@@ -159,11 +159,12 @@ def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
     """The rows for a person."""
     lines = [f"probability in % of a verdict, if the true difference is {100 * difference:g} %"]
     lines += [f"(Holm's correction over {rows[0]['questions']} questions counted; noise: of the odds of an error, on all scales)", ""]
-    lines.append(f"{'data set':<14} {'question':<8} " + " ".join(f"{seeds:>4}" for seeds in SEEDS) + "  seeds; for 80 %")
+    width = max(len(name) for name in ("data set", *(row["dataset"] for row in rows)))
+    lines.append(f"{'data set':<{width}} {'seeds':<8} " + " ".join(f"{seeds:>3}" for seeds in SEEDS) + "  for 80 %")
     for row in rows:
-        needed = f"{row['needed']}" if row["needed"] else f"more than {max(SEEDS)}"
-        cells = " ".join(f"{100 * probability:>4.0f}" for probability in row["power"].values())
-        lines.append(f"{row['dataset']:<14} {row['question']:<8} {cells}  {needed}")
+        needed = f"{row['needed']}" if row["needed"] else f"> {max(SEEDS)}"
+        cells = " ".join(f"{100 * probability:>3.0f}" for probability in row["power"].values())
+        lines.append(f"{row['dataset']:<{width}} {row['question']:<8} {cells}  {needed}")
     lines.append("")
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         row = next(each for each in rows if each["dataset"] == dataset)

@@ -77,7 +77,8 @@ def _consequences(answer: Answer) -> list[str]:
     if not answer.estimate.known and not math.isnan(answer.estimate.value):
         low, high = percent(-answer.null_half), percent(answer.null_half)
         where = "inside" if abs(answer.estimate.value) <= answer.null_half else "outside"
-        said.append(f"No effect at all would produce {low} to {high}, {answer.null_source}; the value lies {where}.")
+        said.append(f"No effect at all would produce {low} to {high}, {answer.null_source}; the value lies {where}. One pair of a size "
+                    "gives no verdict, wherever it lies.")  # fmt: skip
     if answer.verdict == "equivalent":
         said.append(f"The interval lies within ±{100 * MARGIN:.0f} %.")
     if answer.verdict == "undecided":
