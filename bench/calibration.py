@@ -1,6 +1,6 @@
 """Is the report's rule what it claims? Simulated studies whose truth is known, judged by the functions that the report calls.
 
-    python -m bench.calibration              false verdicts, power, coverage, with Monte-Carlo errors
+    python -m bench.calibration              false verdicts, power, coverage, with Monte-Carlo errors, as Markdown
     python -m bench.calibration --control    and ten seeds of one architecture on digits, split five against five (minutes)
 
 Exit code 1 if a bar is missed. What a simulated study is: bench/worlds.py.
@@ -283,7 +283,7 @@ def percentile_bootstrap(seeds: int, studies: int, chance: np.random.Generator, 
 def simulate(studies: int, seed: int) -> dict[str, Any]:
     """All simulations; slow ones of fewer studies."""
     chance = np.random.default_rng(seed)
-    few = max(10, studies // 800)
+    few = max(10, studies // 200)
     parts: list[Callable[[np.random.Generator, int], list[Row]]] = [false_verdicts, noise_verdicts, equivalence, power, coverage]
     rows: list[Row] = []
     for part in parts:
@@ -301,22 +301,21 @@ def simulate(studies: int, seed: int) -> dict[str, Any]:
 
 
 def _print(outcome: dict[str, Any]) -> None:
-    kind = ""
-    for row in outcome["rows"]:
-        if row.kind != kind:
-            click.echo(f"\n{row.kind}, percent")
-            kind = row.kind
-        bar = "" if math.isnan(row.bar) else f"{'>=' if row.least else '<='} {row.bar:.0f}" + ("" if row.holds else "  MISSED")
-        click.echo(f"  {row.world:<66} {row.share:6.2f} +- {row.error:.2f}  {bar}")
-    click.echo("\none seed, no effect: how often the range that the report prints holds")
+    """Tables in Markdown, one a kind of rows."""
+    for kind in dict.fromkeys(row.kind for row in outcome["rows"]):
+        click.echo(f"\n| {kind} | percent | error | bar |\n|---|---:|---:|---:|")
+        for row in (row for row in outcome["rows"] if row.kind == kind):
+            bar = "" if math.isnan(row.bar) else f"at {'least' if row.least else 'most'} {row.bar:.0f}" + ("" if row.holds else ", MISSED")
+            click.echo(f"| {row.world} | {row.share:.2f} | {row.error:.2f} | {bar} |")
+    click.echo("\n| one seed, no effect: how often the range that the report prints holds | percent |\n|---|---:|")
     for each in outcome["one_seed"]:
-        click.echo(f"  {each['images']} images, a run's true error scatters by {each['spread_of_a_run']:.1f} %: {each['held']:.1f}")
-    click.echo("\nno effect, against new seeds and new test images together (level)")
+        world = f"{each['images']:,} images, a run's true error scatters by {each['spread_of_a_run']:.1f} %"
+        click.echo(f"| {world} | {each['held']:.1f} |")
+    click.echo("\n| no effect, against new seeds and new test images together: level | studies | crossed bootstrap | t interval |")
+    click.echo("|---|---:|---:|---:|")
     for each in outcome["new_images"]:
-        click.echo(
-            f"  {each['images']} images, {each['seeds']} seeds, {each['studies']} studies: "
-            f"crossed bootstrap {each['crossed bootstrap']:.1f}, t interval {each['t interval']:.1f}"
-        )
+        shares = f"{each['crossed bootstrap']:.1f} | {each['t interval']:.1f}"
+        click.echo(f"| {each['images']:,} images, {each['seeds']} seeds | {each['studies']} | {shares} |")
 
 
 def _print_control(outcome: dict[str, Any]) -> None:
@@ -331,7 +330,7 @@ def _print_control(outcome: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option("--studies", type=click.IntRange(min=100), default=40_000, show_default=True, help="A row; slow rows have an 800th.")
+@click.option("--studies", type=click.IntRange(min=100), default=40_000, show_default=True, help="A row; slow rows have a 200th.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--control", "with_control", is_flag=True, help="Also train ten seeds of one architecture and split them (minutes).")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where these runs are kept. [default: a temporary folder]")

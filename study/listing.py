@@ -109,7 +109,7 @@ def ledger_text(rows: list[dict[str, Any]]) -> str:
     body = [
         (
             row["state"], short_model(row["model"]), row["size"], row["dataset"], str(row["seed"]), row["run_id"] or "data not here",
-            "" if row["test_accuracy"] is None else f"{100 * row['test_accuracy']:.2f} %", (row["finished"] or "")[:16].replace("T", " "),
+            "" if row["test_accuracy"] is None else f"{100 * row['test_accuracy']:.2f} %", (row["finished"] or "")[5:16].replace("T", " "),
             overrides_text(row["overrides"]),
         )
         for row in rows

@@ -133,12 +133,12 @@ def kept_files(files: RunFiles, status: str) -> list[Path]:
 def table_text(table: pd.DataFrame) -> str:
     """The run table for a person: outcome only, flags below. The CSV has all columns."""
     losses = ("train", "val", "test")
-    header = ("model", "size", "data set", "seed", "run_id", "steps", *losses, "accuracy", "overrides")
+    header = ("model", "size", "data set", "seed", "run_id", "steps", *losses, "acc.", "overrides")
     rows = [
         (
             short_model(run.model), run.size, run.dataset, str(run.seed), run.run_id, f"{run.steps:,}",
             *(("", "", "", "diverged") if run.status == "diverged" else
-              (f"{run.train_loss:.4f}", f"{run.val_loss:.4f}", f"{run.test_loss:.4f}", f"{100 * run.test_accuracy:.2f} %")),
+              (f"{run.train_loss:.3f}", f"{run.val_loss:.3f}", f"{run.test_loss:.3f}", f"{100 * run.test_accuracy:.2f} %")),
             run.overrides,
         )
         for run in table.itertuples()
@@ -149,10 +149,10 @@ def table_text(table: pd.DataFrame) -> str:
         for run in table.itertuples()
         if run.status == "diverged"
     ]
-    text = runs_table(header, rows, numbers=("steps", *losses, "accuracy"), shared=("data set", "seed", "steps", "overrides"))
+    text = runs_table(header, rows, numbers=("steps", *losses, "acc."), shared=("data set", "seed", "steps", "overrides"))
     return "\n".join(
         [
-            "train, val, test: losses in nats; accuracy: of the test",
+            "train, val, test: losses in nats; acc.: test accuracy",
             text,
             *(f"note: {phrase}" for phrase in other_tokens(table)),
             *flags,

@@ -90,6 +90,7 @@ def test_power_says_how_many_seeds_are_needed(cli) -> None:
         )
     said = cli("power", "--difference", "10").out
     assert "assumed: no cell has two seeds yet" in said and "true difference is 10 %" in said
+    assert all(len(line) <= 80 for line in said.splitlines() if line.split()[1:2] in (["level"], ["trend"], ["noise"]))
 
 
 def test_both_spellings_of_an_option(cli) -> None:
@@ -123,6 +124,7 @@ BAD_INPUT = [
     (("train", "--model", "vit_classic", "--size", "10B", "--dataset", "CIFAR-100", "--data_root", "nowhere"), "--data_root"),
     (("evaluate", "--model", "vit_classic", "--size", "10B", "--dataset", "CIFAR-100"), "run.py list"),
     (("evaluate",), "--model, --size and --dataset, or --grid"),
+    (("evaluate", "--model", "classic", "--size", "small"), "no data set given"),
     (("evaluate", "--grid", "digits"), "--corruptions, --attention or both"),
     (("evaluate", "--grid", "digits", "--size", "small", "--attention"), "one or the other"),
     (("evaluate", "--grid", "digits", "--corruptions"), "run.py list"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from diffvit.ledger.log import Step
 from diffvit.ledger.spec import RunSpec
@@ -195,6 +197,15 @@ def test_a_terminal_shows_what_matters_uncut(width: int, height: int, seeds: int
     assert lines[-1].startswith("1 waiting")
     ended = [line for line in lines if " done " in line and "50.0 %" in line]
     assert len(ended) >= min(count // 2, 4)
+
+
+def test_runs_that_were_done_before_are_one_line() -> None:
+    runs = plan_runs(Grid("some", ("digits",)).runs(), Path("nowhere"), {})
+    study = board.Board(
+        [dataclasses.replace(run, status="done" if number < 4 else None) for number, run in enumerate(runs)], Console(width=80)
+    )
+    lines = [line.plain for line in study.draw().renderables if isinstance(line, Text)]
+    assert lines[0].startswith("4 of 6 runs done") and lines[-1] == "4 done before; 2 waiting"
 
 
 def test_a_study_that_is_told_to_stop_says_so() -> None:

@@ -29,7 +29,7 @@ from study.live.watching import LedgerSource, WatchedRun, watch_study
 from study.plan import plan_runs
 
 SPECS = Grid("some", ("digits",), sizes=("small",), seeds=(0, 1), overrides={"max_steps": 12, "batch_size": 32}).runs()
-DONE, BEGUN = SPECS[0], SPECS[2]
+DONE, BEGUN = SPECS[1], SPECS[2]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,13 @@ def test_a_ledger_tells_how_far_its_study_is(folders: tuple[Path, Path]) -> None
         assert row(watched(ledger), "differential").split()[3:5] == ["silent", "5/12"]
     finally:
         os.utime(log, (before, before))
+
+
+def test_more_seeds_than_were_asked_for_are_said(cli, folders: tuple[Path, Path]) -> None:
+    Path("one.yaml").write_text("datasets: [digits]\nsizes: [small]\noverrides: {max_steps: 12, batch_size: 32}\n")
+    asked = ("watch", "--grid", "one.yaml", "--checkpoints", str(folders[0]))
+    assert "seeds up to 1 of these runs: --seeds 2 shows them" in cli(*asked).err
+    assert "shows them" not in cli(*asked, "--seeds", "2").err
 
 
 def test_a_run_that_trains_in_another_precision_is_not_done(folders: tuple[Path, Path]) -> None:

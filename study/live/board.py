@@ -123,7 +123,7 @@ class Board:
             bar = ProgressBar(total=steps, completed=row.step, width=_BAR_WIDTH)
         return {
             **{name: text for name, text in self._names[spec.title].items() if name not in self._same},
-            "progress": bar, "step": f"{row.step or ('…' if row.phase else 0)}/{steps}",  # a resumed run has not said yet where it is
+            "progress": bar, "step": f"{row.step or ('?' if row.phase.startswith('resumed') else 0)}/{steps}",
             "train loss": _number(row.train_loss, ".4f"), "val loss": _number(row.val_loss, ".4f"), "images/s": _number(row.pace, ",.0f"),
             "test": "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
         }  # fmt: skip
