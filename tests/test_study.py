@@ -377,6 +377,8 @@ def test_conditions_are_told_apart_in_tables_display_and_figures(tmp_path: Path)
     runs = plan_runs(specs, tmp_path, load_fingerprints(specs, None, required=True))
     display = StudyDisplay(runs, Console(width=200, record=True))
     assert len(display.rows) == 4
+    for row in display.rows.values():
+        row.state = "training"
     display.console.print(display.draw())
     assert display.console.export_text().count("label_noise=0.2") == 2
 

@@ -153,7 +153,10 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: Sequence[str] =
         family = count_looks(looks, family)
     tables = {(question, part.name, pair): [part.table] for part in parts for question in ("level", "trend") for pair in pairs}
     tables |= {("noise", asked[0].subject, pair): asked[0].tables for pair, asked in noise.items() if asked}
-    decided = with_remarks(with_sensitivity(verdict.decide(family), _at_chance(parts, pairs), tables), tables)
+    decided = verdict.decide(family)
+    if (table["status"] == "diverged").any():
+        decided = with_sensitivity(decided, _at_chance(parts, pairs), tables)
+    decided = with_remarks(decided, tables)
     more = [(each.what, each.answer(pair)) for pair in pairs for each in [*noise[pair][1:], *label_questions(parts)]]
     others = [model for model in dict.fromkeys(table["model"]) if model not in arms]
     choices = [curve for pair in pairs for curve in specification_curves(parts, comparisons, pair)]

@@ -25,7 +25,7 @@ class ArmComparison:
     """Both arms on one data set: the answers and all that is exploratory.
 
     Attributes:
-        lines: of both arms, by measure. ratios: by measure and cost. laws: power laws, by measure.
+        cells: by measure. ratios: by measure and cost.
         equal_costs: the level of the error at equal cost, by cost; where larger models are better.
     """
 
@@ -33,12 +33,24 @@ class ArmComparison:
     arms: tuple[str, str]
     cells: dict[str, Cells]
     answers: list[Answer]
-    lines: dict[str, tuple[Line, Line]]
     ratios: dict[tuple[str, str], Ratio]
     equal_costs: dict[str, Estimate]
-    matches: list[tuple[float, float | None]]
-    laws: dict[str, PowerLaw | None]
-    correlation: float
+
+    @property
+    def lines(self) -> dict[str, tuple[Line, Line]]:
+        """Of both arms, by measure."""
+        return {name: (curves.line(each, 0), curves.line(each, 1)) for name, each in self.cells.items() if len(each.logs) > 1}
+
+    @property
+    def matches(self) -> list[tuple[float, float | None]]:
+        """The second arm's sizes, and which size of the first has the same error; in parameters."""
+        errors = self.cells["error"]
+        return [(math.exp(errors.log_costs[1, i]), curves.equal_cost(errors, i)) for i in range(len(errors.logs))]
+
+    @property
+    def laws(self) -> dict[str, PowerLaw | None]:
+        """Power laws, by measure."""
+        return {name: curves.power_law(each) for name, each in self.cells.items()}
 
 
 COSTS = {"parameters": "parameters", "forward_flops": "FLOPs", "seconds": "training time"}
@@ -70,13 +82,9 @@ def compare(
     level, *trend = _answers(pairs, cells, subject, arms, wrong, _runs_of(table, pairs, arms), without)
     return ArmComparison(
         subject, arms, by_measure, [dataclasses.replace(level, remarks=_at_equal_cost(equal_costs, cells)), *trend],
-        lines={name: (curves.line(each, 0), curves.line(each, 1)) for name, each in by_measure.items() if len(each.logs) > 1},
         ratios={(measure, name): curves.effective_ratio(scaling.cells_of(scaling.pair_table(first, second, measure, cost)))
                 for measure in by_measure for cost, name in COSTS.items()},
         equal_costs=equal_costs,
-        matches=[(math.exp(cells.log_costs[1, i]), curves.equal_cost(cells, i)) for i in range(len(cells.logs))],
-        laws={name: curves.power_law(each) for name, each in by_measure.items()},
-        correlation=cells.correlation(),
     )  # fmt: skip
 
 

@@ -223,8 +223,8 @@ def _secondary(name: str, comparison: ArmComparison) -> list[str]:
         elif answer.new_images:
             text += f"; test images alone resampled: 95 % interval {between(answer.new_images)}"
         sentences.append(text + ".")
-    if not math.isnan(comparison.correlation):
-        sentences.append(f"{name}: correlation of the two architectures' errors within pairs of a seed: {comparison.correlation:+.2f}.")
+    if not math.isnan(correlation := comparison.cells["error"].correlation()):
+        sentences.append(f"{name}: correlation of the two architectures' errors within pairs of a seed: {correlation:+.2f}.")
     for measure, law in comparison.laws.items():
         if law:
             exponents = " and ".join(f"{value:.2f}" for value in law.exponents)
