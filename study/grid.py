@@ -292,7 +292,7 @@ def read_grid(path: Path, data_root: str | None = None) -> Grid:
     content["datasets"] = _known(path, _datasets(content), data_root)
     name = path.stem if path.stem not in GRIDS else f"{path.stem}-file"
     models = _models(path, content, "models") if "models" in content else ARMS
-    controls = _models(path, content, "controls") if content.get("controls") else ()
+    controls = _models(path, content, "controls") if content.get("controls", []) != [] else ()
     if controls and len(models) < 2:
         raise UserError(f"{path} has controls, but only one of its models is compared.", "give at least two models, the baseline first.")
     if both := set(models) & set(controls):

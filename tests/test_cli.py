@@ -75,6 +75,10 @@ def test_findings_are_kept_and_end_in_the_report(cli) -> None:
     assert (
         "no interval (1 seed)" in page and "figures/digits_max_steps-2_noise.png" in page and "error in % on corrupted test images" in page
     )
+    assert "not evaluated" not in page and "BACH" not in page
+    kept[1].unlink()
+    assert cli("report", "--grid", "two.yaml").code == 0
+    assert "1 of 2 finished runs were not evaluated" in Path("checkpoints/two_report/report.md").read_text()
 
 
 def test_power_says_how_many_seeds_are_needed(cli) -> None:

@@ -142,6 +142,7 @@ def test_a_control_that_diverged_is_not_silent(tmp_path: Path) -> None:
     [
         ("[classic]", "[differential]", "only one of its models"),
         ("[classic, differential]", "[vit_differential]", "in models and in controls"),
+        ("[classic, differential]", "0", "controls in .* is 0"),
     ],
 )
 def test_controls_that_cannot_be_are_refused(tmp_path: Path, models: str, controls: str, said: str) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from diffvit.data.corruptions import CORRUPTIONS
 from diffvit.findings.robustness import summarise
 from diffvit.protocol import model_title
-from study.report.analysis import Analysis
+from study.report.analysis import Analysis, Subject
 from study.report.document import Block, Figures, Heading, Paragraph, Table
 from study.report.figures import with_wilson
 from study.report.sentences import between, relative
@@ -69,12 +70,19 @@ def noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
         caption = (
             f"{part.name}: error in % on corrupted test images, mean over severities and seeds; the five's mean also relative to clean; "
             "relative mCE: what the five add to the clean error, over what they add for "
-            f"{model_title(baseline)} (Hendrycks and Dietterich 2019)"
+            f"{model_title(baseline)} (Hendrycks and Dietterich 2019){_not_evaluated(part, runs)}"
         )
         blocks.append(Table(["model", *names, "mean / clean", "relative mCE"], rows, caption))
         drawn = [path for path in figures if path.name == f"{part.stem}_noise.png"]
         blocks += [Figures([(path, f"{part.name}: error under corruption, by severity") for path in drawn])] if drawn else []
-    return [Heading("Noise"), Paragraph(_NOISE_AXES), *blocks] if blocks else []
+    bach = _BACH if "BACH" in set(analysis.table["dataset"]) else ""
+    return [Heading("Noise"), Paragraph(_NOISE_AXES.format(bach)), *blocks] if blocks else []
+
+
+def _not_evaluated(part: Subject, runs: pd.DataFrame) -> str:
+    """What a caption says where `evaluate` has not seen all finished runs, so that rows may be means over fewer seeds."""
+    finished = int((part.table["status"] == "done").sum())
+    return f"; {finished - len(runs)} of {finished} finished runs were not evaluated" if len(runs) < finished else ""
 
 
 def _lost(evaluations: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -84,9 +92,12 @@ def _lost(evaluations: Sequence[dict[str, Any]]) -> np.ndarray:
 
 
 _NOISE_AXES = (
-    "Noise in images and noise in labels are different things. BACH is a case of the first: large images whose label rests on a small "
-    "part, with the rest, stain and scanner as noise; its labels were agreed on by pathologists. Corruptions have CIFAR-C's constants, "
-    "which are for 32 pixels; in larger images noise has larger grains in proportion, and blur is wider by the square root of that."
+    "Noise in images and noise in labels are different things. {}Corruptions have CIFAR-C's constants, which are for 32 pixels; in larger "
+    "images noise has larger grains in proportion, and blur is wider by the square root of that."
+)
+_BACH = (
+    "BACH is a case of the first: large images whose label rests on a small part, with the rest, stain and scanner as noise; its labels "
+    "were agreed on by pathologists. "
 )
 
 
@@ -105,7 +116,13 @@ def attention_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block
         first = attended[runs["run_id"].iloc[0]]
         header = ["model", "lambda", "entropy", "on object, noise", "on object, images", "logits top-1", "median", "hidden top-1", "median"]
         uniform = f"uniform attention: entropy {first['uniform_entropy']:.2f} nats, {100 * first['signal_area']:.0f} % on the object"
-        blocks.append(Table(header, rows, f"{part.name}: mean over layers and seeds, {first['images']} test images; {uniform}"))
+        blocks.append(
+            Table(
+                header,
+                rows,
+                f"{part.name}: mean over layers and seeds, {first['images']} test images; {uniform}{_not_evaluated(part, runs)}",
+            )
+        )
         stem = part.stem
         titles = {f"{stem}_attention": "entropy and share on the object, over depth", f"{stem}_attention_maps": "the last layer's maps"}
         blocks.append(
