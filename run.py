@@ -494,6 +494,7 @@ def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run
 )
 @options.which_grid("Also list this grid's runs that are not done. [default: what is there]")
 @options.of_grid
+@options.models
 @options.seeds
 @under(
     "What",
@@ -503,7 +504,8 @@ def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run
 @options.json_to
 def list_runs(grid: str | None, verify: bool, json_to: Path | None, checkpoints: Path, **given: Any) -> None:
     """List the runs of the ledger, done or not, with their accuracy."""
-    if wrong := [name for name in ("seeds", "epochs") if given[name] is not None and not grid]:
+    of_a_grid = {"seeds": given["seeds"], "epochs": given["epochs"], "model": given["models"] or None}
+    if wrong := [name for name, value in of_a_grid.items() if value is not None and not grid]:
         raise UserError(f"--{wrong[0]} is given without --grid.", "it chooses among the runs of a grid.")
     if verify and (grid or given["dataset"]):
         raise UserError(f"--verify and --{'grid' if grid else 'dataset'} exclude each other.", "--verify reads all runs that there are.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ def ledger_rows(
     epochs: int | None = None,
     data_root: str | None = None,
     dataset: str | None = None,
+    models: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """A row for each finished run, and with a grid for each of its runs that is not done, by data set, overrides, size, model and seed.
 
     Args:
-        dataset: as find_grid takes it.
+        dataset, models: as find_grid takes them.
 
     Raises:
         UserError: an unknown grid, or a damaged result file.
@@ -43,7 +45,7 @@ def ledger_rows(
     if grid:
         from study.options import StudyOptions  # torch comes with it
 
-        specs = StudyOptions(find_grid(grid, dataset, data_root), checkpoints, seeds, epochs).on(None).runs()
+        specs = StudyOptions(find_grid(grid, dataset, data_root, models), checkpoints, seeds, epochs).on(None).runs()
     table = run_table(checkpoints, specs)
     rows = []
     for run in table.itertuples():

@@ -44,6 +44,8 @@ def test_train_evaluate_list_plot(cli, tmp_path: Path) -> None:
     assert "1 of 1 runs done" in listed.out
     assert json.loads(cli("list", "--json").out)[0]["run_id"] == report["run_id"]
     with_grid = cli("list", "--grid", "digits", "--epochs", "1")
+    of_one = json.loads(cli("list", "--grid", "digits", "--model", "vit_differential_v2", "--json").out)
+    assert {row["model"] for row in of_one if row["state"] != "done"} == {"vit_differential_v2"}
     assert "1 of 12 runs done, 11 to do" in with_grid.out and with_grid.out.count("\nto do ") == 11
 
     drawn = cli("plot", "--grid", "digits", "--epochs", "1", "--out", "figures")

@@ -208,6 +208,7 @@ def test_runs_that_nothing_tells_apart_are_shown_with_what_does(ledger) -> None:
         (("evaluate", *CELL, "--seed", "7"), "seed 7"),
         (("list", "--epochs", "3"), "--epochs is given without --grid"),
         (("list", "--seeds", "3"), "--seeds is given without --grid"),
+        (("list", "--model", "classic"), "--model is given without --grid"),
         (("list", "--verify", "--grid", "digits"), "--verify and --grid exclude"),
     ],
 )
