@@ -30,6 +30,7 @@ H100 = torch.device("cuda")
 SHARED_KB = {80: 163, 89: 99, 90: 227}
 
 
+@pytest.mark.slow
 def test_the_kernels_are_the_equation_under_the_interpreter(tmp_path: Path) -> None:
     run_interpreted("triton_interpreted.py", tmp_path)
 

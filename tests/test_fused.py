@@ -29,6 +29,7 @@ def _asked_anew() -> Iterator[None]:
     has_kernels.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_fused_kernels_are_right_under_the_interpreter(tmp_path: Path) -> None:
     run_interpreted("fused_interpreted.py", tmp_path)
 
