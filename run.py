@@ -253,8 +253,7 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
     from study.options import StudyOptions
     from study.table import run_table
 
-    most = run_table(checkpoints, asked)["seed"].max()
-    if seeds is None and most > max(spec.seed for spec in asked):
+    if seeds is None and (most := run_table(checkpoints, asked)["seed"].max()) > max(spec.seed for spec in asked):
         warn(f"this folder has seeds up to {most} of these runs: --seeds {most + 1} shows them.")
 
     watch_study(StudyOptions(chosen, checkpoints, seeds, epochs).on(None).runs(), checkpoints, storage, data_root, web)

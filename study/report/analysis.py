@@ -20,7 +20,7 @@ from study.predictions import with_predictions
 from study.report import compare, verdict
 from study.report.caveats import at_chance, losses_left_out, same_images, with_remarks, with_sensitivity
 from study.report.choices import SpecificationCurve, specification_curves, with_choices
-from study.report.compare import ArmComparison
+from study.report.compare import ArmComparison, pairs_of
 from study.report.looks import count_looks
 from study.report.noise import NoiseQuestion, label_questions, noise_questions
 from study.report.sentences import listed
@@ -109,6 +109,11 @@ class Analysis:
         """The baseline with each of the others."""
         return pairs_of(self.arms)
 
+    @property
+    def several(self) -> bool:
+        """Whether more than one architecture is compared with the baseline."""
+        return len(self.arms) > 2
+
     def findings_of(self, kind: str) -> dict[str, dict[str, Any]]:
         """What one kind of evaluation found: run_id -> findings, of the runs that have any."""
         return {run_id: findings[kind] for run_id, findings in self.findings.items() if kind in findings}
@@ -117,11 +122,6 @@ class Analysis:
     def challengers(self) -> str:
         """All arms but the baseline, in words."""
         return listed([model_title(arm) for arm in self.arms[1:]])
-
-
-def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
-    """The first of the arms with each of the others."""
-    return [(arms[0], other) for other in arms[1:]]
 
 
 def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: Sequence[str] = ARMS, looks: Path | None = None) -> Analysis:
@@ -157,7 +157,8 @@ def analyse(table: pd.DataFrame, checkpoints: Path | None, arms: Sequence[str] =
     if (table["status"] == "diverged").any():
         decided = with_sensitivity(decided, _at_chance(parts, pairs), tables)
     decided = with_remarks(decided, tables)
-    more = [(each.what, each.answer(pair)) for pair in pairs for each in [*noise[pair][1:], *label_questions(parts)]]
+    labels = label_questions(parts)
+    more = [(each.what, each.answer(pair)) for pair in pairs for each in [*noise[pair][1:], *labels]]
     others = [model for model in dict.fromkeys(table["model"]) if model not in arms]
     choices = [curve for pair in pairs for curve in specification_curves(parts, comparisons, pair)]
     return Analysis(

@@ -74,7 +74,7 @@ def with_remarks(answers: Sequence[Answer], tables: TablesOfAnswers) -> list[Ans
     return told
 
 
-def diverged(table: pd.DataFrame, arms: Sequence[str]) -> str:
+def diverged_counts(table: pd.DataFrame, arms: Sequence[str]) -> str:
     """ "Differential ViT: 2 of 9", for the arms of which any run diverged."""
     counts = []
     for arm in arms:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from diffvit.ledger.spec import parse_overrides
 from diffvit.protocol import ARMS, model_title, protocol_of
-from study.report.caveats import diverged
+from study.report.caveats import diverged_counts
 from study.report.compare import ArmComparison
 from study.report.document import Block, Figures, Heading, Paragraph, Table
 from study.report.scaling import Estimate
@@ -104,14 +104,14 @@ def specification_curves(parts: Sequence[Subject], comparisons: Sequence[ArmComp
                 at_equal = {"parameters": comparison.answers[0].estimate, "FLOPs": comparison.equal_costs.get("FLOPs")}
             usual_choices = not any(all_overrides(part.table))
             specs += [Specification({**chosen, "compared at equal": cost}, level, usual_choices and cost == "parameters",
-                                    diverged(part.table, arms))
+                                    diverged_counts(part.table, arms))
                       for cost, level in at_equal.items() if level]  # fmt: skip
         specs.sort(key=lambda spec: (math.isnan(spec.level.value), float(spec.level.value)))
-        if not any(spec.level.known or spec.diverged or not math.isnan(spec.level.value) for spec in specs):
-            continue  # of an arm without runs
         of_arm = "" if arms[1] == ARMS[1] else f"_{arms[1]}"
         stem = next(part.stem for part in parts if part.base and part.dataset == dataset)
-        curves.append(SpecificationCurve(dataset, arms, f"{stem}{of_arm}_choices", specs))
+        curve = SpecificationCurve(dataset, arms, f"{stem}{of_arm}_choices", specs)
+        if curve.levels or any(spec.diverged for spec in specs):  # else an arm has no runs
+            curves.append(curve)
     return curves
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ class ArmComparison:
     ratios: dict[tuple[str, str], Ratio]
     equal_costs: dict[str, Estimate]
 
-    @property
+    @functools.cached_property
     def lines(self) -> dict[str, tuple[Line, Line]]:
         """Of both arms, by measure."""
         return {name: (curves.line(each, 0), curves.line(each, 1)) for name, each in self.cells.items() if len(each.logs) > 1}
@@ -57,6 +58,11 @@ COSTS = {"parameters": "parameters", "forward_flops": "FLOPs", "seconds": "train
 
 # A row of a run table -> for each test image 1 if its answer was wrong, else 0, or a share if it was asked several times. [images]
 WrongAnswers = Callable[[Any], np.ndarray]
+
+
+def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """The first of the arms with each of the others."""
+    return [(arms[0], other) for other in arms[1:]]
 
 
 def compare(

@@ -26,11 +26,10 @@ def noise_section(analysis: Analysis, figures: Sequence[Path]) -> list[Block]:
     """
     blocks: list[Block] = []
     if analysis.other_noise:
-        several = len(analysis.pairs) > 1
         rows = []
         for what, answer in analysis.other_noise:
             resampled = between(answer.new_images) if answer.new_images else ""
-            of = f"{what}, {model_title(answer.arms[1])}" if several else what
+            of = f"{what}, {model_title(answer.arms[1])}" if analysis.several else what
             rows.append([of, relative(answer.estimate), resampled, str(answer.pairs)])
         change = "change of the difference in odds of an error (95 % interval)"
         header = ["compared with clean", change, "seeds and images resampled (95 % interval)", "pairs"]

@@ -26,6 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from diffvit.ledger.spec import overrides_title, parse_overrides
 from diffvit.protocol import ARMS, images_in_steps, in_order, model_title, protocol_of
 from study.report import curves, scaling
+from study.report.compare import pairs_of
 from study.table import all_overrides, comparable, file_stem
 from study.text import short_model
 
@@ -186,10 +187,10 @@ def _draw_match(axes: Axes, runs: pd.DataFrame, arms: Sequence[str]) -> str:
     Of the first arm that has a size with one within the measured range, the size nearest the middle; "" for none.
     """
     runs, _ = comparable(runs, arms)
-    for arm in arms[1:]:
-        pairs = scaling.pair_table(*(runs[runs["model"] == model] for model in (arms[0], arm)))
+    for pair in pairs_of(arms):
+        pairs = scaling.pair_table(*(runs[runs["model"] == arm] for arm in pair))
         cells = scaling.cells_of(pairs) if len(pairs) else None
-        if text := _draw_arrow(axes, cells, (arms[0], arm)) if cells is not None and len(cells.logs) > 1 else "":
+        if text := _draw_arrow(axes, cells, pair) if cells is not None and len(cells.logs) > 1 else "":
             return text
     return ""
 

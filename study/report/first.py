@@ -33,7 +33,7 @@ def first_screen(analysis: Analysis, command: str, price: float | None = None) -
     Args:
         command: lines that reproduce the runs. price: dollars an hour of one GPU.
     """
-    half, several = half_width(analysis.answers), len(analysis.pairs) > 1
+    half, several = half_width(analysis.answers), analysis.several
     title = (
         f"{'Do' if several else 'Does'} {analysis.challengers} scale better than {model_title(analysis.arms[0])}, and does noise change it?"
     )
@@ -44,17 +44,21 @@ def first_screen(analysis: Analysis, command: str, price: float | None = None) -
             rows.append(Finding("open", OPEN, "no answer", part.name, _nothing_to_compare(part, pair)))
     for pair in analysis.pairs:
         if pair not in analysis.noise_sources:
-            asked = _OF_SEVERAL["noise"].format(model_title(pair[1])) if several else _QUESTIONS["noise"]
+            asked = _asked("noise", pair, several)
             text = "Whether noise changes the difference has not been measured here."
             rows.append(Finding("open", OPEN, "not measured", asked[0].upper() + asked[1:], text))
     axis = axis_picture(half, "" if several else analysis.challengers) if analysis.answers else ""
     return [Heading(title, 1), _facts(analysis.table, command, price), Findings(rows, axis, _KEY), Contents()]
 
 
+def _asked(question: str, arms: tuple[str, str], several: bool) -> str:
+    """A question in words, with the architecture that it is about where there are several."""
+    return _OF_SEVERAL[question].format(model_title(arms[1])) if several else _QUESTIONS[question]
+
+
 def _finding(answer: Answer, half: float, several: bool) -> Finding:
     number = "" if math.isnan(answer.estimate.value) else relative(answer.estimate, answer.alpha)
-    asked = _OF_SEVERAL[answer.question].format(model_title(answer.arms[1])) if several else _QUESTIONS[answer.question]
-    kind, question = kind_of(answer), f"{answer.subject}: {asked}"
+    kind, question = kind_of(answer), f"{answer.subject}: {_asked(answer.question, answer.arms, several)}"
     return Finding(kind, MARKS.get(kind, OPEN), answer.verdict, question, sentence(answer), number, interval_picture(answer, half))
 
 

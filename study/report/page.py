@@ -11,7 +11,7 @@ import pandas as pd
 from diffvit.protocol import in_order, model_title, protocol_of
 from study.report import compare, scaling, verdict
 from study.report.analysis import Analysis
-from study.report.caveats import diverged, equal_parameters
+from study.report.caveats import diverged_counts, equal_parameters
 from study.report.choices import choices_section
 from study.report.compare import ArmComparison
 from study.report.curves import Ratio
@@ -126,7 +126,7 @@ def _scaling_tables(analysis: Analysis) -> list[Block]:
     blocks: list[Block] = []
     for pair in analysis.pairs:
         compared = [each for each in analysis.comparisons if each.arms == pair]
-        if compared and len(analysis.pairs) > 1:
+        if compared and analysis.several:
             blocks.append(Heading(" against ".join(map(model_title, reversed(pair))), 3))
         blocks += _pair_tables(pair, compared) if compared else []
     return blocks + _controls(analysis)
@@ -143,7 +143,7 @@ def _controls(analysis: Analysis) -> list[Block]:
             title = f"{model_title(model)} against {model_title(analysis.arms[0])} on {part.name}"
             level = levels.get((model, part.name))
             number = [relative(level.estimate), str(level.pairs)] if level else ["nothing to compare", "0"]
-            rows.append([title, *number, diverged(part.table, [model])])
+            rows.append([title, *number, diverged_counts(part.table, [model])])
     header = ["control", "difference in error (95 % interval)", "pairs", "diverged"]
     return [Heading("Other architectures", 3), Table(header, rows, "Controls, of which no question was asked")] if rows else []
 
@@ -256,8 +256,9 @@ def _tuning_section(analysis: Analysis) -> list[Block]:
         chosen = runs[[best[model, size] == rate for model, size, rate in zip(runs["model"], runs["size"], runs["rate"], strict=True)]]
         tuned = [comparison for pair in analysis.pairs if (comparison := compare.compare(chosen, dataset, pair))]
         if tuned:
-            several = len(analysis.pairs) > 1
-            changes = [relative(each.answers[0].estimate) + (f" for {model_title(each.arms[1])}" if several else "") for each in tuned]
+            changes = [
+                relative(each.answers[0].estimate) + (f" for {model_title(each.arms[1])}" if analysis.several else "") for each in tuned
+            ]
             text = f"Each at its own best of these, chosen on the validation split: difference in test error {', '.join(changes)}."
             blocks.append(Paragraph(text))
     return [Heading("Learning rates"), *blocks] if blocks else []

@@ -47,7 +47,7 @@ def methods(analysis: Analysis) -> list[str]:
         runs += f" Further conditions: {'; '.join(conditions)}."
     asked = max((answer.questions for answer in analysis.answers), default=0)
     others = listed([model_title(model) for model in in_order(table["model"]) if model not in analysis.arms])
-    compared = f"{analysis.challengers} {'are each' if len(analysis.pairs) > 1 else 'is'} compared with {model_title(analysis.arms[0])}."
+    compared = f"{analysis.challengers} {'are each' if analysis.several else 'is'} compared with {model_title(analysis.arms[0])}."
     if others:
         compared += f" No question was asked of {others}."
     statistics = (

@@ -17,7 +17,7 @@ from diffvit.protocol import ARMS, protocol_of
 from study.grid import GRIDS
 from study.plan import plan_runs
 from study.report import compare, scaling, verdict
-from study.report.analysis import pairs_of, subjects
+from study.report.analysis import subjects
 from study.report.scaling import Cells, Estimate
 from study.table import comparable, run_table
 
@@ -82,7 +82,7 @@ def _errors(checkpoints: Path, specs: Sequence[RunSpec], arms: Sequence[str]) ->
     """Data set -> the errors under its condition of reference, where a cell has two seeds; of the pair of arms that scatters most."""
     table, _ = comparable(run_table(checkpoints, specs), arms)
     errors: dict[str, Cells] = {}
-    for part, pair in itertools.product(subjects(table, arms), pairs_of(arms)):
+    for part, pair in itertools.product(subjects(table, arms), compare.pairs_of(arms)):
         if part.base and (comparison := compare.compare(part.table, part.name, pair)):
             cells = comparison.cells["error"]
             known = errors.get(part.dataset)
