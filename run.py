@@ -34,11 +34,11 @@ from study.commands import options
 from study.commands.command import StrictGroup, option, under
 from study.commands.completion import SHELLS, completion_script
 from study.commands.parsing import FOLDER, ShellPath, full_names, parse_resource, taken
-from study.commands.terminal import fail, own_command, terminal_width, transfer, warn
+from study.commands.terminal import fail, own_command, transfer, warn
 from study.cost.devices import find_sheet
 from study.doctor import diagnose, diagnosis_json, diagnosis_text
 from study.grid import find_dataset, find_grid
-from study.text import put, say
+from study.text import put, say, show
 
 
 @click.group(
@@ -135,7 +135,7 @@ def study(grid: str, dataset: str | None, models: tuple[str, ...], dry_run: bool
     ask = not yes and sys.stdin.isatty() and sys.stderr.isatty()
     settings = _study_options({**given, "grid": chosen, "saving": saving, "resources": resources, "shard": part, "ask": ask})
     if dry_run:
-        click.echo(dry_run_table(settings))
+        show(dry_run_table(settings))
         return
     sys.exit(collect_study(settings) if collect else rehearse_study(settings) if rehearse else run_study(settings))
 
@@ -163,7 +163,7 @@ def check(model: str, grid: str | None, dataset: str | None, data_root: str | No
 
     sound = True
     for each in check_architecture(cells_of(name, specs)):
-        click.echo(each.line())
+        show(each.line())
         sound = sound and each.holds is not False
     sys.exit(0 if sound else 1)
 
@@ -218,7 +218,7 @@ def plan(grid: str, dataset: str | None, models: tuple[str, ...], gpu: str | Non
     from study.cost.planning import plan_study
 
     forecast = plan_study(_study_options({**given, "grid": chosen}), gpu, gpus, (probe_seconds or 5.0) if probe else None, session)
-    put(lambda: forecast_text(forecast, terminal_width()), lambda: forecast_json(forecast), json_to)
+    put(lambda: forecast_text(forecast), lambda: forecast_json(forecast), json_to)
 
 
 @cli.command(
@@ -470,7 +470,7 @@ def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run
         from diffvit.evaluation import find_checkpoint
 
         chosen: dict[str, Any] = {"run_id": run_id, "seed": seed, "overrides": given}
-        paths = [find_checkpoint(checkpoints, *names, **chosen, on_choice=lambda text: click.echo(text, err=True))]
+        paths = [find_checkpoint(checkpoints, *names, **chosen, on_choice=say)]
     for path in paths if trust else []:
         trust_source(path)
     from diffvit.machine.device import resolve_device

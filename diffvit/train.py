@@ -65,7 +65,7 @@ def train(
     compute: Compute = DEFAULT_COMPUTE,
     on_steps: OnSteps | None = None,
     on_warning: Callable[[str], None] | None = None,
-    on_phase: Callable[[str], None] | None = None,
+    on_phase: Callable[[str, int], None] | None = None,
     saving: Saving = DEFAULT_SAVING,
     tracking: Tracking = NO_TRACKING,
     should_stop: Callable[[], bool] = lambda: False,
@@ -79,7 +79,8 @@ def train(
         compute: how it is computed; recorded in the result, which does not depend on it.
         on_steps: called with every step, about once a second.
         on_warning: called with warnings: about the run's settings, damaged states, a storage that does not answer.
-        on_phase: called with what the run does next beside steps: "compiling", "resumed at step 600", "evaluating".
+        on_phase: called with what the run does next beside steps ("compiling", "resumed at step 600", "evaluating"), and how many
+            steps it has done.
         saving: when and where states are saved.
         tracking: the experiment tracker that curves are sent to.
         should_stop: asked after each step; if true, the state is saved and Stopped raised.
@@ -182,7 +183,7 @@ def _train(
     *,
     on_steps: OnSteps | None,
     on_warning: Callable[[str], None] | None,
-    on_phase: Callable[[str], None] | None,
+    on_phase: Callable[[str, int], None] | None,
     save_every: Every,
     tracking: Tracking,
     should_stop: Callable[[], bool],
@@ -191,32 +192,33 @@ def _train(
     rank, workers = rank_and_workers()
     protocol = spec.protocol
     data, false_rows = with_training_noise(clean, protocol, spec.seed)
-    enter = on_phase if on_phase and rank == 0 else lambda phase: None
+    enter = on_phase if on_phase and rank == 0 else lambda phase, step: None
+    begun, total = resume["step"] if resume else 0, protocol.total_steps(len(data.train))
     if device.type == "cuda" or compute.compile:
-        enter("compiling")
+        enter("compiling", begun)
     placed = place_model(spec.model, spec.size, protocol, spec.seed, device, spec.precision, compute, workers)
-    warning = protocol.warmup_warning(protocol.total_steps(len(data.train)))
+    warning = protocol.warmup_warning(total)
     if warning and on_warning and rank == 0:
         on_warning(warning)
     notes = [*([f"warning: {warning}"] if warning else []), *(f"data: {note}" for note in data.notes)]
     started = resume["started"] if resume else _utc_now()
     run = _Run(spec, files, clean, data, false_rows, device, compute, placed, notes, started, resume)
     if resume:
-        enter(f"resumed at step {resume['step']}")
+        enter(f"resumed at step {begun}", begun)
 
     def tracker_failed(sentence: str) -> None:
         notes.append(sentence)
         if on_warning:
             on_warning(sentence)
 
-    shown = TrackedRun.of(spec, files.run_id, files.checkpoints, resume["step"] if resume else 0, tracking)
+    shown = TrackedRun.of(spec, files.run_id, files.checkpoints, begun, tracking)
     with (
         _open_log(run) if rank == 0 else contextlib.nullcontext() as log,
         tracked(tracking.tracker if rank == 0 else None, shown, tracker_failed) as curves,
     ):
         try:
             fitted = _fit(run, keeper, log, curves, on_steps=on_steps, save_every=save_every, should_stop=should_stop)
-            enter("evaluating")
+            enter("evaluating", total)
             outcome = _evaluate(run, fitted, log) if log else None
         except Diverged as diverged:
             outcome = _give_up(run, diverged, log) if log else None

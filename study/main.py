@@ -25,7 +25,7 @@ from study.plan import PlannedRun, data_notes, load_fingerprints, model_notes, p
 from study.results import report_results
 from study.shard import own_share
 from study.table import missing_runs
-from study.text import duration, say, warn
+from study.text import duration, say, show, warn
 
 if TYPE_CHECKING:
     from study.cluster.connect import Cluster
@@ -155,7 +155,7 @@ def rehearse_study(options: StudyOptions) -> int:
         specs = cells(options.runs())
         load_fingerprints(specs, options.data_root, required=True)
         say(f"{len(specs)} cells to rehearse, {options.placement.check_room(cluster)} at a time")
-        outcomes = rehearse(specs, options.settings(), lambda each: print(redacted(each.line()), flush=True))
+        outcomes = rehearse(specs, options.settings(), lambda each: show(redacted(each.line())))
     failed = [each.title for each in outcomes if each.fault]
     if failed:
         say(f"\nerror: {len(failed)} of {len(outcomes)} cells failed: {', '.join(failed)}\nhint: fix that before the study.")

@@ -82,6 +82,12 @@ def run_ids_of(spec: RunSpec, fingerprint: str) -> dict[str, str]:
     return {each: dataclasses.replace(spec, precision=each).run_id(fingerprint) for each in (spec.precision, *PRECISIONS)}
 
 
+def absent_data_notes(runs: Sequence[PlannedRun]) -> list[str]:
+    """A sentence where run_ids are unknown, because they depend on data."""
+    absent = ", ".join(dict.fromkeys(run.spec.dataset for run in runs if run.run_id is None))
+    return [f"{absent}: data not here, so which of these runs are done cannot be seen"] if absent else []
+
+
 def precision_notes(runs: Sequence[PlannedRun]) -> list[str]:
     """A sentence for each other precision in which runs have ended."""
     own = runs[0].spec.precision if runs else ""

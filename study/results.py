@@ -14,7 +14,7 @@ from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec, parse_overrides
 from study.finished import report_name
 from study.table import files_of, missing_runs, other_tokens, run_table, step_table, write_csv, write_step_csv
-from study.text import STDOUT, put_json, runs_table, say, short_model
+from study.text import STDOUT, put_json, runs_table, say, short_model, show
 
 if TYPE_CHECKING:
     from study.options import StudyOptions
@@ -51,7 +51,7 @@ def _report(options: StudyOptions, specs: list[RunSpec], table: pd.DataFrame, dr
     from study.predictions import with_predictions  # torch comes with it
 
     if options.json_to != STDOUT:
-        print(table_text(table))
+        show(table_text(table))
     runs, steps = (options.checkpoints / f"{options.name}_{what}.csv" for what in ("runs", "steps"))
     if draw:  # on a stop, nothing that takes long
         table = with_predictions(table, options.checkpoints)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from diffvit.errors import redacted
 from diffvit.ledger.disk import write_atomically
@@ -43,7 +46,7 @@ def runs_table(
 def same_everywhere(values: Mapping[str, Sequence[str]], names: Collection[str]) -> dict[str, str]:
     """Of these columns, those that tell no run from another, and what a title says instead, such as "seed 0"."""
     alike = {name: values[name][0] for name in names if len(set(values[name])) == 1}
-    return {name: text if name in ("data set", "overrides") or not text else f"{name} {text}" for name, text in alike.items()}
+    return {name: text if name in ("data set", "overrides", "state") or not text else f"{name} {text}" for name, text in alike.items()}
 
 
 def short_model(name: str) -> str:
@@ -51,9 +54,53 @@ def short_model(name: str) -> str:
     return name.removeprefix("vit_")
 
 
+def terminal_width(stream: TextIO) -> int | None:
+    """Columns of the terminal that a stream writes to, at most 100; None where it is a pipe or a file, in which nothing is folded."""
+    try:
+        columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns) if stream.isatty() else None
+    except (OSError, ValueError):
+        return None
+    return min(100, columns) if columns else None
+
+
+# What is copied or pasted must stay one line: a command in backticks, or at the end of a sentence.
+_COMMAND = re.compile(r"`[^`]*`|(?:uv run |python3? )?\brun\.py .*")
+# Columns stand two spaces apart, prose is what the last of them has.
+_LAST_COLUMN = re.compile(r"(?: *\S+(?: \S+)*  +)*(?=\S)")
+
+
+def folded(text: str, width: int | None) -> str:
+    """Lines that fit a width, folded between words; further lines of a last column begin below it.
+
+    A word, a command and a row whose last column begins beyond the middle are never broken.
+
+    Args:
+        width: None folds nothing.
+    """
+    return text if width is None else "\n".join(_folded(line, width) for line in text.split("\n"))
+
+
+def _folded(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    before = _LAST_COLUMN.match(line)
+    start = before.end() if before else 0
+    if start > width // 2:
+        return line
+    prose = _COMMAND.sub(lambda command: command[0].replace(" ", "\0"), line[start:])
+    below = " " * (start or 2)
+    lines = textwrap.wrap(prose, width, initial_indent=" " * start, subsequent_indent=below, break_long_words=False, break_on_hyphens=False)
+    return (line[:start] + "\n".join(lines)[start:]).replace("\0", " ")
+
+
 def say(text: str) -> None:
-    """Print a message to stderr, without secrets."""
-    print(redacted(text), file=sys.stderr, flush=True)
+    """Print a message to stderr, without secrets, folded on a terminal."""
+    print(folded(redacted(text), terminal_width(sys.stderr)), file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Print a result to stdout, folded on a terminal."""
+    print(folded(text, terminal_width(sys.stdout)), flush=True)
 
 
 def warn(text: str) -> None:
@@ -68,7 +115,7 @@ STDOUT = Path("-")
 def put(text: Callable[[], str], value: Callable[[], Any], json_to: Path | None) -> None:
     """Print a result's text; or its JSON; or the text, with the JSON in a file."""
     if json_to != STDOUT:
-        print(text(), flush=True)
+        show(text())
     if json_to:
         put_json(value(), json_to)
 
@@ -88,6 +135,12 @@ def significant(value: float) -> str:
         digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
         return f"{value:,.{digits}f}"
     return f"{value:.2e}"
+
+
+def flops_unit(flops: Sequence[float]) -> tuple[float, str]:
+    """The unit for a column of FLOPs: the largest of which all are at least a tenth, but for those that are 0."""
+    least = min(filter(None, flops), default=1e9)
+    return next(((unit, name) for unit, name in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")) if least >= unit / 10), (1e9, "GFLOP"))
 
 
 def clock(seconds: float, with_hours: bool = False) -> str:

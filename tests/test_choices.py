@@ -17,6 +17,8 @@ from study.report.page import page
 from study.report.sentences import sentence
 from study.table import COLUMNS
 
+pytestmark = pytest.mark.usefixtures("made_up_starts")
+
 CONDITIONS = [
     " ".join(filter(None, each))
     for each in itertools.product(("", "residual_scale=False"), ("lr=3.33e-05", "", "lr=0.0003"), ("", "heads=16"))

@@ -50,6 +50,8 @@ class Study:
         self.display.on_trial_start(0, [], self.trials[number])
 
     def report(self, number: int, **result: Any) -> None:
+        if "phase" in result:
+            result.setdefault("step", 0)
         self.trials[number].last_result = result
         self.display.on_trial_result(0, [], self.trials[number], result)
 
@@ -84,7 +86,7 @@ def test_a_run_is_compiling_until_its_first_steps_arrive() -> None:
     study.steps(0, 0.1, 3.0)
     assert "compiling" not in study.table() and study.display.rows[study.runs[0].spec.title].state == "training"
     # A run that is begun again keeps what is known of it.
-    study.report(0, phase="compiling")
+    study.report(0, phase="compiling", step=60)
     assert re.search(r"compiling +60/600 +1\.5000 +2\.5000", study.table())
     study.end(0, seconds=9.0)
     assert re.search(r"done +600/600", study.table())
@@ -122,7 +124,7 @@ def test_the_heartbeat_beats_while_nothing_is_reported(now: SimpleNamespace) -> 
     starting = f"starting  {study.runs[0].spec.title}\n"
     assert study.tick() == f"{starting}0 of 2 runs done, 0:31 elapsed, estimating the time left\n"
     assert study.tick() == ""
-    study.report(0, phase="resumed at step 300")
+    study.report(0, phase="resumed at step 300", step=300)
     assert study.tick() == f"resumed at step 300  {study.runs[0].spec.title}\n"
 
 
@@ -186,7 +188,7 @@ def test_a_terminal_shows_what_matters_uncut(width: int, height: int, seeds: int
     study.start(count - 1)
     study.steps(count - 1, 0.5, 5.0)
     study.start(count - 2)
-    study.report(count - 2, phase="resumed at step 300")
+    study.report(count - 2, phase="resumed at step 300", step=300)
     lines = [line.rstrip() for line in study.table().splitlines()]
     assert len(lines) < height and max(map(len, lines)) <= width and "…" not in "".join(lines)
     assert re.match(rf"\d+ of {count} runs done, \d+ failed", lines[0]) and "digits-noisy" in lines[1]
@@ -212,8 +214,8 @@ def test_a_study_that_is_told_to_stop_says_so() -> None:
     study = Study()
     study.start(0)
     study.display.stop()
-    study.display.stop()
-    assert study.console.export_text() == "stopping: runs save their states\n" and study.left() == ", stopping: runs save their states"
+    assert not study.console.export_text() and study.left() == ", stopping: runs save their states"  # it may interrupt a write
+    assert study.tick() == "stopping: runs save their states\n" and not study.tick()
 
 
 def test_a_run_is_forecast_from_what_is_most_like_it() -> None:
@@ -292,7 +294,7 @@ def test_a_worker_reports_its_phases(workers: int, tmp_path: Path, monkeypatch: 
 
     def train(spec: Any, checkpoints: Path, *, on_phase: Any, on_steps: Any, **options: Any) -> Any:
         if on_phase:
-            on_phase("compiling")
+            on_phase("compiling", 4)
         on_steps([Step(1, 1, 0.1, 1.5, 2.5, 0.5, 1.0, 7.0)], 12)
         return SimpleNamespace(content=lambda: {"status": "done", "seconds": 7.0})
 
@@ -306,5 +308,6 @@ def test_a_worker_reports_its_phases(workers: int, tmp_path: Path, monkeypatch: 
     settings = Settings(tmp_path, placement=Placement(workers=workers, cpus_per_run=torch.get_num_threads()))
     spec = Grid("one", ("digits",)).runs()[0]
     runner._worker({"run": {"spec": spec, "run_id": "0"}, "settings": settings, "stop_flag": None})
-    kinds = [report.get("phase", key) for report in reports for key in ("phase", "step", "status") if key in report]
-    assert kinds == (["loading digits", "compiling", "step", "status"] if workers == 1 else ["status"])
+    kinds = [(report.get("phase", report.get("status", "steps")), report.get("step")) for report in reports]
+    of_steps = [("loading digits", 0), ("compiling", 4), ("steps", 1)] if workers == 1 else []
+    assert kinds == [*of_steps, ("done", None)]

@@ -308,7 +308,9 @@ def test_deterministic_runs_repeat_themselves_and_resume_to_the_same_bits(name: 
 def test_a_run_is_fused_and_captured_and_says_so(tmp_path: Path) -> None:
     spec = RunSpec.of("vit_differential", "0.1M", "digits", precision=default_precision(GPU), overrides={"max_steps": 3})
     heard: list[str] = []
-    result = train(spec, tmp_path, device="cuda", compute=Compute(fused=True, compile=False), on_phase=heard.append)
+    result = train(
+        spec, tmp_path, device="cuda", compute=Compute(fused=True, compile=False), on_phase=lambda phase, step: heard.append(phase)
+    )
     kernels = has_kernels(GPU, 64)
     assert result.fused == result.graphs == kernels and not result.compiled
     assert heard == ["compiling", "evaluating"]

@@ -19,6 +19,8 @@ from study.report.page import page
 from study.results import table_text
 from study.table import run_table
 
+pytestmark = pytest.mark.usefixtures("made_up_starts")
+
 SAID = "pilot: patches of 28, not the protocol's 8"
 PILOT = study_table(overrides="patch_size=28", spread=0.05)
 

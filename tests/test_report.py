@@ -25,16 +25,7 @@ from study.report.page import page
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-@pytest.fixture(autouse=True)
-def _starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What large models do before their first step takes seconds to find out."""
-    layer = {"layer": 0, "attention_rms": 0.1, "mlp_rms": 0.1, "entropy": 3.0}
-
-    def rows(specs: list, quick: bool) -> list[dict]:
-        return [{"model": spec.model, "size": spec.size, "dataset": spec.dataset, "overrides": {}, "uniform_entropy": 4.0, "layers": 3 * [layer],
-                 "cosine": 0.96 if spec.model == "vit_classic" else 0.64} for spec in specs]  # fmt: skip
-
-    monkeypatch.setattr("study.report.start.start_rows", rows)
+pytestmark = pytest.mark.usefixtures("made_up_starts")
 
 
 def _text(page_html: str) -> str:

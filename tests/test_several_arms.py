@@ -19,6 +19,8 @@ from study.report.paper import latex_tables
 from study.report.power import power_rows
 from study.report.verdict import holm
 
+pytestmark = pytest.mark.usefixtures("made_up_starts")
+
 MINE, ARMS_OF_THREE = "Mine-12345678", (*ARMS, "Mine-12345678")
 
 

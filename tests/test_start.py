@@ -80,7 +80,7 @@ def test_the_command_shows_every_model_and_who_starts_apart(cli) -> None:
     rows = json.loads(outcome.out)
     assert outcome.code == 0 and len(rows) == 12 and {row["model"] for row in rows} == set(ARMS)
     text = cli("untrained", "--images", "2").out
-    assert text.count("Differential ViT") == 6 and "digits: 2 images (digits) of 17 tokens" in text
+    assert text.count("differential ") == 6 and "digits: 2 images (digits) of 17 tokens" in text
 
 
 def test_arms_that_start_apart_are_named() -> None:

@@ -120,11 +120,11 @@ def test_one_seed_says_what_no_effect_of_noise_would_produce(errors: tuple[float
     chance = np.random.default_rng(0)
     table = study_table(seeds=1, images=10**9)
     held = []
-    for _ in range(100):
+    for _ in range(50):
         clean, noisy = (table.assign(test_accuracy=1 - error * np.exp(0.03 * chance.standard_normal(len(table)))) for error in errors)
         answer = compare.noise_answer(clean, noisy, "CIFAR-100")
         held.append(abs(answer.estimate.value) <= answer.null_half)
-    assert np.mean(held) > 0.88
+    assert np.mean(held) > 0.85  # 95 %, but for three standard errors
 
 
 def test_noise_compares_a_size_with_itself_even_where_another_is_missing() -> None:

@@ -239,23 +239,22 @@ def cluttered(data: Dataset, background: str, rows: Sequence[int]) -> tuple[Tens
 
 def summary_lines(findings: Mapping[str, Any]) -> list[str]:
     """A readable table of the findings, a line a layer."""
-    names = ("layer", "lambda", "entropy", "at start", "positive", "negative", "noise", "images", "logit top1", "median", "hidden top1",
-             "median")  # fmt: skip
-    widths = (7, 7, 8, 8, 8, 8, 7, 7, 11, 7, 12, 7)
-    lines = [" ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))]
+    names = ("layer", "lambda", "entropy", "start", "pos.", "neg.", "noise", "images", "logits", "", "hidden", "")
+    lines = [" ".join(f"{name:>5}" for name in names).rstrip()]
     for layer in findings["layers"]:
         subtracted = f"{layer['lambda']:.3f}" if layer["lambda"] is not None else ""
-        shares = " ".join(f"{100 * layer['signal_share'][background]:>5.1f} %" for background in ("noise", "images"))
+        shares = layer["negative_mass"], layer["signal_share"]["noise"], layer["signal_share"]["images"]
+        negative, noise, images = (f"{100 * share:.0f} %" for share in shares)
         logits, hidden = layer["attention_logits"], layer["hidden_states"]
         lines.append(
-            f"{layer['layer']:>7} {subtracted:>7} {layer['entropy']:>8.3f} {layer['entropy_untrained']:>8.3f} "
-            f"{layer['entropy_positive']:>8.3f} {100 * layer['negative_mass']:>6.1f} % {shares} "
-            f"{logits['top1']:>11.2f} {logits['median']:>7.3f} {hidden['top1']:>12.2f} {hidden['median']:>7.3f}"
+            f"{layer['layer']:>5} {subtracted:>6} {layer['entropy']:>7.2f} {layer['entropy_untrained']:>5.2f} "
+            f"{layer['entropy_positive']:>5.2f} {negative:>5} {noise:>5} {images:>6} "
+            f"{logits['top1']:>6.2f} {logits['median']:>5.2f} {hidden['top1']:>6.2f} {hidden['median']:>5.2f}"
         )
     uniform = f"uniform attention: entropy {findings['uniform_entropy']:.3f} nats, {100 * findings['signal_area']:.1f} % on the object"
     meanings = (
-        "at start: entropy before training; positive: entropy of the positive part; negative: its share of absolute attention; "
-        "noise, images: share on the object in front of them"
+        "start: entropy before training; pos.: entropy of the positive part; neg.: the negative part's share of absolute attention; "
+        "noise, images: share on the object in front of them; logits, hidden: the largest attention logit and hidden state, and the median"
     )
     return [*lines, f"  {uniform}; {findings['images']} images", f"  {meanings}"]
 

@@ -27,14 +27,13 @@ class StudyDisplay(Board, Callback):
         super().__init__(runs, console)
         self._beat = self.began
         self._ended = 0
+        self._said_stopping = False
 
     def __getstate__(self) -> dict:
         return {}  # Tune pickles its callbacks into a record that nobody reads
 
     def stop(self) -> None:
-        """Show that the study was told to stop."""
-        if not self.note and not self._live:
-            self.say(_STOPPING)
+        """Show that the study was told to stop. It writes nothing itself, for a signal may interrupt a write."""
         self.note = _STOPPING
 
     # Tune's events
@@ -42,12 +41,15 @@ class StudyDisplay(Board, Callback):
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         row = self._row(trial)
         row.started = time.monotonic()
-        row.enter("starting", row.started)
+        row.enter("starting", 0, row.started)
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Called by Tune again and again, whatever the runs report."""
         if self._live:
             return
+        if self.note and not self._said_stopping:
+            self._said_stopping = True
+            self.say(self.note)
         now = time.monotonic()
         for row in self.rows.values():
             if row.phase and row.since is not None and now - row.since > _BRIEF_SECONDS:
@@ -61,7 +63,7 @@ class StudyDisplay(Board, Callback):
         row = self._row(trial)
         if phase := result.get("phase"):
             # Whoever reads the lines wants to know that a run resumed, however soon its steps follow.
-            row.enter(phase, float("-inf") if phase.startswith("resumed") else time.monotonic())
+            row.enter(phase, result["step"], float("-inf") if phase.startswith("resumed") else time.monotonic())
         else:
             row.report(result)
 

@@ -121,9 +121,9 @@ def run_all(
     pending = sorted(runs, key=lambda run: run.train_flops, reverse=True)
     reports: dict[str, dict[str, Any]] = {}
     try:
-        with StopSignals() as signals, contextlib.redirect_stdout(io.StringIO()):  # Tune prints a banner; stdout is for results
+        with StopSignals(display.stop) as signals, contextlib.redirect_stdout(io.StringIO()):  # Tune prints a banner; stdout is for results
             stop_flag = make_stop_flag()
-            callbacks = [display, _PassOnStop(signals, stop_flag, display)]
+            callbacks = [display, _PassOnStop(signals, stop_flag)]
             while pending and not signals.seen():
                 reports |= _reports(_tuner(pending, record, settings, cluster, callbacks, stop_flag).fit())
                 busy = [run for run in pending if reports.get(str(run.run_id), {}).get("busy")]
@@ -138,8 +138,8 @@ def run_all(
 class _PassOnStop(Callback):
     """Sets the stop flag after a signal, repeatedly: the flag's process may have died."""
 
-    def __init__(self, signals: StopSignals, stop_flag: Any, display: StudyDisplay):
-        self._signals, self._stop_flag, self._display = signals, stop_flag, display
+    def __init__(self, signals: StopSignals, stop_flag: Any):
+        self._signals, self._stop_flag = signals, stop_flag
 
     def __getstate__(self) -> dict:
         return {}  # as StudyDisplay
@@ -147,7 +147,6 @@ class _PassOnStop(Callback):
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         if self._signals.seen():
             self._stop_flag.set.remote()
-            self._display.stop()
 
 
 def _reports(results: ResultGrid) -> dict[str, dict[str, Any]]:
@@ -299,10 +298,10 @@ def _worker(config: dict[str, Any]) -> None:
         if alone:  # a worker group must report together, and only its first process has the steps
             report(numbers)
 
-    on_phase = (lambda phase: report({"phase": phase})) if alone else None
+    on_phase = (lambda phase, step: report({"phase": phase, "step": step})) if alone else None
     try:
         if on_phase:
-            on_phase(f"loading {spec.dataset}")
+            on_phase(f"loading {spec.dataset}", 0)
         load(spec.dataset, settings.data_root)  # once a process, and no part of a run's time
         start = time.perf_counter()
         result = train(

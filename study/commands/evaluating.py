@@ -5,15 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
-
 from diffvit.evaluation import evaluate_checkpoint
 from diffvit.findings.attention import summary_lines as attention_lines
 from diffvit.findings.kept import findings_of
 from diffvit.findings.robustness import summary_lines as corruption_lines
 from diffvit.ledger.files import files_of_weights
 from study.commands.terminal import warn
-from study.text import STDOUT, put, put_json
+from study.text import STDOUT, put, put_json, say, show
 
 
 def print_evaluation(path: Path, json_to: Path | None, **settings: Any) -> None:
@@ -28,14 +26,14 @@ def print_findings(paths: list[Path], kinds: list[str], json_to: Path | None, **
     """Findings about checkpoints, each as lines or all as JSON. Arguments as findings_of takes them."""
     all_findings = {}
     for number, path in enumerate(paths, start=1):
-        click.echo(f"{number} of {len(paths)}: {path}", err=True)
+        say(f"{number} of {len(paths)}: {path}")
         findings = all_findings[str(path)] = findings_of(files_of_weights(path), kinds, **settings)
         for found in findings.values():
             for warning in found["warnings"]:
                 warn(warning)
         if json_to != STDOUT:
             lines = {"corruptions": corruption_lines, "attention": attention_lines}
-            click.echo("\n".join([str(path), *(line for kind in lines if kind in findings for line in lines[kind](findings[kind]))]))
+            show("\n".join([str(path), *(line for kind in lines if kind in findings for line in lines[kind](findings[kind]))]))
     if json_to:
         put_json(all_findings, json_to)
 

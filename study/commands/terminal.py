@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -14,17 +13,19 @@ import click
 from diffvit.errors import HIDDEN, redacted
 from diffvit.hub.account import find_account
 from diffvit.hub.client import Hub
+from study.text import folded, terminal_width
 
 
 def warn(text: str) -> None:
     """Print a warning to stderr, in yellow on a terminal, without secrets."""
-    click.secho(redacted(f"warning: {text}"), err=True, fg="yellow")
+    click.secho(folded(redacted(f"warning: {text}"), terminal_width(sys.stderr)), err=True, fg="yellow")
 
 
 def fail(message: str, hint: str, code: int = 2) -> NoReturn:
     """Print an error and what helps to stderr, without secrets, and exit."""
-    message, hint = redacted(message[:1].lower() + message[1:]), redacted(hint)
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {message}\n{click.style('hint:', bold=True)} {hint}", err=True)
+    text = redacted(f"error: {message[:1].lower()}{message[1:]}\nhint: {hint}")
+    lines = folded(text, terminal_width(sys.stderr)).removeprefix("error:")
+    click.echo(click.style("error:", fg="red", bold=True) + lines.replace("\nhint:", f"\n{click.style('hint:', bold=True)}", 1), err=True)
     sys.exit(code)
 
 
@@ -34,11 +35,6 @@ def own_command() -> str:
     given = [redacted(argument) for argument in sys.argv[1:]]
     command = shlex.join([*runner.split(), "run.py", *given])
     return command if given == sys.argv[1:] else f"{command} (with the secret in place of {HIDDEN})"
-
-
-def terminal_width() -> int | None:
-    """Columns of stdout, at most 100; None where it is a pipe or a file, in which nothing is folded."""
-    return min(100, shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
 
 
 def transfer(move: Callable, source: Any, target: Any, force: bool, sentence: str) -> None:

@@ -32,7 +32,7 @@ def train_and_print(
     """Train a run, or find it done, print its result, and see that its storage has it. Exits where the run is stopped or diverges."""
     if note := changed_note(checkpoints, spec.model):
         warn(note)
-    with _StepProgress(spec.title) as progress, StopSignals() as signals:
+    with _StepProgress(spec.title) as progress, StopSignals(progress.stop) as signals:
         try:
             result = train(
                 spec, checkpoints, data_root=data_root, device=device, compute=compute, on_steps=progress, on_warning=warn, saving=saving,
@@ -85,9 +85,14 @@ class _StepProgress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def enter(self, phase: str) -> None:
+    def stop(self) -> None:
+        """Show that the run was told to stop, on a terminal; a step or two may have to end first."""
+        self._title += ": stopping"
+        self._bar.update(self._task, description=self._title)
+
+    def enter(self, phase: str, step: int) -> None:
         """Show what the run does beside steps."""
-        self._bar.update(self._task, description=f"{self._title}: {phase}")
+        self._bar.update(self._task, description=f"{self._title}: {phase}", completed=step)
         if not self._console.is_terminal:
             click.echo(phase, err=True)
 

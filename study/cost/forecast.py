@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import io
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +25,8 @@ from diffvit.machine.device import is_half
 from diffvit.memory import micro_batch_within, training_memory
 from diffvit.protocol import images_in_steps
 from study.cost.devices import SHEETS, Machine, Sheet
-from study.plan import PlannedRun, model_of, precision_notes
-from study.text import clock, duration, significant
+from study.plan import PlannedRun, absent_data_notes, model_of, precision_notes
+from study.text import clock, duration, flops_unit, runs_table, short_model, significant
 
 # The model of a GPU of which only the data sheet is known, for fused or compiled blocks: a pass takes its products at a share of
 # the peak, and the bytes that its blocks move at a share of the bandwidth. Both add up. `python -m bench.fit_sheet` fits the shares to
@@ -44,7 +42,6 @@ SHEET_STUDY_START = 30.0
 SHEET_FIRST_RUN = 37.0  # more than for later runs of the same process, which find compiled code
 SHEET_RUN_START = 3.0
 
-_WIDER_THAN_ANY = 10_000  # columns: of tables and lines that are not folded
 
 MEASURED, SCALED, SHEET = "measured", "scaled", "sheet"
 _TO_BE_MEASURED = "the truth may be half or twice that, and --probe on the machine measures it"
@@ -289,39 +286,24 @@ def measured_fleet(machine: Machine, runs: Iterable[PlannedRun], devices: int, c
     )  # fmt: skip
 
 
-def forecast_text(forecast: StudyForecast, width: int | None = None) -> str:
-    """The forecast as a table and the sentences that belong to it: folded at a terminal's width, where one is given."""
-    from rich.console import Console
-    from rich.table import Table
-
-    runs, priced = forecast.runs, forecast.fleet.price is not None
-    seeds = len({each.run.spec.seed for each in runs}) > 1
-    conditions = len({overrides_text(each.run.spec.overrides) for each in runs}) > 1
-    most = max(each.run.train_flops for each in runs)
-    flops, unit = (1e18, "EFLOP") if most >= 1e18 else (1e15, "PFLOP") if most >= 1e15 else (1e12, "TFLOP")
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
-    for header in ("model", "size", "data set", *(["seed"] if seeds else []), *(["overrides"] if conditions else [])):
-        table.add_column(header, no_wrap=header != "overrides", overflow="fold")
-    for header in ("parameters", unit, "micro", "GB", "time", *(["$"] if priced else [])):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("from", no_wrap=True)
-    table.add_column("state", no_wrap=True)
-    for each in runs:
+def forecast_text(forecast: StudyForecast) -> str:
+    """The forecast as a table and the sentences that belong to it."""
+    unit, flop = flops_unit([each.run.train_flops for each in forecast.runs])
+    money = ["$"] if forecast.fleet.price is not None else []
+    numbers = ("parameters", flop, "micro", "GB", "time", *money)
+    rows = []
+    for each in forecast.runs:
         spec = each.run.spec
-        table.add_row(
-            spec.model, spec.size, spec.dataset, *([str(spec.seed)] if seeds else []),
-            *([overrides_text(spec.overrides)] if conditions else []),
-            f"{each.run.parameters:,}", significant(each.run.train_flops / flops), str(each.micro_batch),
+        names = (short_model(spec.model), spec.size, spec.dataset, str(spec.seed))
+        costs = (
+            f"{each.run.parameters:,}", significant(each.run.train_flops / unit), str(each.micro_batch),
             f"{each.memory / 2**30:.1f}" + ("" if each.fits else "!"), clock(each.seconds, with_hours=True),
-            *([f"{forecast.price(each.seconds):,.2f}"] if priced else []), each.rate.source, each.state,
+            *(f"{forecast.price(each.seconds):,.2f}" for _ in money),
         )  # fmt: skip
-    out = io.StringIO()
-    console = Console(file=out, width=_WIDER_THAN_ANY, no_color=True, highlight=False, legacy_windows=False)
-    console.print(table)
-    lines = [*(line.rstrip() for line in out.getvalue().splitlines()), ""]
-    for sentence in _sentences(forecast):
-        lines += textwrap.wrap(sentence, width or _WIDER_THAN_ANY, subsequent_indent=10 * " ", break_on_hyphens=False)
-    return "\n".join(lines)
+        rows.append((*names, *costs, each.rate.source, each.state, overrides_text(spec.overrides)))
+    shared = ("data set", "seed", "from", "state", "overrides")
+    table = runs_table(("model", "size", "data set", "seed", *numbers, "from", "state", "overrides"), rows, numbers, shared)
+    return "\n".join([table, "", *_sentences(forecast)])
 
 
 def _sentences(forecast: StudyForecast) -> list[str]:
@@ -346,9 +328,8 @@ def _sentences(forecast: StudyForecast) -> list[str]:
         enough = "one suffices" if sessions == 1 else f"{sessions} of them, each of which resumes from the last checkpoints"
         lines.append(f"sessions  of {duration(fleet.session)}, if they last as long: {enough}")
     lines += _sources(forecast)
-    if any(each.run.run_id is None for each in forecast.runs):
-        lines.append("note      data that are not here: whether their runs are done cannot be seen")
-    lines += [f"note      {note}" for note in precision_notes([each.run for each in forecast.runs])]
+    runs = [each.run for each in forecast.runs]
+    lines += [f"note      {note}" for note in (*absent_data_notes(runs), *precision_notes(runs))]
     if not all(each.fits for each in pending):
         lines.append("warning   ! does not fit into memory: lower --micro_batch, or give --recompute")
     return lines

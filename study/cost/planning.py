@@ -14,9 +14,9 @@ from diffvit.machine.device import device_title, resolve_device
 from study.cluster.nodes import gpu_title
 from study.cost.devices import SHEETS, find_machine, find_sheet, keep_machine, sheet_of
 from study.options import StudyOptions, connect_cluster
-from study.plan import PlannedRun, load_fingerprints, model_notes, plan_runs, precision_notes, warmup_warnings
+from study.plan import PlannedRun, absent_data_notes, load_fingerprints, model_notes, plan_runs, precision_notes, warmup_warnings
 from study.shard import own_share
-from study.text import runs_table, say, short_model, significant
+from study.text import flops_unit, runs_table, say, short_model, significant
 
 if TYPE_CHECKING:
     from study.cluster.connect import Cluster
@@ -29,23 +29,26 @@ def dry_run_table(options: StudyOptions) -> str:
     specs = options.on(None).runs()
     fingerprints = load_fingerprints(specs, options.data_root, required=False)
     runs = own_share(plan_runs(specs, options.checkpoints, fingerprints), options.shard)
-    numbers = ("parameters", "batch", "steps", "GFLOP/image", "EFLOP")
+    unit, flop = flops_unit([run.train_flops for run in runs])
+    numbers = ("parameters", "batch", "steps", flop)
     header = ("model", "size", "data set", "seed", "run_id", *numbers, "state", "overrides")
     rows = [
         (
-            short_model(run.spec.model), run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "data not here",
+            short_model(run.spec.model), run.spec.size, run.spec.dataset, str(run.spec.seed), run.run_id or "",
             f"{run.parameters:,}", str(run.spec.protocol.batch_size), f"{run.steps:,}",
-            significant(run.forward_flops / 1e9), significant(run.train_flops / 1e18),
+            significant(run.train_flops / unit),
             run.status or (f"to do ({run.elsewhere})" if run.elsewhere else "to do"),
             overrides_text(run.spec.overrides),
         )
         for run in runs
     ]  # fmt: skip
     total = sum(run.train_flops for run in runs)
-    lines = [runs_table(header, rows, numbers, shared=("data set", "seed", "batch", "overrides")), ""]
+    unit_in_all, flop_in_all = flops_unit([total])
+    lines = [runs_table(header, rows, numbers, shared=("data set", "seed", "batch", "steps", "state", "overrides")), ""]
     lines += [f"note: {note}" for note in (*warmup_warnings(specs), *precision_notes(runs), *model_notes(runs, options.checkpoints))]
+    lines += [f"note: {note}" for note in absent_data_notes(runs)]
     ended = sum(run.ended for run in runs)
-    return "\n".join([*lines, f"{len(runs)} runs, {ended} already finished, {significant(total / 1e18)} EFLOP ({total:.2e} FLOP) in all"])
+    return "\n".join([*lines, f"{len(runs)} runs, {ended} already finished, {significant(total / unit_in_all)} {flop_in_all} in all"])
 
 
 def plan_study(

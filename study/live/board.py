@@ -17,7 +17,7 @@ from rich.text import Text
 from diffvit.ledger.spec import RunSpec, overrides_text
 from study.live.progress import RunProgress, seconds_left
 from study.plan import PlannedRun
-from study.text import clock, same_everywhere, short_model
+from study.text import clock, folded, same_everywhere, short_model
 
 _BAR_WIDTH = 12
 _NAMES = ("model", "size", "data set", "seed", "overrides")
@@ -61,8 +61,9 @@ class Board:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        """Print a line; nothing is folded."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        """Print a line; it is folded on a terminal."""
+        width = self.console.width if self.console.is_terminal else None
+        self.console.print(folded(line, width), highlight=False, markup=False, soft_wrap=True)
 
     def draw(self) -> Group:
         """The summary, what all runs share, and as many rows as the terminal is high: running runs, then those that ended last.
@@ -123,7 +124,7 @@ class Board:
             bar = ProgressBar(total=steps, completed=row.step, width=_BAR_WIDTH)
         return {
             **{name: text for name, text in self._names[spec.title].items() if name not in self._same},
-            "progress": bar, "step": f"{row.step or ('?' if row.phase.startswith('resumed') else 0)}/{steps}",
+            "progress": bar, "step": f"{row.step}/{steps}",
             "train loss": _number(row.train_loss, ".4f"), "val loss": _number(row.val_loss, ".4f"), "images/s": _number(row.pace, ",.0f"),
             "test": "" if row.accuracy is None else f"{100 * row.accuracy:.1f} %",
         }  # fmt: skip

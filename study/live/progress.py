@@ -48,9 +48,9 @@ class RunProgress:
     pace: float | None = None
     accuracy: float | None = None
 
-    def enter(self, phase: str, now: float) -> None:
-        """Begin a phase; what it takes is no part of the run's speed."""
-        self.state, self.phase, self.since = "training", phase, now
+    def enter(self, phase: str, step: int, now: float) -> None:
+        """Begin a phase after so many steps; what it takes is no part of the run's speed."""
+        self.state, self.phase, self.step, self.since = "training", phase, step, now
         if phase != "evaluating":
             self.opened = None
 

@@ -12,7 +12,7 @@ from diffvit.ledger.spec import RunSpec, overrides_text, parse_overrides
 from diffvit.protocol import ARMS, model_title
 from study.report.analysis import Analysis
 from study.report.document import Block, Heading, Paragraph, Table
-from study.text import columns
+from study.text import columns, short_model
 
 _HEADER = (
     "model", "size", "data set", "cosine", "attention: first", "middle", "last", "MLP: first", "middle", "last",
@@ -24,9 +24,16 @@ MOST_APART = 0.1
 
 
 def start_text(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ARMS) -> str:
-    """The rows of findings/start.py for a terminal."""
-    looked_at = dict.fromkeys(f"{row['dataset']}: {row['images']} images ({row['of']}) of {row['tokens']} tokens" for row in rows)
-    return "\n".join([columns([_HEADER, *map(_cells, rows)], range(3, len(_HEADER))), "", *looked_at, *start_gaps(rows, arms)])
+    """The rows of findings/start.py for a terminal, a table for each data set and condition."""
+    header = ("model", "size", "cosine", "attention rms", "MLP rms", "entropy")
+    parts: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        data = " ".join(filter(None, (row["dataset"], overrides_text(row["overrides"]))))
+        title = f"{data}: {row['images']} images ({row['of']}) of {row['tokens']} tokens, entropy at most {row['uniform_entropy']:.2f}"
+        triples = (" ".join(_of_layers(row, what)) for what in ("attention_rms", "mlp_rms", "entropy"))
+        parts.setdefault(title, [header]).append((short_model(row["model"]), row["size"], f"{row['cosine']:.2f}", *triples))
+    tables = [f"{title}\n{columns(cells, range(2, len(header)))}\n" for title, cells in parts.items()]
+    return "\n".join([*tables, "rms, entropy: in the first, middle and last layer", *start_gaps(rows, arms)])
 
 
 def start_section(analysis: Analysis) -> list[Block]:
@@ -55,11 +62,13 @@ _START = (
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    of_layers = [
-        "" if layer[what] is None else f"{layer[what]:.2f}" for what in ("attention_rms", "mlp_rms", "entropy") for layer in row["layers"]
-    ]
+    of_layers = [text for what in ("attention_rms", "mlp_rms", "entropy") for text in _of_layers(row, what)]
     dataset = " ".join(filter(None, (row["dataset"], overrides_text(row["overrides"]))))
     return model_title(row["model"]), row["size"], dataset, f"{row['cosine']:.2f}", *of_layers, f"{row['uniform_entropy']:.2f}"
+
+
+def _of_layers(row: Mapping[str, Any], what: str) -> list[str]:
+    return ["" if layer[what] is None else f"{layer[what]:.2f}" for layer in row["layers"]]
 
 
 def start_gaps(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ARMS) -> list[str]:

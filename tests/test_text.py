@@ -1,0 +1,84 @@
+"""What a person reads on a terminal is folded between words, and fits 80 columns; elsewhere nothing is folded."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import os
+import pty
+import struct
+import termios
+from pathlib import Path
+
+import pytest
+
+from study.text import flops_unit, folded, terminal_width
+
+ROOT = Path(__file__).parents[1]
+
+# The more conditions, data sets and numbers, the wider.
+SCREENS = [
+    ("study", "--grid", "full", "--dry_run"),
+    ("study", "--grid", "digits", "--seeds", "3", "--dry_run"),
+    ("study", "--grid", "controls", "--dry_run"),
+    ("plan", "--grid", "full", "--gpu", "t4", "--gpus", "2", "--price", "1", "--session", "9"),
+    ("plan", "--grid", "pilot", "--gpu", "h100", "--price", "2"),
+    ("untrained",),
+    ("untrained", "--grid", "controls"),
+    ("check", str(ROOT / "docs/examples/sigmoid_attention.py:SigmoidAttention"), "--grid", "digits"),
+    ("list", "--grid", "full", "--seeds", "2"),
+    ("power", "--grid", "full"),
+    ("doctor",),
+    ("list", "--grid", "digit"),
+    ("train", "--model", "classic", "--size", "small", "--dataset", "digits", "--precision", "bf16", "--heads", "7"),
+]
+
+
+@pytest.mark.parametrize("screen", SCREENS, ids=" ".join)
+def test_a_screen_fits_80_columns(screen: tuple[str, ...], cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("study.text", "study.commands.terminal"):
+        monkeypatch.setattr(f"{module}.terminal_width", lambda stream: 80)
+    outcome = cli(*screen)
+    # A path may be longer than that, and is never broken.
+    wide = [
+        line for line in (outcome.out + outcome.err).splitlines() if len(line) > 80 and not any(len(word) > 40 for word in line.split())
+    ]
+    assert not wide, "\n".join(wide)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("short", "short"),
+        ("one two three four five", "one two three\n  four five"),
+        ("  one two three four five", "  one two three\n  four five"),
+        ("end   in some hours, on two", "end   in some\n      hours, on\n      two"),
+        ("ok  up  full of all sorts", "ok  up  full of\n        all\n        sorts"),
+        ("model  size  7  8.5  done so", "model  size  7  8.5  done so"),  # its last column begins too far right
+        ("hint: now run `run.py a b c`", "hint: now run\n  `run.py a b c`"),
+        ("to resume, run: uv run run.py study --x", "to resume, run:\n  uv run run.py study --x"),
+        ("a_word_that_is_longer_than_all", "a_word_that_is_longer_than_all"),
+        ("one two three four\n\nfive", "one two three\n  four\n\nfive"),
+    ],
+)
+def test_lines_are_folded_between_words_and_commands_stay_whole(text: str, expected: str) -> None:
+    assert folded(text, 16) == expected
+    assert folded(text, None) == text
+
+
+def test_the_width_is_that_of_the_streams_own_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    near, far = pty.openpty()
+    with os.fdopen(near), open(far, "w") as terminal:
+        fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 72, 0, 0))
+        assert terminal_width(terminal) == 72
+        fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+        assert terminal_width(terminal) == 100  # longer lines are hard to read
+        fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))
+        assert terminal_width(terminal) is None  # it does not say
+    assert terminal_width(io.StringIO()) is None
+
+
+def test_a_columns_unit_suits_its_smallest_number() -> None:
+    assert flops_unit([1.9e15, 1.2e18]) == (1e15, "PFLOP") and flops_unit([2e17, 4e18]) == (1e18, "EFLOP")
+    assert flops_unit([1.6e11, 9e11]) == (1e12, "TFLOP") and flops_unit([5.0, 0.0]) == flops_unit([]) == (1e9, "GFLOP")
