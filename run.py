@@ -503,11 +503,11 @@ def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run
 @options.json_to
 def list_runs(grid: str | None, verify: bool, json_to: Path | None, checkpoints: Path, **given: Any) -> None:
     """List the runs of the ledger, done or not, with their accuracy."""
-    of_a_grid = {"seeds": given["seeds"], "epochs": given["epochs"], "model": given["models"] or None}
-    if wrong := [name for name, value in of_a_grid.items() if value is not None and not grid]:
-        raise UserError(f"--{wrong[0]} is given without --grid.", "it chooses among the runs of a grid.")
-    if verify and (grid or given["dataset"]):
-        raise UserError(f"--verify and --{'grid' if grid else 'dataset'} exclude each other.", "--verify reads all runs that there are.")
+    if verify and grid:
+        raise UserError("--verify and --grid exclude each other.", "--verify reads all runs that there are.")
+    from study.finished import check_of_grid
+
+    check_of_grid(grid, dataset=given["dataset"], model=given["models"], seeds=given["seeds"], epochs=given["epochs"])
     from study.listing import ledger_rows, ledger_text, verify_ledger
 
     if verify:
@@ -515,7 +515,7 @@ def list_runs(grid: str | None, verify: bool, json_to: Path | None, checkpoints:
         put(lambda: "\n".join([*outcome["damaged"], outcome["summary"]]), lambda: outcome, json_to)
         sys.exit(1 if outcome["damaged"] else 0)
     rows = ledger_rows(checkpoints, grid, **given)
-    put(lambda: ledger_text(rows), lambda: rows, json_to)
+    put(lambda: ledger_text(rows, checkpoints), lambda: rows, json_to)
 
 
 @cli.command(

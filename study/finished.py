@@ -40,9 +40,7 @@ class FinishedRuns:
     data_root: str | None = None
 
     def __post_init__(self) -> None:
-        check_dataset(self.grid, self.dataset)
-        if self.models and self.grid is None:
-            raise UserError("--model is given without --grid.", "it says which architectures of a grid's runs are meant.")
+        check_of_grid(self.grid, dataset=self.dataset, model=self.models)
 
     @functools.cached_property  # a file is read once, and its data looked at
     def grids(self) -> list[Grid]:
@@ -137,7 +135,9 @@ def report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
     return named_after(f"{grids[0].prefix if named else ''}report", grids, epochs)
 
 
-def check_dataset(grid: str | None, dataset: str | None) -> None:
-    """Raises UserError for a data set that is given without a grid."""
-    if dataset is not None and grid is None:
-        raise UserError("--dataset is given without --grid.", "--dataset goes with --grid noise, lr, controls or choices.")
+def check_of_grid(grid: str | None, **options: Any) -> None:
+    """Raises UserError where options that choose among a grid's runs are given without a grid."""
+    given = [name for name, value in options.items() if value not in (None, ())]
+    if given and grid is None:
+        what = "--dataset goes with --grid noise, lr, controls or choices." if given[0] == "dataset" else "it chooses among a grid's runs."
+        raise UserError(f"--{given[0]} is given without --grid.", what)

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from diffvit.checks import check_depth, read_text, usable_path
-from diffvit.errors import UserError, shown, unknown_name
+from diffvit.errors import UserError, first_line, shown, unknown_name
 from diffvit.ledger.spec import RunSpec, overrides_text
 from diffvit.protocol import ARMS, MODELS, PILOT, check_override, protocol_of, resolve_dataset, resolve_model
 from diffvit.user_models import beside
@@ -340,7 +340,8 @@ def _parse_yaml(text: str) -> Any:
                 raise ValueError("it is nested too deeply")
         return yaml.load(text, _yaml_loader())
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        raise ValueError(f"line {mark.line + 1}: {problem}" if mark and problem else first_line(error)) from error
 
 
 # A decimal number as everybody reads it. To YAML 1.1 010 is 8, 1:30 is 90, yes is true and 1e-3 is text; none of that holds here.

@@ -42,6 +42,7 @@ def test_train_evaluate_list_plot(cli, tmp_path: Path) -> None:
 
     listed = cli("list")
     assert "1 of 1 runs done" in listed.out
+    assert cli("list", "--checkpoints", "elsewhere").out == "no finished runs in elsewhere; `run.py study` trains some\n"
     assert json.loads(cli("list", "--json").out)[0]["run_id"] == report["run_id"]
     with_grid = cli("list", "--grid", "digits", "--epochs", "1")
     of_one = json.loads(cli("list", "--grid", "digits", "--model", "vit_differential_v2", "--json").out)
@@ -60,11 +61,13 @@ def test_findings_are_kept_and_end_in_the_report(cli) -> None:
         assert cli("train", "--model", model, "--size", "small", "--dataset", "digits", "--max_steps", "2").code == 0
     first = cli("evaluate", "--grid", "two.yaml", "--corruptions")
     assert first.code == 0 and first.out.count("gaussian") == 2 and "clutter-images" in first.out
+    assert re.search(r"^2 of 2: .*, about \d+:\d\d left$", first.err, re.MULTILINE)
     kept = sorted(Path("checkpoints").glob("*/*_evaluations.json"))
     before = [path.read_bytes() for path in kept]
     trial = cli("evaluate", "--grid", "two.yaml", "--corruptions", "--limit", "64", "--json")
     assert len(json.loads(trial.out)) == 2 and [path.read_bytes() for path in kept] == before  # a trial is not kept
-    assert cli("evaluate", "--grid", "two.yaml", "--corruptions").out == first.out and len(kept) == 2
+    again = cli("evaluate", "--grid", "two.yaml", "--corruptions")
+    assert again.out == first.out and "left" not in again.err and len(kept) == 2
     assert cli("list", "--verify").code == 0
     kept[0].write_text(kept[0].read_text().replace("gaussian", "gaussien"))
     damaged = cli("list", "--verify")

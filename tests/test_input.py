@@ -60,6 +60,9 @@ VANISHING = {
     "models: [vit_classic, vit_classic]": "vit_classic 0.1M digits seed 0 twice",
     "conditions: [{lr: 1e-3}, {lr: 1e-3}]": "lr=0.001 twice",
     "<<: {seeds: 2}": "no key in grid.yaml named '<<'",
+    "seeds: [0, 1": "grid.yaml is not valid: line 3: expected ',' or ']'",
+    "seeds: 2: 3": "grid.yaml is not valid: line 3: mapping values are not allowed here",
+    "seeds: 'two": "grid.yaml is not valid: line 3: found unexpected end of stream",
 }
 
 

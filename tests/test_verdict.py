@@ -51,7 +51,7 @@ def test_where_nothing_can_be_said_the_sentence_says_what_would_have_been_found(
     answer = next(each for each in analyse(table, None).answers if each.question == "level")
     text = sentences.sentence(answer)
     assert answer.verdict == "undecided" and "is undecided" in text
-    size = float(re.search(r"True values of -\d+\.\d % or \+(\d+\.\d) % would have been found with a probability of 80 %", text)[1])
+    size = float(re.search(r"A true value of -\d+\.\d % or \+(\d+\.\d) %, or one further from 0, would have been found", text)[1])
     # At that difference, the power is what the sentence claims.
     # Two questions: the interval must exclude 0 at a level of 2.5 %, which is asked of the distribution itself.
     noncentrality = math.log1p(size / 100) / answer.estimate.se
@@ -378,6 +378,15 @@ def test_the_level_at_equal_cost_stands_beside_the_verdict() -> None:
         r"Parameters are equal here; at equal FLOPs \+(\d\.\d) % \(\+[\d.]+ % to \+[\d.]+ %\) and at equal training time", text
     )
     assert number and float(number[1]) == pytest.approx(2.7, abs=0.4)
+
+
+def test_where_larger_is_not_better_it_is_said_why_no_level_stands_at_equal_cost() -> None:
+    table = study_table(spread=0.002)
+    table["test_accuracy"] = table["test_accuracy"] - table["parameters"] / 1e8  # the error grows with size
+    text = _sentences(table)["level"][1]
+    assert "Parameters are equal here; larger models have no lower error, so nothing can be said at equal FLOPs." in text
+    one_size = _sentences(table[table["size"] == "10B"])["level"][1]
+    assert "equal FLOPs" not in one_size
 
 
 def test_one_seed_says_whether_no_effect_explains_it() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,10 @@ from diffvit.findings.kept import findings_of
 from diffvit.findings.robustness import summary_lines as corruption_lines
 from diffvit.ledger.files import files_of_weights
 from study.commands.terminal import warn
-from study.text import STDOUT, put, put_json, say, show
+from study.text import STDOUT, clock, put, put_json, say, show
+
+# Seconds. What the ledger has already is read, and says nothing of the others.
+_MORE_THAN_READING = 0.5
 
 
 def print_evaluation(path: Path, json_to: Path | None, **settings: Any) -> None:
@@ -24,10 +29,15 @@ def print_evaluation(path: Path, json_to: Path | None, **settings: Any) -> None:
 
 def print_findings(paths: list[Path], kinds: list[str], json_to: Path | None, **settings: Any) -> None:
     """Findings about checkpoints, each as lines or all as JSON. Arguments as findings_of takes them."""
-    all_findings = {}
+    all_findings: dict[str, Any] = {}
+    took: list[float] = []
     for number, path in enumerate(paths, start=1):
-        say(f"{number} of {len(paths)}: {path}")
+        left = f", about {clock(statistics.fmean(took) * (len(paths) - number + 1))} left" if took else ""
+        say(f"{number} of {len(paths)}: {path}{left}")
+        begun = time.monotonic()
         findings = all_findings[str(path)] = findings_of(files_of_weights(path), kinds, **settings)
+        if (seconds := time.monotonic() - begun) > _MORE_THAN_READING:
+            took.append(seconds)
         for found in findings.values():
             for warning in found["warnings"]:
                 warn(warning)

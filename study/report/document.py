@@ -225,6 +225,7 @@ th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align:
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4rem; }
 th.left, td.left { text-align: left; }
 caption, summary { color: var(--soft); font-size: .88rem; text-align: left; padding: .3rem 0; }
+caption span { position: sticky; left: 0; display: inline-block; max-width: min(46rem, calc(100vw - 2.5rem)); }
 summary { cursor: pointer; }
 .figures { display: grid; align-items: start; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr));
   margin: .8rem 0; }
@@ -284,7 +285,7 @@ pre { background: var(--shade); padding: .7rem .9rem; overflow-x: auto; font-siz
 {% elif kind == "Table" %}
 {% if block.closed %}<details><summary>{{ block.caption }}</summary>{% endif %}
 <div class="wide"><table>
-{% if block.caption and not block.closed %}<caption>{{ block.caption }}</caption>{% endif %}
+{% if block.caption and not block.closed %}<caption><span>{{ block.caption }}</span></caption>{% endif %}
 <thead><tr>
 {% for cell in block.header %}<th{% if loop.index0 < block.left %} class="left"{% endif %}>{{ tied(cell) }}</th>{% endfor %}
 </tr></thead>
