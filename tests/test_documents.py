@@ -66,6 +66,13 @@ def test_every_link_leads_to_a_file_and_its_heading(document: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, anchor
 
 
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.name != "reference.md"], ids=lambda path: path.name)
+def test_prose_is_wrapped_at_120(path: Path) -> None:
+    """Tables, commands and the generated reference aside."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith(("|", "    "))]
+
+
 def test_commands_are_found_in_the_documents() -> None:
     of = {name: [each for each in said() if each.document == name] for name in ("README.md", "first-study.md", "hub.md")}
     assert len(of["README.md"]) > 25 and len(of["first-study.md"]) > 8

@@ -52,8 +52,8 @@ def curves_section(runs: pd.DataFrame, steps: pd.DataFrame) -> list[Block]:
 
 _CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False}  # a click must not send results anywhere
 _TEXT = (
-    "Drag to zoom, double-click for the whole. A click on a run switches it off or on, a double-click leaves it alone. Without scripts, "
-    "the figures above show the same curves."
+    "Colours are sizes, dashes architectures. Drag to zoom, double-click for the whole. A click on a run switches it off or on, a "
+    "double-click leaves it alone. Without scripts, the figures above show the same curves."
 )
 
 
@@ -71,7 +71,7 @@ def _figure(runs: pd.DataFrame, by_run: dict[str, pd.DataFrame], loss: str, over
             traces.append(Scattergl(
                 x0=int(curve.index[0]) if len(curve) else 1, dx=every, y=curve.to_numpy(np.float32)[::every], mode="lines", line=line,
                 visible=shown, name=f"{millions(run.parameters)}, seed {run.seed}", legendgroup=run.model,
-                legendgrouptitle_text=model_title(run.model), hovertemplate="step %{x}: %{y:.4g}",
+                legendgrouptitle_text=model_title(run.model), hovertemplate=f"{model_title(run.model)}<br>step %{{x}}: %{{y:.4g}}",
             ))  # fmt: skip
     buttons = [{"label": label, "method": "restyle", "args": [{"visible": [(i % 2 == 0) == mean for i in range(len(traces))]}]}
                for label, mean in (("running mean", True), ("each batch", False))]  # fmt: skip
