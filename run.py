@@ -503,8 +503,8 @@ def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run
 @options.json_to
 def list_runs(grid: str | None, verify: bool, json_to: Path | None, checkpoints: Path, **given: Any) -> None:
     """List the runs of the ledger, done or not, with their accuracy."""
-    if verify and grid:
-        raise UserError("--verify and --grid exclude each other.", "--verify reads all runs that there are.")
+    if verify and (grid or given["dataset"]):
+        raise UserError(f"--verify and --{'grid' if grid else 'dataset'} exclude each other.", "--verify reads all runs that there are.")
     from study.finished import check_of_grid
 
     check_of_grid(grid, dataset=given["dataset"], model=given["models"], seeds=given["seeds"], epochs=given["epochs"])
@@ -613,7 +613,7 @@ def main() -> None:
     except click.ClickException as error:
         fail(error.format_message(), "`run.py --help` shows the commands.")
     except (click.Abort, KeyboardInterrupt):
-        click.echo(f"interrupted; nothing finished is lost\nhint: to run it again: {own_command()}", err=True)
+        say(f"interrupted; nothing finished is lost\nhint: to run it again: {own_command()}")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -340,8 +340,16 @@ def _parse_yaml(text: str) -> Any:
                 raise ValueError("it is nested too deeply")
         return yaml.load(text, _yaml_loader())
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        raise ValueError(f"line {mark.line + 1}: {problem}" if mark and problem else first_line(error)) from error
+        raise ValueError(_said_of(error)) from error
+
+
+def _said_of(error: Any) -> str:
+    """A YAMLError in a line, with where what is wrong begins and ends."""
+    if not getattr(error, "problem_mark", None):
+        return first_line(error)
+    begun = error.context_mark.line if error.context_mark else error.problem_mark.line
+    since = f", begun in line {begun + 1}" if begun != error.problem_mark.line else ""
+    return f"line {error.problem_mark.line + 1}: {error.problem}{since}"
 
 
 # A decimal number as everybody reads it. To YAML 1.1 010 is 8, 1:30 is 90, yes is true and 1e-3 is text; none of that holds here.

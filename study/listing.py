@@ -108,7 +108,7 @@ def ledger_text(rows: list[dict[str, Any]], checkpoints: Path) -> str:
     header = ("state", "model", "size", "data set", "seed", "run_id", "accuracy", "finished", "overrides")
     body = [
         (
-            row["state"], short_model(row["model"]), row["size"], row["dataset"], str(row["seed"]), row["run_id"] or "data not here",
+            row["state"], short_model(row["model"]), row["size"], row["dataset"], str(row["seed"]), row["run_id"] or "",
             "" if row["test_accuracy"] is None else f"{100 * row['test_accuracy']:.2f} %", (row["finished"] or "")[5:16].replace("T", " "),
             overrides_text(row["overrides"]),
         )
@@ -117,5 +117,7 @@ def ledger_text(rows: list[dict[str, Any]], checkpoints: Path) -> str:
     missing = [f"missing: {path}" for row in rows for path in row["missing"]]
     states = Counter(row["state"] for row in rows)
     others = "".join(f", {count} {state}" for state, count in states.items() if state != "done")
-    table = runs_table(header, body, numbers=("accuracy",), shared=("data set", "seed", "overrides"))
-    return "\n".join([table, *missing, f"{states['done']} of {len(rows)} runs done{others}"])
+    table = runs_table(header, body, numbers=("accuracy",), shared=("data set", "seed", "state", "overrides"))
+    absent = ", ".join(dict.fromkeys(row["dataset"] for row in rows if not row["run_id"]))
+    notes = [f"note: {absent}: data not here, so run_ids are not known"] if absent else []
+    return "\n".join([table, *missing, *notes, f"{states['done']} of {len(rows)} runs done{others}"])

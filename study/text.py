@@ -31,22 +31,36 @@ def runs_table(
 ) -> str:
     """Runs as aligned text that fits a terminal: columns without any text go, and `shared` ones that say the same of all runs go on top.
 
+    A line of its own precedes the runs of each condition, where there are several.
+
     Args:
+        header: "overrides" is one of them, and no column.
         numbers: headers of columns that are aligned right.
     """
     values = dict(zip(header, zip(*rows, strict=True), strict=True))
     alike = same_everywhere(values, shared) if len(rows) > 1 else {}
+    conditions = values.pop("overrides")
     kept = [name for name, texts in values.items() if name not in alike and any(texts)]
-    title = ", ".join(filter(None, alike.values()))
     body = zip(*(values[name] for name in kept), strict=True)
-    table = columns([tuple(kept), *body], right=[number for number, name in enumerate(kept) if name in numbers])
-    return f"{title}\n{table}" if title else table
+    first, *lines = columns([tuple(kept), *body], right=[number for number, name in enumerate(kept) if name in numbers]).split("\n")
+    if "overrides" not in alike and any(conditions):
+        new = [number == 0 or conditions[number - 1] != condition for number, condition in enumerate(conditions)]
+        lines = [
+            f"{condition or 'as in the protocol'}:\n{line}" if begins else line
+            for line, condition, begins in zip(lines, conditions, new, strict=True)
+        ]
+    title = ", ".join(filter(None, alike.values()))
+    return "\n".join([*([title] if title else []), first, *lines])
+
+
+# How a column that says the same of all runs is called in the title; others by their header and value.
+_TITLES = {"data set": "{}", "overrides": "{}", "state": "all {}", "from": "times from: {}"}
 
 
 def same_everywhere(values: Mapping[str, Sequence[str]], names: Collection[str]) -> dict[str, str]:
     """Of these columns, those that tell no run from another, and what a title says instead, such as "seed 0"."""
     alike = {name: values[name][0] for name in names if len(set(values[name])) == 1}
-    return {name: text if name in ("data set", "overrides", "state") or not text else f"{name} {text}" for name, text in alike.items()}
+    return {name: _TITLES.get(name, f"{name} {{}}").format(text) if text else "" for name, text in alike.items()}
 
 
 def short_model(name: str) -> str:
@@ -55,16 +69,25 @@ def short_model(name: str) -> str:
 
 
 def terminal_width(stream: TextIO) -> int | None:
-    """Columns of the terminal that a stream writes to, at most 100; None where it is a pipe or a file, in which nothing is folded."""
-    try:
-        columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns) if stream.isatty() else None
-    except (OSError, ValueError):
+    """Columns of the terminal that a stream writes to, or what COLUMNS says; None where it is a pipe or a file."""
+    if not stream.isatty():
         return None
-    return min(100, columns) if columns else None
+    try:
+        given = max(0, int(os.environ.get("COLUMNS", 0)))
+    except ValueError:
+        given = 0
+    try:
+        return given or os.get_terminal_size(stream.fileno()).columns or None
+    except (OSError, ValueError):  # a stream without a descriptor
+        return None
 
 
-# What is copied or pasted must stay one line: a command in backticks, or at the end of a sentence.
-_COMMAND = re.compile(r"`[^`]*`|(?:uv run |python3? )?\brun\.py .*")
+# Longer lines are hard to read.
+_WIDEST = 100
+# Never broken: commands, which are copied, and a number with its unit.
+_WHOLE = re.compile(
+    r"`[^`]*`|(?<=: )(?:uv|pip|python3?|run\.py) .*|\b(?:uv run|python3?) (?:\S+ )*run\.py .*|\d (?=(?:%|s|min|h|GB|points|nats)\b|%)"
+)
 # Columns stand two spaces apart, prose is what the last of them has.
 _LAST_COLUMN = re.compile(r"(?: *\S+(?: \S+)*  +)*(?=\S)")
 
@@ -75,9 +98,9 @@ def folded(text: str, width: int | None) -> str:
     A word, a command and a row whose last column begins beyond the middle are never broken.
 
     Args:
-        width: None folds nothing.
+        width: of the terminal; None folds nothing.
     """
-    return text if width is None else "\n".join(_folded(line, width) for line in text.split("\n"))
+    return text if width is None else "\n".join(_folded(line, min(width, _WIDEST)) for line in text.split("\n"))
 
 
 def _folded(line: str, width: int) -> str:
@@ -87,7 +110,9 @@ def _folded(line: str, width: int) -> str:
     start = before.end() if before else 0
     if start > width // 2:
         return line
-    prose = _COMMAND.sub(lambda command: command[0].replace(" ", "\0"), line[start:])
+    if not start:  # its own indentation, or below a first word
+        start = len(line) - len(line.lstrip())
+    prose = _WHOLE.sub(lambda whole: whole[0].replace(" ", "\0"), line[start:])
     below = " " * (start or 2)
     lines = textwrap.wrap(prose, width, initial_indent=" " * start, subsequent_indent=below, break_long_words=False, break_on_hyphens=False)
     return (line[:start] + "\n".join(lines)[start:]).replace("\0", " ")
@@ -138,9 +163,9 @@ def significant(value: float) -> str:
 
 
 def flops_unit(flops: Sequence[float]) -> tuple[float, str]:
-    """The unit for a column of FLOPs: the largest of which all are at least a tenth, but for those that are 0."""
-    least = min(filter(None, flops), default=1e9)
-    return next(((unit, name) for unit, name in ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP")) if least >= unit / 10), (1e9, "GFLOP"))
+    """The unit for a column of FLOPs: the smallest in which the largest has at most four digits before the point."""
+    most = max(flops, default=0.0)
+    return next(((unit, name) for unit, name in ((1e9, "GFLOP"), (1e12, "TFLOP"), (1e15, "PFLOP")) if most < 1e4 * unit), (1e18, "EFLOP"))
 
 
 def clock(seconds: float, with_hours: bool = False) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from diffvit.findings.attention import (
     picture_pixels,
     positive_shares,
     share_entropy,
+    summary_lines,
 )
 from diffvit.findings.kept import add_evaluation, read_evaluations
 from diffvit.ledger.files import RunFiles
@@ -70,6 +72,15 @@ def found(tmp_path_factory: pytest.TempPathFactory, data: Dataset) -> dict[str, 
     """The findings about an untrained model of each architecture."""
     folder = tmp_path_factory.mktemp("checkpoints")
     return {name: _findings(folder, name, _model(name), data) for name in MODELS}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_fits_a_terminal_and_its_columns_line_up(found, name: str) -> None:
+    layers = [{**layer, "hidden_states": {"top1": 12345.6, "median": 0.00012}, "negative_mass": 1.0} for layer in found[name]["layers"]]
+    header, *rows = summary_lines({**found[name], "layers": layers})[: 1 + len(layers)]
+    assert {len(line) for line in (header, *rows)} == {len(header)} and len(header) <= 80
+    ends = [match.end() for match in re.finditer(r"[a-z.]+", header)]
+    assert all(row[end - 1] != " " for row in rows for end in ends if header[:end].split()[-1] != "lambda")
 
 
 # ---------------------------------------------------------------------------------------------------------- measures

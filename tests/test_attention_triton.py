@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,9 +57,14 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
     assert {(k["kernel"], k["target"]) for k in kernels} == {(name, target) for name in names for target in SHARED_KB}
     assert {(k["head_dim"], k["maps"]) for k in kernels if k["kernel"] in KERNELS} == {(w, m) for w in (16, 32, 64) for m in (1, 2)}
     assert {k["d_model"] for k in kernels if k["kernel"] not in KERNELS} == {256, 384}
-    # Which kernels spill a value or two differs from compiler to compiler, and is nothing beside their products.
-    spilling = [kernel for kernel in kernels if kernel["target"] == 90 and kernel["stack"] > 64]
+    # Which tiles spill a value or two differs from compiler to compiler; of each kernel there is one that spills nothing.
+    least: dict[tuple[Any, ...], int] = {}
+    for kernel in kernels:
+        case = tuple(kernel.get(name) for name in ("kernel", "dtype", "head_dim", "maps", "d_model", "target"))
+        least[case] = min(kernel["stack"], least.get(case, 10_000))
+    spilling = [case for case, stack in least.items() if stack]
     assert not spilling, "\n".join(map(str, spilling))
+    assert max(kernel["stack"] for kernel in kernels if kernel["target"] == 90) <= 64
     too_large = [kernel for kernel in kernels if kernel["shared"] > SHARED_KB[kernel["target"]] * 1024]
     assert not too_large, "\n".join(map(str, too_large))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -55,10 +56,11 @@ def test_train_evaluate_list_plot(cli, tmp_path: Path) -> None:
     assert all(Path(path).is_file() for path in drawn.out.split())
 
 
-def test_findings_are_kept_and_end_in_the_report(cli) -> None:
+def test_findings_are_kept_and_end_in_the_report(cli, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("two.yaml").write_text("datasets: [digits]\nsizes: [small]\noverrides: {max_steps: 2}")
     for model in ("vit_classic", "vit_differential"):
         assert cli("train", "--model", model, "--size", "small", "--dataset", "digits", "--max_steps", "2").code == 0
+    monkeypatch.setattr("study.commands.evaluating._MORE_THAN_READING", 0.0)
     first = cli("evaluate", "--grid", "two.yaml", "--corruptions")
     assert first.code == 0 and first.out.count("gaussian") == 2 and "clutter-images" in first.out
     assert re.search(r"^2 of 2: .*, about \d+:\d\d left$", first.err, re.MULTILINE)
@@ -66,6 +68,7 @@ def test_findings_are_kept_and_end_in_the_report(cli) -> None:
     before = [path.read_bytes() for path in kept]
     trial = cli("evaluate", "--grid", "two.yaml", "--corruptions", "--limit", "64", "--json")
     assert len(json.loads(trial.out)) == 2 and [path.read_bytes() for path in kept] == before  # a trial is not kept
+    monkeypatch.setattr("study.commands.evaluating._MORE_THAN_READING", math.inf)
     again = cli("evaluate", "--grid", "two.yaml", "--corruptions")
     assert again.out == first.out and "left" not in again.err and len(kept) == 2
     assert cli("list", "--verify").code == 0
@@ -301,7 +304,7 @@ def test_dry_run_of_the_full_grid(cli, tmp_path: Path) -> None:
     outcome = cli("study", "--grid", "full", "--dry_run")
     assert outcome.code == 0
     title, header, *lines = outcome.out.splitlines()
-    assert title == "seed 0, to do" and max(map(len, [header, *lines[:12]])) <= 80
+    assert title == "seed 0, all to do" and max(map(len, [header, *lines[:12]])) <= 80
     rows = [re.split(r"\s{2,}", line) for line in lines if line.startswith(("classic", "differential"))]
     assert len(rows) == 12
     assert {(row[2], row[4], row[5]) for row in rows} == {("CIFAR-100", "512", "4,400"), ("BACH", "64", "400")}
@@ -322,10 +325,11 @@ def test_grids_for_another_data_set(cli) -> None:
     outcome = cli("study", "--grid", "noise", "--dataset", "cifar-100", "--dry_run")
     title, _, *lines = outcome.out.splitlines()
     rows = [line for line in lines if line.startswith(("classic", "differential"))]
-    assert outcome.code == 0 and len(rows) == 24 and title == "CIFAR-100, seed 0, batch 512, steps 4,400, to do"
-    assert [sum(row.endswith(end) for row in rows) for end in ("input_noise=0.1", "label_noise=0.2", "label_noise=0.4")] == [6] * 3
+    assert outcome.code == 0 and len(rows) == 24 and title == "CIFAR-100, seed 0, batch 512, steps 4,400, all to do"
+    conditions = [line for line in lines if line.endswith(":")]
+    assert conditions == ["as in the protocol:", "input_noise=0.1:", "label_noise=0.2:", "label_noise=0.4:"]
     listed = cli("list", "--grid", "lr", "--dataset", "CIFAR-100")
-    assert "0 of 18 runs done" in listed.out and listed.out.count("lr=0.0003") == 6
+    assert "0 of 18 runs done" in listed.out and listed.out.count("lr=0.0003:\n") == 1
     assert cli("plot", "--grid", "lr", "--dataset", "CIFAR-100").code == 2  # nothing to draw
 
 
@@ -336,8 +340,8 @@ def test_a_run_counts_for_its_own_condition_only(cli, monkeypatch: pytest.Monkey
     cli(*TRAIN, "--epochs", "1", "--lr", "0.009")
     listed = cli("list", "--grid", "lr", "--epochs", "1").out.splitlines()
     assert "1 of 18 runs done" in listed[-1]
-    done = [line for line in listed if line.startswith("done")]
-    assert len(done) == 1 and "lr=0.009" in done[0]
+    (done,) = [number for number, line in enumerate(listed) if line.startswith("done")]
+    assert [line for line in listed[:done] if line.endswith(":")][-1] == "epochs=1 lr=0.009:"
 
 
 def test_every_command_and_option_has_help() -> None:

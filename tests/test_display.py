@@ -51,7 +51,7 @@ class Study:
 
     def report(self, number: int, **result: Any) -> None:
         if "phase" in result:
-            result.setdefault("step", 0)
+            result.setdefault("step", None)
         self.trials[number].last_result = result
         self.display.on_trial_result(0, [], self.trials[number], result)
 
@@ -210,6 +210,19 @@ def test_runs_that_were_done_before_are_one_line() -> None:
     assert lines[0].startswith("4 of 6 runs done") and lines[-1] == "4 done before; 2 waiting"
 
 
+def test_a_run_that_is_begun_again_keeps_its_place_and_its_pace() -> None:
+    study = Study(Grid("some", ("digits",), models=("vit_classic",), sizes=("small",)).runs())
+    study.start(0)
+    for step in range(0, 401, 40):
+        study.report(0, step=step, train_loss=1.0, val_loss=1.0, images_per_second=1.0, seconds=step / 10)
+    assert study.left() == ", about 0:20 left"
+    study.start(0)  # it died; its last state is of step 360
+    study.report(0, phase="loading digits")
+    assert "400/600" in study.table() and study.left() == ", about 0:20 left"
+    study.report(0, phase="resumed at step 360", step=360)
+    assert "360/600" in study.table() and study.left() == ", about 0:24 left"
+
+
 def test_a_study_that_is_told_to_stop_says_so() -> None:
     study = Study()
     study.start(0)
@@ -309,5 +322,5 @@ def test_a_worker_reports_its_phases(workers: int, tmp_path: Path, monkeypatch: 
     spec = Grid("one", ("digits",)).runs()[0]
     runner._worker({"run": {"spec": spec, "run_id": "0"}, "settings": settings, "stop_flag": None})
     kinds = [(report.get("phase", report.get("status", "steps")), report.get("step")) for report in reports]
-    of_steps = [("loading digits", 0), ("compiling", 4), ("steps", 1)] if workers == 1 else []
+    of_steps = [("loading digits", None), ("compiling", 4), ("steps", 1)] if workers == 1 else []
     assert kinds == [*of_steps, ("done", None)]

@@ -63,6 +63,7 @@ VANISHING = {
     "seeds: [0, 1": "grid.yaml is not valid: line 3: expected ',' or ']'",
     "seeds: 2: 3": "grid.yaml is not valid: line 3: mapping values are not allowed here",
     "seeds: 'two": "grid.yaml is not valid: line 3: found unexpected end of stream",
+    "models: 'vit_classic\nseeds: 2\n": "grid.yaml is not valid: line 5: found unexpected end of stream, begun in line 3",
 }
 
 

@@ -268,7 +268,7 @@ def test_plan_of_the_full_grid(cli, tmp_path: Path) -> None:
     assert outcome.code == 0
     assert len(re.findall(r"^sheet     ESTIMATED .* measures it$", outcome.out, re.MULTILINE)) == 1  # a sentence is one line off a terminal
     assert (
-        outcome.out.startswith("seed 0, from sheet, to do\n")
+        outcome.out.startswith("seed 0, times from: sheet, all to do\n")
         and len(re.findall(r"^(classic|differential) ", outcome.out, re.MULTILINE)) == 12
         and "ESTIMATED from the data sheet" in outcome.out
         and "4 x NVIDIA H100 SXM" in outcome.out

@@ -239,22 +239,23 @@ def cluttered(data: Dataset, background: str, rows: Sequence[int]) -> tuple[Tens
 
 def summary_lines(findings: Mapping[str, Any]) -> list[str]:
     """A readable table of the findings, a line a layer."""
-    names = ("layer", "lambda", "entropy", "start", "pos.", "neg.", "noise", "images", "logits", "", "hidden", "")
-    lines = [" ".join(f"{name:>5}" for name in names).rstrip()]
+    names = ("layer", "lambda", "entropy", "start", "pos.", "neg.", "noise", "images", "logit", "med.", "hidden", "med.")
+    widths = (5, 7, 8, 6, 6, 6, 6, 7, 7, 7, 7, 7)
+    lines = ["".join(map(str.rjust, names, widths))]
     for layer in findings["layers"]:
-        subtracted = f"{layer['lambda']:.3f}" if layer["lambda"] is not None else ""
-        shares = layer["negative_mass"], layer["signal_share"]["noise"], layer["signal_share"]["images"]
-        negative, noise, images = (f"{100 * share:.0f} %" for share in shares)
-        logits, hidden = layer["attention_logits"], layer["hidden_states"]
-        lines.append(
-            f"{layer['layer']:>5} {subtracted:>6} {layer['entropy']:>7.2f} {layer['entropy_untrained']:>5.2f} "
-            f"{layer['entropy_positive']:>5.2f} {negative:>5} {noise:>5} {images:>6} "
-            f"{logits['top1']:>6.2f} {logits['median']:>5.2f} {hidden['top1']:>6.2f} {hidden['median']:>5.2f}"
-        )
+        shares = (layer["negative_mass"], layer["signal_share"]["noise"], layer["signal_share"]["images"])
+        sizes = (layer[name][part] for name in ("attention_logits", "hidden_states") for part in ("top1", "median"))
+        cells = (
+            str(layer["layer"]), "" if layer["lambda"] is None else f"{layer['lambda']:.3f}",
+            *(f"{layer[name]:.2f}" for name in ("entropy", "entropy_untrained", "entropy_positive")),
+            *(f"{100 * share:.0f} %" for share in shares), *(f"{size:.2f}" if size < 1000 else f"{size:.0f}" for size in sizes),
+        )  # fmt: skip
+        lines.append("".join(map(str.rjust, cells, widths)))
     uniform = f"uniform attention: entropy {findings['uniform_entropy']:.3f} nats, {100 * findings['signal_area']:.1f} % on the object"
     meanings = (
         "start: entropy before training; pos.: entropy of the positive part; neg.: the negative part's share of absolute attention; "
-        "noise, images: share on the object in front of them; logits, hidden: the largest attention logit and hidden state, and the median"
+        "noise, images: share on the object in front of them; logit, hidden: the largest in size of attention logits and hidden states, "
+        "and their median"
     )
     return [*lines, f"  {uniform}; {findings['images']} images", f"  {meanings}"]
 

@@ -41,7 +41,7 @@ class StudyDisplay(Board, Callback):
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         row = self._row(trial)
         row.started = time.monotonic()
-        row.enter("starting", 0, row.started)
+        row.enter("starting", None, row.started)
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Called by Tune again and again, whatever the runs report."""

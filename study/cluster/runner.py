@@ -301,7 +301,7 @@ def _worker(config: dict[str, Any]) -> None:
     on_phase = (lambda phase, step: report({"phase": phase, "step": step})) if alone else None
     try:
         if on_phase:
-            on_phase(f"loading {spec.dataset}", 0)
+            on_phase(f"loading {spec.dataset}", None)
         load(spec.dataset, settings.data_root)  # once a process, and no part of a run's time
         start = time.perf_counter()
         result = train(

@@ -13,7 +13,7 @@ import click
 from diffvit.errors import HIDDEN, redacted
 from diffvit.hub.account import find_account
 from diffvit.hub.client import Hub
-from study.text import folded, terminal_width
+from study.text import folded, say, show, terminal_width
 
 
 def warn(text: str) -> None:
@@ -47,12 +47,12 @@ def transfer(move: Callable, source: Any, target: Any, force: bool, sentence: st
     hub = Hub(find_account(), on_retry=warn, bars=sys.stderr.isatty())
     done = move(source, target, hub, force=force, on_progress=_say_file)
     if done.left:
-        click.echo(f"not sent: {', '.join(done.left)}", err=True)
+        say(f"not sent: {', '.join(done.left)}")
     moved = f"{len(done.moved)} files, {done.bytes:,} bytes,"
-    click.echo(sentence.format(moved=moved, hub=hub.repository, skipped=len(done.skipped)))
+    show(sentence.format(moved=moved, hub=hub.repository, skipped=len(done.skipped)))
 
 
 def _say_file(done: int, total: int, name: str) -> None:
     """A line a file, away from a terminal: there the client's bars show it."""
     if name and not sys.stderr.isatty():
-        click.echo(f"{name}  {done:,} of {total:,} bytes", err=True)
+        say(f"{name}  {done:,} of {total:,} bytes")

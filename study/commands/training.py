@@ -6,10 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-import click
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from diffvit.compute import Compute
@@ -22,7 +21,7 @@ from diffvit.train import train
 from diffvit.user_models import changed_note
 from study.commands.terminal import fail, own_command, warn
 from study.hub import send_run
-from study.text import STDOUT, put_json
+from study.text import STDOUT, put_json, say, show
 
 
 def train_and_print(
@@ -39,11 +38,11 @@ def train_and_print(
                 tracking=Tracking(tracker), should_stop=signals.seen, on_phase=progress.enter,
             )  # fmt: skip
         except Stopped as stopped:
-            click.echo(f"{stopped}; its state is saved\nhint: to resume, run: {own_command()}", err=True)
+            say(f"{stopped}; its state is saved\nhint: to resume, run: {own_command()}")
             sys.exit(signals.exit_code)
     assert result is not None  # only a group has processes without one
     if not progress.steps:
-        click.echo(f"this run is done already: {result.finished}", err=True)
+        say(f"this run is done already: {result.finished}")
     files = result.files(checkpoints)
     if json_to:
         paths = {name: str(path) for name in ("weights", "log", "predictions", "result") if (path := getattr(files, name)).is_file()}
@@ -54,7 +53,7 @@ def train_and_print(
         fail(f"the run {result.diverged['message']}.", hint, 1)
     whole = files.weights.is_file()
     if json_to != STDOUT:
-        click.echo("\n".join([*result.lines(), *([f"weights        {files.weights}"] if whole else [])]))
+        show("\n".join([*result.lines(), *([f"weights        {files.weights}"] if whole else [])]))
     if not whole:
         warn(f"{files.weights} is gone; delete the run's _result.json, and the same command trains it again")
     if saving.storage:
@@ -70,31 +69,32 @@ class _StepProgress:
         self._console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}", table_column=Column()),  # what a narrow terminal wraps
-            *([BarColumn()] if self._console.width >= 120 else []), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn(),
+            *([BarColumn()] if self._console.width >= 120 else []), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"), console=self._console, transient=True, disable=not self._console.is_terminal,
             speed_estimate_period=3600,  # steps may take minutes
         )  # fmt: skip
         self._task = self._bar.add_task(title, total=None, losses="")
+        self._shown = self._bar.tasks[0]
 
     def __enter__(self) -> _StepProgress:
         self._bar.start()
         if not self._console.is_terminal:
-            click.echo(self._title, err=True)
+            say(self._title)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
     def stop(self) -> None:
-        """Show that the run was told to stop, on a terminal; a step or two may have to end first."""
+        """Show on a terminal that the run was told to stop. It takes no lock, for a signal may interrupt anything."""
         self._title += ": stopping"
-        self._bar.update(self._task, description=self._title)
+        self._shown.description = self._title
 
     def enter(self, phase: str, step: int) -> None:
         """Show what the run does beside steps."""
         self._bar.update(self._task, description=f"{self._title}: {phase}", completed=step)
         if not self._console.is_terminal:
-            click.echo(phase, err=True)
+            say(phase)
 
     def __call__(self, steps: list, total: int) -> None:
         last = steps[-1]
@@ -104,4 +104,4 @@ class _StepProgress:
         due = last.seconds - self._last_line >= 10 or last.step == total
         if not self._console.is_terminal and due:
             self._last_line = last.seconds
-            click.echo(f"step {last.step}/{total}  {losses}  {last.seconds:.0f} s", err=True)
+            say(f"step {last.step}/{total}  {losses}  {last.seconds:.0f} s")

@@ -26,7 +26,7 @@ from diffvit.memory import micro_batch_within, training_memory
 from diffvit.protocol import images_in_steps
 from study.cost.devices import SHEETS, Machine, Sheet
 from study.plan import PlannedRun, absent_data_notes, model_of, precision_notes
-from study.text import clock, duration, flops_unit, runs_table, short_model, significant
+from study.text import clock, duration, runs_table, short_model
 
 # The model of a GPU of which only the data sheet is known, for fused or compiled blocks: a pass takes its products at a share of
 # the peak, and the bytes that its blocks move at a share of the bandwidth. Both add up. `python -m bench.fit_sheet` fits the shares to
@@ -41,7 +41,6 @@ _PASSES_OF_THE_STREAM = 6  # fp32 between the layers: each of the two residual s
 SHEET_STUDY_START = 30.0
 SHEET_FIRST_RUN = 37.0  # more than for later runs of the same process, which find compiled code
 SHEET_RUN_START = 3.0
-
 
 MEASURED, SCALED, SHEET = "measured", "scaled", "sheet"
 _TO_BE_MEASURED = "the truth may be half or twice that, and --probe on the machine measures it"
@@ -288,15 +287,14 @@ def measured_fleet(machine: Machine, runs: Iterable[PlannedRun], devices: int, c
 
 def forecast_text(forecast: StudyForecast) -> str:
     """The forecast as a table and the sentences that belong to it."""
-    unit, flop = flops_unit([each.run.train_flops for each in forecast.runs])
     money = ["$"] if forecast.fleet.price is not None else []
-    numbers = ("parameters", flop, "micro", "GB", "time", *money)
+    numbers = ("parameters", "micro", "GB", "time", *money)
     rows = []
     for each in forecast.runs:
         spec = each.run.spec
         names = (short_model(spec.model), spec.size, spec.dataset, str(spec.seed))
         costs = (
-            f"{each.run.parameters:,}", significant(each.run.train_flops / unit), str(each.micro_batch),
+            f"{each.run.parameters:,}", str(each.micro_batch),
             f"{each.memory / 2**30:.1f}" + ("" if each.fits else "!"), clock(each.seconds, with_hours=True),
             *(f"{forecast.price(each.seconds):,.2f}" for _ in money),
         )  # fmt: skip

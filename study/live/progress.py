@@ -48,9 +48,10 @@ class RunProgress:
     pace: float | None = None
     accuracy: float | None = None
 
-    def enter(self, phase: str, step: int, now: float) -> None:
-        """Begin a phase after so many steps; what it takes is no part of the run's speed."""
-        self.state, self.phase, self.step, self.since = "training", phase, step, now
+    def enter(self, phase: str, step: int | None, now: float) -> None:
+        """Begin a phase after so many steps, None where that is not known yet; what it takes is no part of the run's speed."""
+        self.state, self.phase, self.since = "training", phase, now
+        self.step = self.step if step is None else step
         if phase != "evaluating":
             self.opened = None
 
@@ -89,9 +90,11 @@ class RunProgress:
 
     def seen(self) -> tuple[float, float]:
         """FLOPs that were done lately, and the seconds that they took; (0, 0) where they are too few to tell."""
-        step, seconds = self.recent[0] if self.recent else (self.step, self.seconds)
-        share = (self.step - step) / self.run.steps
-        return (share * self.run.train_flops, self.seconds - seconds) if share >= _LEAST_SHARE else (0.0, 0.0)
+        if not self.recent:
+            return 0.0, 0.0
+        (step, seconds), (last, until) = self.recent[0], self.recent[-1]
+        share = (last - step) / self.run.steps
+        return (share * self.run.train_flops, until - seconds) if share >= _LEAST_SHARE else (0.0, 0.0)
 
 
 def seconds_left(rows: Sequence[RunProgress], slots: int) -> float | None:

@@ -95,7 +95,9 @@ def compare(
 
 
 def _at_equal_cost(equal_costs: dict[str, Estimate], cells: Cells) -> tuple[str, ...]:
-    """A sentence on the level at equal cost, or why there is none; at equal parameters too, by interpolation, where arms have not the same.
+    """A sentence on the level at equal cost, or on why there is none.
+
+    At equal parameters too, by interpolation, where the arms have not the same.
 
     Args:
         cells: with parameters as costs.
@@ -104,8 +106,8 @@ def _at_equal_cost(equal_costs: dict[str, Estimate], cells: Cells) -> tuple[str,
     alike = bool(np.abs(more).max() <= math.log1p(LIKE_CLASSIC))
     phrases = [f"at equal {name} {relative(level)}" for name, level in equal_costs.items() if name != "parameters" or not alike]
     parameters = "are equal" if alike else f"differ by up to {percent(float(more[np.abs(more).argmax()]))}"
-    if not phrases and len(cells.logs) > 1:
-        phrases = ["larger models have no lower error, so nothing can be said at equal FLOPs"]
+    if "FLOPs" not in equal_costs and len(cells.logs) > 1:
+        phrases.insert(0, "over both architectures the error does not fall with size, so nothing can be said at equal FLOPs")
     return (f"Parameters {parameters} here; {' and '.join(phrases)}.",) if phrases else ()
 
 
