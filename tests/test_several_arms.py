@@ -129,7 +129,7 @@ def test_an_arm_without_runs_is_named_and_draws_nothing(tmp_path: Path) -> None:
     assert open_rows == {"CIFAR-100": "no answer", f"Does {MINE} lose less by noise?": "not measured"}
     assert [curve.arms[1] for curve in analysis.choices] == [ARMS[1]]
     text = to_markdown(page(analysis, [], ""), tmp_path)
-    assert f"### {MINE} against" not in text and "for Differential ViT, CIFAR-100 (input_noise=0.1): trained on noisy" in text
+    assert f"### {MINE} against" not in text and "for Differential ViT, is CIFAR-100 (input_noise=0.1): trained on noisy" in text
 
 
 def test_a_control_that_diverged_is_not_silent(tmp_path: Path) -> None:

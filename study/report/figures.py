@@ -19,7 +19,7 @@ from study.report.drawing import our_style, save
 # isort: split
 import numpy as np
 import pandas as pd
-from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
@@ -43,7 +43,6 @@ _MODEL_STYLES: dict[str, dict[str, Any]] = {
     "vit_classic_sub_norm": {"color": "#2E8B8B", "marker": "P", "linestyle": (0, (1, 1.2))},
     "vit_differential_v2": {"color": "#9C3432", "marker": "v", "linestyle": (0, (2, 1))},
 }
-# Of the user's own architectures, one by the hash in its name.
 # Own architectures: of each list, the entry that the hash in their name chooses, so that few of them look alike.
 _OWN_STYLES: dict[str, list[Any]] = {
     "color": ["#6B7A89", "#B58900", "#5C8A3A", "#C2185B", "#0E8A8A"],
@@ -301,6 +300,14 @@ def size_colour(dataset: str, size: Any) -> str:
     """A size's colour in all figures."""
     sizes = protocol_of(dataset).sizes
     return to_hex(_SIZE_COLOURS(sizes.index(size) / max(1, len(sizes) - 1)))
+
+
+def shade(model: str, dataset: str, size: Any) -> str:
+    """An architecture's colour where sizes are told apart by lightness: the larger, the darker."""
+    sizes = protocol_of(dataset).sizes
+    white = 0.6 * (1 - sizes.index(size) / max(1, len(sizes) - 1))
+    red, green, blue = (white + (1 - white) * part for part in to_rgb(model_style(model)["color"]))
+    return to_hex((red, green, blue))
 
 
 def millions(parameters: float) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from diffvit.protocol import model_title
 from study.report.document import Block, Heading, Paragraph, Scripted
-from study.report.figures import LOSSES, batch_lengths, millions, running_mean, size_colour, smoothing_window
+from study.report.figures import LOSSES, batch_lengths, millions, running_mean, shade, smoothing_window
 from study.table import all_overrides
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def curves_section(runs: pd.DataFrame, steps: pd.DataFrame) -> list[Block]:
 
 _CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False}  # a click must not send results anywhere
 _TEXT = (
-    "Colours are sizes, dashes architectures. Drag to zoom, double-click for the whole. A click on a run switches it off or on, a "
-    "double-click leaves it alone. Without scripts, the figures above show the same curves."
+    "Colours and dashes are architectures; the larger a model, the darker. Drag to zoom, double-click for the whole. A click on a run "
+    "switches it off or on, a double-click leaves it alone. Without scripts, the figures above show the same curves."
 )
 
 
@@ -66,7 +66,7 @@ def _figure(runs: pd.DataFrame, by_run: dict[str, pd.DataFrame], loss: str, over
     for run in runs.itertuples():
         steps = by_run[run.run_id].set_index("step")[loss].replace([np.inf, -np.inf], np.nan)
         smooth = running_mean(steps, smoothing_window(len(steps)), batch_lengths(dataset, overrides, loss, steps.index))
-        line = {"color": size_colour(dataset, run.size), "dash": _DASHES[models.index(run.model) % len(_DASHES)], "width": 1.4}
+        line = {"color": shade(run.model, dataset, run.size), "dash": _DASHES[models.index(run.model) % len(_DASHES)], "width": 1.4}
         for curve, shown in ((smooth, True), (steps, False)):
             traces.append(Scattergl(
                 x0=int(curve.index[0]) if len(curve) else 1, dx=every, y=curve.to_numpy(np.float32)[::every], mode="lines", line=line,

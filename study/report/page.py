@@ -45,7 +45,7 @@ def page(
     for source in dict.fromkeys(analysis.noise_sources.values()):
         of = [model_title(pair[1]) for pair, what in analysis.noise_sources.items() if what == source]
         whom = "" if len(of) == len(analysis.pairs) else f", for {listed(of)},"
-        blocks.append(Paragraph(f"With noise means here{whom} {source}; without, the same on clean images."))
+        blocks.append(Paragraph(f"Noise here{whom} is {source}; its counterpart has clean images."))
     blocks += [Heading("Accuracy"), *_accuracy_tables(analysis)]
     blocks += [*_figures(analysis, figures), *curves, *predictions_section(analysis)]
     blocks += [Heading("Scaling with depth"), Paragraph(_SCALING), *_scaling_tables(analysis)]

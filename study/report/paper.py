@@ -106,10 +106,14 @@ def latex_tables(analysis: Analysis) -> str:
                   for (_, model), cell in part.table.groupby(["parameters", "model"])]  # fmt: skip
     header = ["Data set", "Model", "Parameters", "Seeds", "Test accuracy (%)", "Cross-entropy"]
     first = _latex(header, accuracies, "Test accuracy and cross-entropy: mean and standard deviation over seeds.", "tab:accuracy", "llrrrr")
-    answers = [[model_title(each.arms[1]), each.subject, each.question, *_numbers(each), each.verdict] for each in analysis.answers]
-    caption = f"Against {model_title(analysis.arms[0])}; negative numbers favour the model in the row."
-    header = ["Model", "Data set", "Question", "Difference", "95 % interval", "p (Holm)", "Verdict"]
-    return f"{first}\n\n{_latex(header, answers, caption, 'tab:answers', 'lllrrrl')}" if answers else first
+    answers = [[each.subject, each.question, *_numbers(each), each.verdict] for each in analysis.answers]
+    header, columns = ["Data set", "Question", "Difference", "95 % interval", "p (Holm)", "Verdict"], "llrrrl"
+    caption = f"{analysis.challengers} against {model_title(analysis.arms[0])}; negative numbers favour {analysis.challengers}."
+    if analysis.several:
+        answers = [[model_title(each.arms[1]), *row] for each, row in zip(analysis.answers, answers, strict=True)]
+        header, columns = ["Model", *header], f"l{columns}"
+        caption = f"Against {model_title(analysis.arms[0])}; negative numbers favour the model in the row."
+    return f"{first}\n\n{_latex(header, answers, caption, 'tab:answers', columns)}" if answers else first
 
 
 def _accuracy_row(part: Subject, model: str, cell: pd.DataFrame) -> list[str]:
@@ -132,7 +136,12 @@ def _latex(header: list[str], rows: list[list[str]], caption: str, label: str, c
     """A table with escaped text, in which signs stand as mathematics."""
     names = [_escaped(name) for name in header]
     cells = pd.DataFrame([[_escaped(cell) for cell in row] for row in rows], columns=names)
-    return cells.to_latex(index=False, caption=_escaped(caption), label=label, position="t", column_format=columns).rstrip()
+    table = cells.to_latex(index=False, caption=_escaped(caption), label=label, position="t", column_format=columns).rstrip()
+    # As wide as a column of article.cls, or nearly.
+    return table.replace(
+        f"\\begin{{tabular}}{{{columns}}}",
+        f"\\par\\medskip\\centering\\footnotesize\\setlength{{\\tabcolsep}}{{3pt}}\n\\begin{{tabular}}{{{columns}}}",
+    )
 
 
 _ESCAPES = {character: f"\\{character}" for character in "&%$#_{}"} | {
@@ -159,7 +168,9 @@ def bibtex(analysis: Analysis) -> str:
     commits = " and ".join(sorted({str(commit) for commit in analysis.table["git_commit"].dropna()}))
     note = f"Version {versions or 'unknown'}" + (f", commit {commits}" if commits else "")
     tool = _entry(
-        "software", "diffvit", {"title": "{diffvit}: scaling studies of differential and classic Vision Transformers", "note": note}
+        "misc",
+        "diffvit",
+        {"title": "{diffvit}: scaling studies of differential and classic Vision Transformers", "note": note, "key": "diffvit"},
     )
     return "\n\n".join([*(_ENTRIES[key] for key in dict.fromkeys(used)), tool])
 
