@@ -29,6 +29,11 @@ class StudyDisplay(Board, Callback):
         self._ended = 0
         self._said_stopping = False
 
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        if self.note and not self._said_stopping:  # the table is gone, and what follows takes seconds
+            self.say(self.note)
+
     def __getstate__(self) -> dict:
         return {}  # Tune pickles its callbacks into a record that nobody reads
 
