@@ -137,7 +137,7 @@ def report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
 
 def check_of_grid(grid: str | None, **options: Any) -> None:
     """Raises UserError where options that choose among a grid's runs are given without a grid."""
-    given = [name for name, value in options.items() if value not in (None, ())]
+    given = [name for name, value in options.items() if value not in (None, (), [])]
     if given and grid is None:
         what = "--dataset goes with --grid noise, lr, controls or choices." if given[0] == "dataset" else "it chooses among a grid's runs."
         raise UserError(f"--{given[0]} is given without --grid.", what)

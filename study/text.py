@@ -86,7 +86,8 @@ def terminal_width(stream: TextIO) -> int | None:
 _WIDEST = 100
 # Never broken: commands, which are copied, and a number with its unit.
 _WHOLE = re.compile(
-    r"`[^`]*`|(?<=: )(?:uv|pip|python3?|run\.py) .*|\b(?:uv run|python3?) (?:\S+ )*run\.py .*|\d (?=(?:%|s|min|h|GB|points|nats)\b|%)"
+    r"`[^`]*`|(?<=: )(?:uv|pip|python3? \S*\.py|run\.py) .*|\b(?:uv run|python3?) (?:\S+ )*run\.py .*|"
+    r"\d (?=%|(?:s|min|h|GB|points|nats)\b)"
 )
 # Columns stand two spaces apart, prose is what the last of them has.
 _LAST_COLUMN = re.compile(r"(?: *\S+(?: \S+)*  +)*(?=\S)")

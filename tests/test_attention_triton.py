@@ -64,7 +64,8 @@ def test_every_kernel_compiles_and_fits(tmp_path: Path) -> None:
         least[case] = min(kernel["stack"], least.get(case, 10_000))
     spilling = [case for case, stack in least.items() if stack]
     assert not spilling, "\n".join(map(str, spilling))
-    assert max(kernel["stack"] for kernel in kernels if kernel["target"] == 90) <= 64
+    much = [kernel for kernel in kernels if kernel["target"] == 90 and kernel["stack"] > 64]
+    assert not much, "\n".join(map(str, much))
     too_large = [kernel for kernel in kernels if kernel["shared"] > SHARED_KB[kernel["target"]] * 1024]
     assert not too_large, "\n".join(map(str, too_large))
 

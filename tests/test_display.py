@@ -231,6 +231,24 @@ def test_a_study_that_is_told_to_stop_says_so() -> None:
     assert study.tick() == "stopping: runs save their states\n" and not study.tick()
 
 
+def test_on_a_terminal_a_study_and_a_run_that_are_told_to_stop_say_so_at_once() -> None:
+    study = Study()
+    study.console = Console(width=80, file=io.StringIO(), force_terminal=True, record=True)
+    study.display.console = study.console
+    with study.display:
+        study.start(0)
+        study.display.stop()
+        assert "stopping: runs save their states" in study.table()
+        study.display.on_step_begin(0, [])
+        study.display.on_step_begin(0, [])
+    assert study.console.file.getvalue().count("stopping: runs save their states\n") == 1
+    progress = _StepProgress("a run")
+    progress.stop()
+    assert progress._bar.tasks[0].description == "a run: stopping"
+    progress([Step(3, 1, 1e-3, 2.0, 2.0, 0.1, 1.0, 1.0)], 10)
+    assert progress._bar.tasks[0].description == "a run: stopping"
+
+
 def test_a_run_is_forecast_from_what_is_most_like_it() -> None:
     """Seconds a FLOP differ between architectures and sizes; a run's own say most."""
     study = Study(Grid("some", ("digits",), sizes=("small", "medium"), seeds=(0, 1)).runs())

@@ -25,8 +25,10 @@ from study.report.figures import (
     batch_lengths,
     draw_figures,
     loss_figure,
+    model_style,
     running_mean,
     scaling_figure,
+    shade,
     size_colour,
     smoothing_window,
     wilson,
@@ -159,6 +161,9 @@ def test_sizes_have_a_hue_that_no_architecture_has_and_are_told_apart_in_grey() 
     from matplotlib.colors import to_rgb
 
     sizes = [to_rgb(size_colour("CIFAR-100", size)) for size in PROTOCOLS["CIFAR-100"].sizes]
+    for model in MODELS:
+        light, middle, dark = (sum(to_rgb(shade(model, "CIFAR-100", size))) for size in PROTOCOLS["CIFAR-100"].sizes)
+        assert light > middle > dark == pytest.approx(sum(to_rgb(model_style(model)["color"])), abs=0.01)
     greys = [float(np.dot(colour, (0.299, 0.587, 0.114))) for colour in sizes]
     assert min(-np.diff(greys)) > 0.2  # darker with size
     hues = [360 * colorsys.rgb_to_hls(*colour)[0] for colour in sizes]

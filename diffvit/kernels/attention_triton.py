@@ -382,9 +382,9 @@ def keys_kernel(
 # ----------------------------------------------------------------------------------------------------------- block sizes
 
 
-# Maps and head dimension -> queries and keys in a block, warps, stages of the pipeline; the first of each spills no register on sm_80,
-# sm_89 and sm_90. Wider heads, or wider numbers, do not fit into the registers. All fit into the shared memory of sm_89.
-# tests/test_attention_triton.py compiles them all.
+# Maps and head dimension -> queries and keys in a block, warps, stages of the pipeline. Of each list one spills no register, the first
+# one on sm_80. Wider heads, or wider numbers, do not fit. All fit into the shared memory of sm_89. tests/test_attention_triton.py
+# compiles them.
 _HALF = {
     ("forward", 2, 16): [(64, 64, 4, 2), (128, 32, 8, 3), (128, 64, 8, 2)],
     ("forward", 2, 32): [(64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)],

@@ -29,11 +29,6 @@ class StudyDisplay(Board, Callback):
         self._ended = 0
         self._said_stopping = False
 
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        if self.note and not self._said_stopping:  # the table is gone, and what follows takes seconds
-            self.say(self.note)
-
     def __getstate__(self) -> dict:
         return {}  # Tune pickles its callbacks into a record that nobody reads
 
@@ -50,11 +45,11 @@ class StudyDisplay(Board, Callback):
 
     def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
         """Called by Tune again and again, whatever the runs report."""
-        if self._live:
-            return
-        if self.note and not self._said_stopping:
+        if self.note and not self._said_stopping:  # a table will be gone while what follows takes seconds
             self._said_stopping = True
             self.say(self.note)
+        if self._live:
+            return
         now = time.monotonic()
         for row in self.rows.values():
             if row.phase and row.since is not None and now - row.since > _BRIEF_SECONDS:

@@ -31,15 +31,15 @@ def train_and_print(
     """Train a run, or find it done, print its result, and see that its storage has it. Exits where the run is stopped or diverges."""
     if note := changed_note(checkpoints, spec.model):
         warn(note)
-    with _StepProgress(spec.title) as progress, StopSignals(progress.stop) as signals:
-        try:
+    try:
+        with _StepProgress(spec.title) as progress, StopSignals(progress.stop) as signals:
             result = train(
                 spec, checkpoints, data_root=data_root, device=device, compute=compute, on_steps=progress, on_warning=warn, saving=saving,
                 tracking=Tracking(tracker), should_stop=signals.seen, on_phase=progress.enter,
             )  # fmt: skip
-        except Stopped as stopped:
-            say(f"{stopped}; its state is saved\nhint: to resume, run: {own_command()}")
-            sys.exit(signals.exit_code)
+    except Stopped as stopped:
+        say(f"{stopped}; its state is saved\nhint: to resume, run: {own_command()}")
+        sys.exit(signals.exit_code)
     assert result is not None  # only a group has processes without one
     if not progress.steps:
         say(f"this run is done already: {result.finished}")

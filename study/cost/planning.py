@@ -28,7 +28,9 @@ def dry_run_table(options: StudyOptions) -> str:
     """The runs of a study with their costs, as text. Data sets need not be at hand."""
     specs = options.on(None).runs()
     fingerprints = load_fingerprints(specs, options.data_root, required=False)
-    runs = own_share(plan_runs(specs, options.checkpoints, fingerprints), options.shard)
+    every = plan_runs(specs, options.checkpoints, fingerprints)
+    own = {run.spec.title for run in own_share(every, options.shard)}
+    runs = [run for run in every if run.spec.title in own]  # in the grid's order
     unit, flop = flops_unit([run.train_flops for run in runs])
     numbers = ("parameters", "batch", "steps", flop)
     header = ("model", "size", "data set", "seed", "run_id", *numbers, "state", "overrides")

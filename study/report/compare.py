@@ -106,9 +106,10 @@ def _at_equal_cost(equal_costs: dict[str, Estimate], cells: Cells) -> tuple[str,
     alike = bool(np.abs(more).max() <= math.log1p(LIKE_CLASSIC))
     phrases = [f"at equal {name} {relative(level)}" for name, level in equal_costs.items() if name != "parameters" or not alike]
     parameters = "are equal" if alike else f"differ by up to {percent(float(more[np.abs(more).argmax()]))}"
+    clauses = [" and ".join(phrases)] if phrases else []
     if "FLOPs" not in equal_costs and len(cells.logs) > 1:
-        phrases.insert(0, "over both architectures the error does not fall with size, so nothing can be said at equal FLOPs")
-    return (f"Parameters {parameters} here; {' and '.join(phrases)}.",) if phrases else ()
+        clauses.append("over both architectures the error does not fall with size, so nothing can be said at equal FLOPs")
+    return (f"Parameters {parameters} here; {'; '.join(clauses)}.",) if clauses else ()
 
 
 def _answers(

@@ -297,15 +297,15 @@ def add_caption(figure: Figure, text: str) -> None:
 
 
 def size_colour(dataset: str, size: Any) -> str:
-    """A size's colour in all figures."""
+    """A size's colour where sizes are told apart."""
     sizes = protocol_of(dataset).sizes
     return to_hex(_SIZE_COLOURS(sizes.index(size) / max(1, len(sizes) - 1)))
 
 
 def shade(model: str, dataset: str, size: Any) -> str:
-    """An architecture's colour where sizes are told apart by lightness: the larger, the darker."""
+    """An architecture's colour where sizes are told apart by lightness: the largest has the colour itself."""
     sizes = protocol_of(dataset).sizes
-    white = 0.6 * (1 - sizes.index(size) / max(1, len(sizes) - 1))
+    white = 0.45 * (len(sizes) - 1 - sizes.index(size)) / max(1, len(sizes) - 1)
     red, green, blue = (white + (1 - white) * part for part in to_rgb(model_style(model)["color"]))
     return to_hex((red, green, blue))
 

@@ -53,7 +53,7 @@ def curves_section(runs: pd.DataFrame, steps: pd.DataFrame) -> list[Block]:
 _CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False}  # a click must not send results anywhere
 _TEXT = (
     "Colours and dashes are architectures; the larger a model, the darker. Drag to zoom, double-click for the whole. A click on a run "
-    "switches it off or on, a double-click leaves it alone. Without scripts, the figures above show the same curves."
+    "switches it off or on, a double-click leaves it alone. Without scripts, the figures above show the same curves, with sizes in colours."
 )
 
 
