@@ -39,6 +39,11 @@ def _page(table: pd.DataFrame) -> str:
     return _text(to_html(page(analyse(table, None), [], "uv run run.py study"), "report"))
 
 
+def test_every_place_says_the_same_hours_of_all_workers() -> None:
+    table = study_table().assign(workers=2.0, device="cuda:0")
+    assert _page(table).count(f"{2 * table['seconds'].sum() / 3600:.3g} GPU hours") == 3  # above, for a paper, and to reproduce it
+
+
 @pytest.mark.parametrize(
     ("options", "claims"),
     [

@@ -18,7 +18,7 @@ from study.report.curves import Ratio
 from study.report.document import Block, Code, Figures, Heading, Items, Paragraph, Table
 from study.report.evaluated import attention_section, noise_section
 from study.report.figures import with_wilson
-from study.report.first import first_screen
+from study.report.first import first_screen, hours
 from study.report.focus import focus_section
 from study.report.paper import paper_section
 from study.report.predictions import predictions_section
@@ -318,7 +318,7 @@ def _provenance(table: pd.DataFrame) -> list[Block]:
     rows = [[what, "; ".join(sorted({str(value) for value in table[column].dropna()}))] for what, column in facts.items()]
     fingerprints = table[["dataset", "fingerprint"]].drop_duplicates()
     rows += [[f"data of {row.dataset}", row.fingerprint] for row in fingerprints.itertuples()]
-    rows.append(["training time of all runs", f"{table['seconds'].sum() / 3600:.2f} hours"])
+    rows.append(["training time of all runs", hours(table)])
     return [Table(["", ""], rows, left=2)]
 
 
