@@ -380,7 +380,7 @@ def test_plan_probe_study_and_rehearsal_as_commands(tmp_path: Path, cli, monkeyp
     assert unknown.code == 2 and "--probe" in unknown.err
     probe = ("--probe", "--probe_seconds", "1", "--json", "plan.json")
     probed = finish(run_py(tmp_path, "plan", "--grid", "grid.yaml", "--address", "local", *probe))
-    assert len(re.findall(r" measured +to do", probed)) == 2 and "measured  on " in probed
+    assert "digits, seed 0, times from: measured, all to do, epochs=2\n" in probed and "measured  on " in probed
     assert json.loads((tmp_path / "plan.json").read_text())["makespan_seconds"] > 0
     assert cli("plan", "--grid", "grid.yaml", "--address", "local").out in probed
 
