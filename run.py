@@ -253,6 +253,8 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
     from study.options import StudyOptions
     from study.table import run_table
 
+    if not storage and not checkpoints.is_dir():
+        warn(f"there is no folder {checkpoints} yet.")
     if seeds is None and (most := run_table(checkpoints, asked)["seed"].max()) > max(spec.seed for spec in asked):
         warn(f"this folder has seeds up to {most} of these runs: --seeds {most + 1} shows them.")
 

@@ -51,7 +51,9 @@ def test_where_nothing_can_be_said_the_sentence_says_what_would_have_been_found(
     answer = next(each for each in analyse(table, None).answers if each.question == "level")
     text = sentences.sentence(answer)
     assert answer.verdict == "undecided" and "is undecided" in text
-    size = float(re.search(r"A true value of -\d+\.\d % or \+(\d+\.\d) %, or one further from 0, would have been found", text)[1])
+    size = float(
+        re.search(r"A true value below -\d+\.\d % or above \+(\d+\.\d) % would have been found with a probability of 80 %", text)[1]
+    )
     # At that difference, the power is what the sentence claims.
     # Two questions: the interval must exclude 0 at a level of 2.5 %, which is asked of the distribution itself.
     noncentrality = math.log1p(size / 100) / answer.estimate.se

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def test_a_ledger_tells_how_far_its_study_is(folders: tuple[Path, Path]) -> None
     log = next((ledger / BEGUN.model).glob("*_training.log"))
     last = read_log(log).iloc[-1]
     lines = watched(ledger)
-    assert lines[0].startswith("1 of 4 runs done, about 0:0") and "max_steps=12" in lines[1]
+    assert re.fullmatch(r"1 of 4 runs done, about [\d:]+ left", lines[0]) and "max_steps=12" in lines[1]
     done, begun = row(lines, "classic"), row(lines, "differential")
     assert "done" in done and "12/12" in done and done.endswith("%")
     assert "━" in begun and f"5/12      {last.train_loss:.4f}    {last.val_loss:.4f}" in begun
@@ -78,6 +79,12 @@ def test_more_seeds_than_were_asked_for_are_said(cli, folders: tuple[Path, Path]
     asked = ("watch", "--grid", "one.yaml", "--checkpoints", str(folders[0]))
     assert "seeds up to 1 of these runs: --seeds 2 shows them" in cli(*asked).err
     assert "shows them" not in cli(*asked, "--seeds", "2").err
+
+
+def test_a_folder_that_is_not_there_is_said(cli) -> None:
+    outcome = cli("watch", "--grid", "digits", "--checkpoints", "nowhere")
+    assert outcome.code == 0 and "warning: there is no folder nowhere yet." in outcome.err and "0 of 12 runs done" in outcome.err
+    assert not Path("nowhere").exists()
 
 
 def test_a_run_that_trains_in_another_precision_is_not_done(folders: tuple[Path, Path]) -> None:

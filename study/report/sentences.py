@@ -86,8 +86,8 @@ def _consequences(answer: Answer) -> list[str]:
         if distance > math.log(10):
             said.append("Only a tenfold difference or more would have been found with a probability of 80 %.")
         elif distance >= 0.0005:
-            least = f"{percent(-distance)} or {percent(distance)}"
-            said.append(f"A true value of {least}, or one further from 0, would have been found with a probability of 80 %.")
+            ends = f"below {percent(-distance)} or above {percent(distance)}"
+            said.append(f"A true value {ends} would have been found with a probability of 80 %.")
         if answer.estimate.p < ALPHA:
             said.append("Taken alone the 95 % interval excludes 0; as one of several questions or looks it does not suffice.")
     if answer.verdict == "depends on the scale":
