@@ -44,7 +44,9 @@ def test_a_screen_fits_80_columns(screen: tuple[str, ...], cli, monkeypatch: pyt
     for module in ("study.text", "study.commands.terminal"):
         monkeypatch.setattr(f"{module}.terminal_width", lambda stream: 80)
     outcome = cli(*screen)
-    assert outcome.code == (2 if "digit" in screen or "7" in screen else 0), outcome.err
+    refused = "digit" in screen or "7" in screen
+    # Whether `doctor` finds a problem is the machine's affair.
+    assert outcome.code in ((2,) if refused else (0, 1) if screen == ("doctor",) else (0,)), outcome.err
     # A path may be longer than that, and is never broken.
     wide = [line for line in (outcome.out + outcome.err).splitlines() if len(line) > 80]
     wide = [line for line in wide if not any(len(word) > 40 and "/" in word for word in line.split())]

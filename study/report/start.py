@@ -28,8 +28,8 @@ def start_text(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ARMS) ->
     header = ("model", "size", "cosine", "attention rms", "MLP rms", "entropy")
     parts: dict[str, list[tuple[str, ...]]] = {}
     for row in rows:
-        data = " ".join(filter(None, (row["dataset"], overrides_text(row["overrides"]))))
-        title = f"{data}: {row['images']} images ({row['of']}) of {row['tokens']} tokens, entropy at most {row['uniform_entropy']:.2f}"
+        looked_at = f"{row['images']} images ({row['of']}) of {row['tokens']} tokens"
+        title = f"{_condition(row)}: {looked_at}, entropy at most {row['uniform_entropy']:.2f}"
         triples = (" ".join(_of_layers(row, what)) for what in ("attention_rms", "mlp_rms", "entropy"))
         parts.setdefault(title, [header]).append((short_model(row["model"]), row["size"], f"{row['cosine']:.2f}", *triples))
     tables = [f"{title}\n{columns(cells, range(2, len(header)))}\n" for title, cells in parts.items()]
@@ -63,8 +63,11 @@ _START = (
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     of_layers = [text for what in ("attention_rms", "mlp_rms", "entropy") for text in _of_layers(row, what)]
-    dataset = " ".join(filter(None, (row["dataset"], overrides_text(row["overrides"]))))
-    return model_title(row["model"]), row["size"], dataset, f"{row['cosine']:.2f}", *of_layers, f"{row['uniform_entropy']:.2f}"
+    return model_title(row["model"]), row["size"], _condition(row), f"{row['cosine']:.2f}", *of_layers, f"{row['uniform_entropy']:.2f}"
+
+
+def _condition(row: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, (row["dataset"], overrides_text(row["overrides"]))))
 
 
 def _of_layers(row: Mapping[str, Any], what: str) -> list[str]:
