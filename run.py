@@ -34,11 +34,11 @@ from study.commands import options
 from study.commands.command import StrictGroup, option, under
 from study.commands.completion import SHELLS, completion_script
 from study.commands.parsing import FOLDER, ShellPath, full_names, parse_resource, taken
-from study.commands.terminal import fail, own_command, transfer, warn
+from study.commands.terminal import fail, own_command, transfer
 from study.cost.devices import find_sheet
 from study.doctor import diagnose, diagnosis_json, diagnosis_text
 from study.grid import find_dataset, find_grid
-from study.text import put, say, show
+from study.text import put, say, show, warn
 
 
 @click.group(
@@ -92,7 +92,7 @@ def _study_options(given: dict[str, Any]) -> Any:
 @options.place
 @under(
     "Where",
-    option("--dashboard", type=bool, default=True, show_default=True, metavar="BOOL", help="Ray's dashboard, where Ray is started here."),
+    options.switch("--dashboard", default=True, show_default=True, help="Ray's dashboard, where Ray is started here."),
     option("--workers", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Data-parallel processes of a run."),
     option("--resource", multiple=True, metavar="NAME=X", help="Custom Ray resource that a run takes X of: limits it to nodes with it."),
 )
@@ -253,8 +253,8 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
     from study.options import StudyOptions
     from study.table import run_table
 
-    if not storage and not checkpoints.is_dir():
-        warn(f"there is no folder {checkpoints} yet.")
+    if not storage:
+        options.note_absent(checkpoints)
     if seeds is None and (most := run_table(checkpoints, asked)["seed"].max()) > max(spec.seed for spec in asked):
         warn(f"this folder has seeds up to {most} of these runs: --seeds {most + 1} shows them.")
 
@@ -310,6 +310,7 @@ def power(grid: str, dataset: str | None, epochs: int | None, models: tuple[str,
     from study.report.power import power_rows, power_text
 
     chosen = find_grid(grid, dataset, data_root, models)
+    options.note_absent(checkpoints)
     rows = power_rows(checkpoints, chosen.runs(overrides={"epochs": epochs}), difference / 100, chosen.arms)
     put(lambda: power_text(rows, difference / 100), lambda: rows, json_to)
 
@@ -424,7 +425,7 @@ def train(model: str, size: str, dataset: str, seed: int, data_root: str | None,
     ),
     option("--size", type=options.SIZE, help=options.SIZES),
     option("--dataset", type=options.DATASET, help=f"{options.DATASETS}; with --grid, that of a grid for one data set."),
-    option("--run_id", metavar="ID", help="Which run; it may stand alone."),
+    option("--run_id", metavar="ID", help="Which run, or how its run_id begins; it may stand alone."),
     option("--seed", type=int, metavar="N", help="Which run, where several match. [default: 0, if it is there]"),
     options.which_grid("All finished runs of a grid instead; with --corruptions or --attention."),
     option("--corruptions", is_flag=True, help="Under noise, blur and clutter. Kept in the ledger, for the report."),

@@ -20,7 +20,7 @@ from diffvit.data.near_duplicates import near_duplicates
 from diffvit.dataset import Dataset, ImageSet, load
 from diffvit.errors import UserError
 from diffvit.ledger.disk import listed
-from diffvit.ledger.files import files_of_weights, model_folders
+from diffvit.ledger.files import files_of_weights, listing_hint, model_folders
 from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import overrides_text
 from diffvit.ledger.weights import load_weights, read_header
@@ -160,13 +160,13 @@ def find_checkpoint(
     """Find the weights of one run. Of several that match, prefer those without further overrides, and of these seed 0.
 
     Args:
-        overrides: protocol values that it was trained with. Here and for all other arguments None matches anything.
+        run_id: or its beginning. overrides: protocol values that it was trained with. Here and for all other arguments None matches anything.
         on_choice: called with a sentence where one of several was chosen.
 
     Raises:
         UserError: no run matches, or several are equally good.
     """
-    name = f"model_{escape(run_id or '') or '*'}_{size or '*'}_{dataset or '*'}.safetensors"
+    name = f"model_{escape(run_id or '')}*_{size or '*'}_{dataset or '*'}.safetensors"
     folders = [folder for folder in model_folders(checkpoints) if model in (None, folder.name)]
     paths = [path for folder in folders for path in listed(folder) if path.match(name)]
     candidates, damaged = [], []
@@ -186,7 +186,7 @@ def find_checkpoint(
     if damaged and not matches:
         raise damaged[0]
     if not matches:
-        hint = "`run.py list` shows the runs there are." if not candidates else "\n  ".join(["there are:", *map(str, candidates)])
+        hint = listing_hint(checkpoints) if not candidates else "\n  ".join(["there are:", *map(str, candidates)])
         if not candidates and (others := other_versions(checkpoints, model or "")):
             hint = f"its file has changed since {' and '.join(others)} was trained, or is another one; --model takes that name too."
         raise UserError(f"there is no checkpoint of {which} in {checkpoints}.", hint)

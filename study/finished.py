@@ -14,9 +14,10 @@ import pandas as pd
 from diffvit.errors import UserError
 from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import check_writable
+from diffvit.ledger.files import listing_hint
 from diffvit.protocol import ARMS
 from study.grid import GRIDS, Grid, find_grid, named_after
-from study.table import files_of, run_table, step_table
+from study.table import files_of, run_table, seeds_of_study, step_table
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class FinishedRuns:
         table = run_table(self.checkpoints, specs)
         if table.empty:
             name = f"the grid {self.grid}" if self.grid else "a built-in grid"
-            hint = "`run.py list` shows the runs there are; `run.py study` trains a grid."
+            if not self.checkpoints.is_dir():
+                raise UserError(f"there is no folder {self.checkpoints}.", "`run.py study` trains a grid into --checkpoints.")
+            hint = f"{listing_hint(self.checkpoints)} `run.py study` trains a grid."
             raise UserError(f"{self.checkpoints} has no finished run of {name}.", hint)
         return table
 
@@ -122,8 +125,9 @@ class FinishedRuns:
                 ("--epochs", self.epochs),
             ]
             options = shlex.join(text for option, value in values if value is not None for text in (option, str(value)))
-            more_seeds = {spec.seed for spec in specs} == {0} and int(runs["seed"].max()) > 0
-            commands.append(f"uv run run.py study {options}" + (f" --seeds {int(runs['seed'].max()) + 1}" if more_seeds else ""))
+            seeds = max(seeds_of_study(runs), default=0) + 1
+            more_seeds = {spec.seed for spec in specs} == {0} and seeds > 1
+            commands.append(f"uv run run.py study {options}" + (f" --seeds {seeds}" if more_seeds else ""))
             kinds = {kind for run in runs.itertuples() for kind in read_evaluations(files_of(self.checkpoints, run))}
             if kinds:
                 commands.append(f"uv run run.py evaluate {options} " + " ".join(f"--{kind}" for kind in sorted(kinds)))

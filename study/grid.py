@@ -30,12 +30,13 @@ What a file says is used or refused. Refused are duplicate names and runs, missi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -287,8 +288,25 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def read_grid(path: Path, data_root: str | None = None) -> Grid:
-    """The grid of a file. Raises UserError for a file that cannot be read or says something else."""
-    content = _read(path)
+    """The grid of a file. Raises UserError, with the file's name, for one that cannot be read or says something else."""
+    with _named_in_errors(path):
+        grid = _grid_of(path, _read(path), data_root)
+        grid.runs(seeds=1)  # names and values
+    return grid
+
+
+@contextlib.contextmanager
+def _named_in_errors(path: Path) -> Iterator[None]:
+    """Put the file's name in front of errors that do not have it."""
+    try:
+        yield
+    except UserError as error:
+        if str(path) in error.message:
+            raise
+        raise UserError(f"{path}: {error.message}", error.hint) from None
+
+
+def _grid_of(path: Path, content: dict[str, Any], data_root: str | None) -> Grid:
     content["datasets"] = _known(path, _datasets(content), data_root)
     name = path.stem if path.stem not in GRIDS else f"{path.stem}-file"
     models = _models(path, content, "models") if "models" in content else ARMS

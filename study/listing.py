@@ -104,7 +104,8 @@ def verify_ledger(checkpoints: Path) -> dict[str, Any]:
 def ledger_text(rows: list[dict[str, Any]], checkpoints: Path) -> str:
     """The ledger for a person."""
     if not rows:
-        return f"no finished runs in {checkpoints}; `run.py study` trains some"
+        found = f"no finished runs in {checkpoints}" if checkpoints.is_dir() else f"there is no folder {checkpoints} yet"
+        return f"{found}; `run.py study` trains some"
     header = ("state", "model", "size", "data set", "seed", "run_id", "accuracy", "finished", "overrides")
     body = [
         (

@@ -38,6 +38,9 @@ _SHOULD_AGREE = (
     "git_commit",
 )
 
+# What runs that differ in their seed only have in common.
+CELL_AND_MODEL = ["dataset", "overrides", "size", "model"]
+
 
 def run_table(checkpoints: Path, grid: Iterable[RunSpec] | None = None) -> pd.DataFrame:
     """One row an ended run, columns as in COLUMNS. A run that diverged has no accuracies and no losses.
@@ -66,6 +69,13 @@ def missing_runs(checkpoints: Path, specs: Iterable[RunSpec]) -> list[RunSpec]:
     """Those of the runs that have not ended here, at whatever precision and on whatever version of the data. Raises UserError."""
     ended = {(cell_key(result.identity), result.seed) for result in read_results(checkpoints)}
     return [spec for spec in specs if (cell_key(spec.identity("")), spec.seed) not in ended]
+
+
+def seeds_of_study(table: pd.DataFrame) -> list[int]:
+    """The seeds that at least half of a run table's cells have, in order: a run that `train` added makes no seed of the study."""
+    runs = table.drop_duplicates([*CELL_AND_MODEL, "seed"])
+    counts = runs["seed"].value_counts()
+    return sorted(int(seed) for seed, count in counts.items() if 2 * count >= len(runs.drop_duplicates(CELL_AND_MODEL)))
 
 
 def cell_key(identity: dict[str, Any]) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import click
+
 from diffvit.errors import redacted
 from diffvit.ledger.disk import write_atomically
 
@@ -119,19 +121,29 @@ def _folded(line: str, width: int) -> str:
     return (line[:start] + "\n".join(lines)[start:]).replace("\0", " ")
 
 
+def runner() -> str:
+    """What runs `run.py` here."""
+    return "uv run" if "UV" in os.environ or "UV_RUN_RECURSION_DEPTH" in os.environ else "python"
+
+
+def for_terminal(text: str, stream: TextIO) -> str:
+    """A text as its stream shows it: folded on a terminal, and with commands that can be copied."""
+    return folded(re.sub(r"`(?=run\.py )", f"`{runner()} ", text), terminal_width(stream))
+
+
 def say(text: str) -> None:
-    """Print a message to stderr, without secrets, folded on a terminal."""
-    print(folded(redacted(text), terminal_width(sys.stderr)), file=sys.stderr, flush=True)
+    """Print a message to stderr, without secrets."""
+    print(for_terminal(redacted(text), sys.stderr), file=sys.stderr, flush=True)
 
 
 def show(text: str) -> None:
-    """Print a result to stdout, folded on a terminal."""
-    print(folded(text, terminal_width(sys.stdout)), flush=True)
+    """Print a result to stdout."""
+    print(for_terminal(text, sys.stdout), flush=True)
 
 
 def warn(text: str) -> None:
-    """Print a warning to stderr, without secrets."""
-    say(f"warning: {text}")
+    """Print a warning to stderr, in yellow on a terminal, without secrets."""
+    click.secho(for_terminal(redacted(f"warning: {text}"), sys.stderr), err=True, fg="yellow")
 
 
 # In place of a path: print it.

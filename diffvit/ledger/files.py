@@ -10,6 +10,7 @@ _evaluations.json  what `run.py evaluate` found out later, by kind
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,3 +82,9 @@ def result_paths(checkpoints: Path) -> list[Path]:
 def model_folders(checkpoints: Path) -> list[Path]:
     """The subfolders that may hold an architecture's runs: no lost+found. Raises UserError for a folder that cannot be read."""
     return [folder for folder in listed(Path(checkpoints)) if re.fullmatch(NAME, folder.name)]
+
+
+def listing_hint(checkpoints: Path) -> str:
+    """What shows which runs a ledger has."""
+    which = "" if checkpoints == Path("checkpoints") else f" --checkpoints {shlex.quote(str(checkpoints))}"
+    return f"`run.py list{which}` shows the runs there are."

@@ -7,15 +7,38 @@ from typing import Any
 
 import click
 
+from diffvit.errors import UserError, shown
+
 # The headings of options and of commands, in the order of the help.
 OPTION_HEADINGS = ("What", "Protocol", "Where", "How", "Saving", "Tracking", "Output", "Options")
 COMMAND_HEADINGS = ("A study", "A model", "Results", "This machine")
 
 
 class Option(click.Option):
-    """An option that the help lists under a heading."""
+    """An option that the help lists under a heading, and that says what it takes where it is given something else."""
 
     heading = OPTION_HEADINGS[-1]
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().type_cast_value(ctx, value)
+        except click.BadParameter as error:
+            if (takes := _what_it_takes(self.type)) is None or isinstance(error, click.MissingParameter):
+                raise
+            raise UserError(f"{self.opts[0]} is {shown(value)}.", f"give {takes}.") from None
+
+
+def _what_it_takes(kind: click.ParamType) -> str | None:
+    """The values of a type, in words; None where click's own message says more."""
+    if isinstance(kind, click.Choice):
+        return f"one of {', '.join(map(str, kind.choices))}"
+    if kind.name == "boolean":
+        return "true or false"
+    number = {"integer": "a whole number", "float": "a number"}.get(kind.name.removesuffix(" range"))
+    least = getattr(kind, "min", None)
+    if number is None or least is None:
+        return number
+    return f"{number} above {least:g}" if getattr(kind, "min_open", False) else f"{number} of at least {least:g}"
 
 
 def option(*names: str, **settings: Any) -> Callable:
@@ -60,11 +83,18 @@ class StrictCommand(click.Command):
         self.heading, self.examples = heading, examples
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        given, _, order = self.make_parser(ctx).parse_args(list(args))
+        try:
+            given, _, order = self.make_parser(ctx).parse_args(list(args))
+        except click.NoSuchOption as error:  # the nearest one; of the others none is meant
+            raise click.NoSuchOption(error.option_name, possibilities=(error.possibilities or [])[:1], ctx=ctx) from None
+        names = {name for param in self.params if isinstance(param, click.Option) for name in (*param.opts, *param.secondary_opts)}
         for param in self.params:
             name = param.opts[0] if isinstance(param, click.Option) else f"argument {param.human_readable_name}"
             if given.get(str(param.name)) == "":
                 raise click.UsageError(f"{name} is empty.", ctx)
+            for value in _texts(given.get(str(param.name))):
+                if value.startswith("--") and f"--{value[2:].replace('-', '_')}" in names:
+                    raise click.UsageError(f"{name} has no value: {value} follows it.", ctx)
             once = isinstance(param, click.Option) and not param.multiple and (not param.is_flag or bool(param.secondary_opts))
             if once and order.count(param) > 1:
                 raise click.UsageError(f"{name} is given more than once.", ctx)
@@ -79,6 +109,11 @@ class StrictCommand(click.Command):
         if self.examples:
             with formatter.section("Examples"):
                 formatter.write_dl([(f"uv run {ctx.find_root().info_name} {line}", what) for line, what in self.examples], col_max=0)
+
+
+def _texts(value: Any) -> list[str]:
+    """The values of an option as they were given."""
+    return [each for each in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(each, str)]
 
 
 class StrictGroup(click.Group):

@@ -12,8 +12,7 @@ from diffvit.findings.attention import summary_lines as attention_lines
 from diffvit.findings.kept import findings_of
 from diffvit.findings.robustness import summary_lines as corruption_lines
 from diffvit.ledger.files import files_of_weights
-from study.commands.terminal import warn
-from study.text import STDOUT, clock, put, put_json, say, show
+from study.text import STDOUT, clock, put, put_json, say, show, warn
 
 # Seconds. What the ledger has already is read, and says nothing of the others.
 _MORE_THAN_READING = 0.5

@@ -12,12 +12,14 @@ from click.shell_completion import CompletionItem
 
 from diffvit.errors import UserError
 from diffvit.keeping.saving import DEFAULT_SAVING, HUB_LEASE_SECONDS
+from diffvit.ledger.spec import PRECISIONS
 from diffvit.protocol import MODELS, PROTOCOLS
 from diffvit.tracking import TRACKERS
 from study.commands.command import option, options, under
 from study.commands.parsing import FOLDER, ShellPath, parse_saving, taken
 from study.grid import GRIDS
 from study.placement import Placement
+from study.text import warn
 
 # ---------------------------------------------------------------------------------------------------------- types
 
@@ -35,6 +37,17 @@ class Known(click.ParamType):
         return [CompletionItem(incomplete, type="file")] * self._or_file + items  # bash forgets what comes before a file
 
 
+class _DataRoot(ShellPath):
+    """A folder that must be there: with a misspelt one, data would be fetched from the hub."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = super().convert(value, param, ctx)
+        if not Path(path).is_dir():
+            hint = "--data_root and DIFFVIT_DATA name one with data sets as user/name."
+            raise UserError(f"there is no folder {path} for data sets.", hint)
+        return path
+
+
 class _JsonPath(ShellPath):
     """Where JSON goes: a file, or - for stdout."""
 
@@ -45,6 +58,11 @@ class _JsonPath(ShellPath):
         if not os.access(path.resolve().parent, os.W_OK):
             raise UserError(f"{path} cannot be written.", "give --json a file in a folder that is there.")
         return path
+
+
+def switch(name: str, **settings: Any) -> Callable:
+    """An option that is true or false; its name alone is true."""
+    return option(name, type=bool, is_flag=False, flag_value="true", metavar="[BOOL]", **settings)
 
 
 _AUTO = {"auto": None, "true": True, "false": False}
@@ -76,16 +94,22 @@ OVERRIDES: dict[str, tuple[type, str, str]] = {
     "--heads": (int, "N", "Heads of a classic layer; differential attention pairs them. [default: the protocol's]"),
     "--patch_size": (int, "N", "Side of a patch in pixels; it divides the image's. [default: the protocol's]"),
     "--image_size": (int, "N", "Side in pixels that images are resized to. [default: the protocol's]"),
-    "--residual_scale": (bool, "BOOL", "Start branches at 1 / sqrt(2 depth) of Xavier's values. [default: true]"),
+    "--residual_scale": (bool, "[BOOL]", "Start branches at 1 / sqrt(2 depth) of Xavier's values. [default: true]"),
     "--max_steps": (int, "N", "Stop after N steps: a trial. Its test uses as many images as its training, at least 64."),
     "--label_noise": (float, "X", "Share of training labels that are false. [default: 0]"),
     "--input_noise": (float, "X", "Gaussian noise on training images, pixels in 0-1. [default: 0]"),
 }
-_override_options = {name: option(name, type=kind, metavar=unit, help=text) for name, (kind, unit, text) in OVERRIDES.items()}
+
+
+def _override(name: str, kind: type, unit: str, text: str) -> Callable:
+    return switch(name, help=text) if kind is bool else option(name, type=kind, metavar=unit, help=text)
+
+
+_override_options = {name: _override(name, *values) for name, values in OVERRIDES.items()}
 overrides = under("Protocol", *_override_options.values())
 trained_with = under(
     "Protocol",
-    *(option(name, type=kind, metavar=unit, help=f"Evaluate what was trained with this {name}.")
+    *(_override(name, kind, unit, f"Evaluate what was trained with this {name}.")
       for name, (kind, unit, _) in OVERRIDES.items() if name != "--batch_size"),
 )  # fmt: skip
 grid_dataset = under(
@@ -119,7 +143,7 @@ checkpoints = under(
 )
 data = under(
     "Where",
-    option("--data_root", type=ShellPath(file_okay=False), metavar="DIR", envvar="DIFFVIT_DATA",
+    option("--data_root", type=_DataRoot(file_okay=False), metavar="DIR", envvar="DIFFVIT_DATA",
            help="Folder with hub data sets as user/name. [env: DIFFVIT_DATA; default: the hub]"),
 )  # fmt: skip
 data_and_ledger = options(data, checkpoints)
@@ -138,7 +162,8 @@ place = under(
 
 compute = under(
     "How",
-    option("--precision", default="auto", show_default=True, help="fp32, bf16, fp16, or auto: what the device is fast in."),
+    option("--precision", type=click.Choice(["auto", *PRECISIONS]), default="auto", show_default=True, metavar="NAME",
+           help="fp32, bf16, fp16, or auto: what the device is fast in."),
     option("--micro_batch", type=click.IntRange(min=1), metavar="N", help="Images per accumulated pass. [default: what fits]"),
     _auto_option("--fused", "Compute the blocks in fused kernels; auto: on a GPU, where measured to be faster."),
     _auto_option("--graphs", "Replay CUDA graphs; auto: on a GPU, with fused blocks."),
@@ -147,7 +172,7 @@ compute = under(
            help="Activation checkpointing: slower, and in much less memory. [default: on a GPU whose memory is very short]"),
     option("--deterministic", is_flag=True, help="On a GPU too, a run repeats to the bit."),
 )  # fmt: skip
-upload = option("--upload", type=bool, default=False, metavar="BOOL",
+upload = switch("--upload", default=False,
                 help="The hub as storage: finished runs, states of unfinished ones and a model card go to HF_REPOSITORY.")  # fmt: skip
 storage = option("--storage", envvar="DIFFVIT_STORAGE", metavar="URL",
                  help="Path or fsspec URL (s3://…) off this machine: runs are copied there, and another machine can take them over. "
@@ -183,6 +208,12 @@ def price(text: str) -> Callable:
 
 
 # ------------------------------------------------------------------------------------------- values of many options
+
+
+def note_absent(checkpoints: Path) -> None:
+    """Warn of a ledger that is not there, which may be a misspelt one."""
+    if not checkpoints.is_dir():
+        warn(f"there is no folder {checkpoints} yet.")
 
 
 def compute_of(given: dict[str, Any]) -> Any:

@@ -1,8 +1,7 @@
-"""Messages of a command: warnings, errors, transfers, and the command to repeat."""
+"""Messages of a command: errors, transfers, and the command to repeat."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,27 +12,21 @@ import click
 from diffvit.errors import HIDDEN, redacted
 from diffvit.hub.account import find_account
 from diffvit.hub.client import Hub
-from study.text import folded, say, show, terminal_width
-
-
-def warn(text: str) -> None:
-    """Print a warning to stderr, in yellow on a terminal, without secrets."""
-    click.secho(folded(redacted(f"warning: {text}"), terminal_width(sys.stderr)), err=True, fg="yellow")
+from study.text import for_terminal, runner, say, show, warn
 
 
 def fail(message: str, hint: str, code: int = 2) -> NoReturn:
     """Print an error and what helps to stderr, without secrets, and exit."""
     text = redacted(f"error: {message[:1].lower()}{message[1:]}\nhint: {hint}")
-    lines = folded(text, terminal_width(sys.stderr)).removeprefix("error:")
+    lines = for_terminal(text, sys.stderr).removeprefix("error:")
     click.echo(click.style("error:", fg="red", bold=True) + lines.replace("\nhint:", f"\n{click.style('hint:', bold=True)}", 1), err=True)
     sys.exit(code)
 
 
 def own_command() -> str:
     """The command line as it was given but for secrets, for "to resume, run: …"."""
-    runner = "uv run" if "UV" in os.environ or "UV_RUN_RECURSION_DEPTH" in os.environ else "python"
     given = [redacted(argument) for argument in sys.argv[1:]]
-    command = shlex.join([*runner.split(), "run.py", *given])
+    command = shlex.join([*runner().split(), "run.py", *given])
     return command if given == sys.argv[1:] else f"{command} (with the secret in place of {HIDDEN})"
 
 

@@ -19,9 +19,9 @@ from diffvit.signals import StopSignals
 from diffvit.tracking import Tracking
 from diffvit.train import train
 from diffvit.user_models import changed_note
-from study.commands.terminal import fail, own_command, warn
+from study.commands.terminal import fail, own_command
 from study.hub import send_run
-from study.text import STDOUT, put_json, say, show
+from study.text import STDOUT, put_json, say, show, warn
 
 
 def train_and_print(

@@ -9,7 +9,7 @@ import pandas as pd
 
 from diffvit.protocol import LIKE_CLASSIC, model_title
 from study.report.verdict import DIVERGED, Answer, decide
-from study.table import of_arms
+from study.table import CELL_AND_MODEL, of_arms
 
 # An answer's key -> the tables of all runs that it rests on
 TablesOfAnswers = Mapping[tuple[str, str, tuple[str, str]], Sequence[pd.DataFrame]]
@@ -130,7 +130,7 @@ def losses_left_out(table: pd.DataFrame) -> list[str]:
 
 def equal_parameters(table: pd.DataFrame) -> str:
     """Whether the architectures are of one size, from the parameters of each size's models."""
-    counts = table.groupby(["dataset", "overrides", "size", "model"])["parameters"].first()
+    counts = table.groupby(CELL_AND_MODEL)["parameters"].first()
     ratios = counts / counts.groupby(["dataset", "overrides", "size"]).transform("min")
     if ratios.max() <= 1 + LIKE_CLASSIC:
         return (

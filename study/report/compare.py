@@ -19,6 +19,7 @@ from study.report.curves import Line, PowerLaw, Ratio
 from study.report.scaling import Cells, Estimate
 from study.report.sentences import percent, relative
 from study.report.verdict import Answer, null_spread
+from study.table import seeds_of_study
 
 
 @dataclass(frozen=True)
@@ -235,16 +236,18 @@ def _wrong_answers(of_run: WrongAnswers, first: pd.DataFrame, second: pd.DataFra
 
 
 def left_out(table: pd.DataFrame, arms: Sequence[str] = ARMS) -> list[str]:
-    """Runs of the arms, the baseline first, that enter no pair, and why; also those missing although others of their size or seed exist."""
+    """Runs of the arms, the baseline first, that enter no pair, and why; also those missing of a seed that the study has."""
     table = table[table["model"].isin(arms)]
     done = {(run.model, run.size, run.seed) for run in table.itertuples() if run.status == "done"}
     statuses = {(run.model, run.size, run.seed): run.status for run in table.itertuples()}
+    asked = set(seeds_of_study(table))
     phrases = []
     for size, seed, arm in itertools.product(dict.fromkeys(table["size"]), dict.fromkeys(sorted(table["seed"])), arms):
         name = f"{model_title(arm)} {size} seed {seed}"
         partners = arms[1:] if arm == arms[0] else arms[:1]
         if (arm, size, seed) not in statuses:
-            phrases.append(f"{name} failed or was not trained")
+            if seed in asked:
+                phrases.append(f"{name} failed or was not trained")
         elif statuses[arm, size, seed] != "done":
             phrases.append(f"{name} {statuses[arm, size, seed]}")
         elif not any((partner, size, seed) in done for partner in partners):

@@ -15,6 +15,7 @@ from study.report.figures import millions
 from study.report.interval import MARKS, OPEN, axis_picture, half_width, interval_picture, kind_of
 from study.report.sentences import relative, sentence
 from study.report.verdict import MARGIN, Answer
+from study.table import CELL_AND_MODEL
 
 _QUESTIONS = {"level": "a lower error?", "trend": "scales better with depth?", "noise": "loses less by noise?"}
 _OF_SEVERAL = {
@@ -79,7 +80,7 @@ def _facts(table: pd.DataFrame, command: str, price: float | None) -> Facts:
         sizes = dict.fromkeys(millions(count) for count in sorted(runs.groupby("size")["parameters"].min()))
         datasets.setdefault(", ".join(sizes), []).append(str(dataset))
     of = "; ".join(f"{' and '.join(names)} ({sizes} parameters)" for sizes, names in datasets.items())
-    seeds = table.groupby(["dataset", "overrides", "size", "model"])["seed"].nunique()
+    seeds = table.groupby(CELL_AND_MODEL)["seed"].nunique()
     fewest = f"{seeds.min()} to " if seeds.min() < seeds.max() else ""
     diverged = int((table["status"] == "diverged").sum())
     runs_are = f"{len(table)}, {fewest}{counted(seeds.max(), 'seed')} a model and size" + (f"; {diverged} diverged" if diverged else "")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from study.table import comparable, run_table
 
 SEEDS = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
 WANTED = 0.8
+# Numbers of seeds for which is said what they find, where the difference that was asked about takes more than are tried.
+_USUAL_SEEDS = (3, 10, 50)
 _STUDIES = 4000
 # The error at which test images add to the spread, and noise is judged, where no run says it.
 _ASSUMED_ERROR = 0.5
@@ -44,7 +47,8 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, a
     Returns:
         Rows of "dataset", "spread" (standard deviation of a pair's log ratio), "pairs" (that it was measured on; 0: it is assumed),
         "pilot" (whether these are the pilot's, since the grid's own cells have no two seeds), "question", "questions" (in the family),
-        "power" (seeds -> probability) and "needed" (the fewest seeds that give 80 %; None beyond 50).
+        "power" (seeds -> probability), "needed" (the fewest seeds that give 80 %; None beyond 50), and for these "found" (seeds ->
+        the difference that they do find with 80 %; None where they find none).
 
     Raises:
         UserError: a difference that is none, or a grid without the architectures.
@@ -58,24 +62,37 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, a
     datasets = list(dict.fromkeys(spec.dataset for spec in specs))
     costs = {dataset: _log_parameters([spec for spec in specs if spec.dataset == dataset], checkpoints) for dataset in datasets}
     questions = {dataset: ["level", *(["trend"] if len(costs[dataset]) > 1 else [])] for dataset in datasets}
-    questions[max(datasets, key=lambda dataset: protocol_of(dataset).images[2])].append("noise")
+    clean, noisy = _asked_about_noise(specs, datasets)
+    questions[noisy].append("noise")
     family = (len(arms) - 1) * sum(map(len, questions.values()))
     rows = []
-    for dataset in datasets:
-        cells = measured.get(dataset) or piloted.get(dataset)
-        spread = cells.pair_spread() if cells else assumed_spread(dataset)
+    for dataset, question in [(dataset, question) for dataset in datasets for question in questions[dataset]]:
+        of = clean if question == "noise" else dataset  # noise is simulated from what runs without it are like
+        cells = measured.get(of) or piloted.get(of)
+        spread = cells.pair_spread() if cells else assumed_spread(of)
         error = float(np.exp(cells.means).mean()) if cells else _ASSUMED_ERROR
-        for question in questions[dataset]:
-            chance = _by_seeds(question, math.log1p(-difference), spread, costs[dataset], family, error)
-            needed = next((seeds for seeds, probability in chance.items() if probability >= WANTED), None)
-            rows.append(
-                {
-                    "dataset": dataset, "spread": spread, "pairs": int(cells.counts.sum()) if cells else 0,
-                    "pilot": dataset in piloted and dataset not in measured, "question": question,
-                    "questions": family, "power": {seeds: chance[seeds] for seeds in SEEDS}, "needed": needed,
-                }
-            )  # fmt: skip
+        chance_of = functools.partial(power, question, spread=spread, log_costs=costs[of], family=family, error=error)
+        chance = _by_seeds(functools.partial(chance_of, math.log1p(-difference)))
+        needed = next((seeds for seeds, probability in chance.items() if probability >= WANTED), None)
+        found = {} if needed else {seeds: _smallest_found(chance_of, seeds, difference) for seeds in _USUAL_SEEDS}
+        rows.append(
+            {
+                "dataset": dataset, "spread": spread, "pairs": int(cells.counts.sum()) if cells else 0,
+                "pilot": of in piloted and of not in measured, "question": question,
+                "questions": family, "power": {seeds: chance[seeds] for seeds in SEEDS}, "needed": needed, "found": found,
+            }
+        )  # fmt: skip
     return rows
+
+
+def _asked_about_noise(specs: Sequence[RunSpec], datasets: Sequence[str]) -> tuple[str, str]:
+    """The data set without noise, and the one that the report names in its question about noise; in the order of noise_questions."""
+    by_images = sorted(datasets, key=lambda dataset: -protocol_of(dataset).images[2])
+    trained_on = [dataset for dataset in by_images if any(spec.dataset == dataset and spec.protocol.input_noise for spec in specs)]
+    twins = [dataset for dataset in by_images if f"{dataset}-noisy" in datasets]
+    if twins and not trained_on:
+        return twins[0], f"{twins[0]}-noisy"
+    return ((trained_on or by_images)[0],) * 2
 
 
 def _errors(checkpoints: Path, specs: Sequence[RunSpec], arms: Sequence[str]) -> dict[str, Cells]:
@@ -97,15 +114,26 @@ def assumed_spread(dataset: str) -> float:
     return math.sqrt(2 * (verdict.ASSUMED_RUN_SPREAD**2 + of_images))
 
 
-def _by_seeds(question: str, effect: float, spread: float, log_costs: np.ndarray, family: int, error: float) -> dict[int, float]:
+def _by_seeds(chance_of: Callable[..., float]) -> dict[int, float]:
     """Power for 2 to 50 seeds; between the numbers of SEEDS, only up to the first that suffices is simulated, and others are left out."""
-    chance = {seeds: power(question, effect, spread, log_costs, seeds, family, error) for seeds in SEEDS}
+    chance = {seeds: chance_of(seeds=seeds) for seeds in SEEDS}
     enough = next((seeds for seeds in SEEDS if chance[seeds] >= WANTED), None)
     if enough is not None:
         fewer = max((seeds for seeds in SEEDS if seeds < enough), default=enough)
         for seeds in range(fewer + 1, enough):
-            chance[seeds] = power(question, effect, spread, log_costs, seeds, family, error)
+            chance[seeds] = chance_of(seeds=seeds)
     return dict(sorted(chance.items()))
+
+
+def _smallest_found(chance_of: Callable[..., float], seeds: int, difference: float) -> float | None:
+    """The smallest difference above `difference` that this many seeds find with 80 %, within a thirtieth; None: not even 99 %."""
+    low, high = math.log(difference), math.log(0.99)
+    if chance_of(math.log1p(-0.99), seeds=seeds) < WANTED:
+        return None
+    while high - low > 1 / 30:
+        middle = (low + high) / 2
+        low, high = (low, middle) if chance_of(math.log1p(-math.exp(middle)), seeds=seeds) >= WANTED else (middle, high)
+    return math.exp(high)
 
 
 def power(
@@ -165,6 +193,8 @@ def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
         needed = f"{row['needed']}" if row["needed"] else f"> {max(SEEDS)}"
         cells = " ".join(f"{100 * probability:>3.0f}" for probability in row["power"].values())
         lines.append(f"{row['dataset']:<{width}} {row['question']:<8} {cells}  {needed}")
+    if short := [row for row in rows if row["found"]]:
+        lines += ["", *_found_lines(short, difference, width)]
     lines.append("")
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         row = next(each for each in rows if each["dataset"] == dataset)
@@ -175,6 +205,16 @@ def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
         )
         lines.append(f"{dataset}: the log ratio of a pair scatters by {100 * row['spread']:.1f} % ({known})")
     return "\n".join(lines)
+
+
+def _found_lines(rows: Sequence[dict[str, Any]], difference: float, width: int) -> list[str]:
+    """What can be found, of questions for which no number of seeds suffices."""
+    lines = [f"{100 * difference:g} % is not found with {max(SEEDS)} seeds. Differences that are, with a probability of 80 %:"]
+    lines.append(f"{'data set':<{width}} {'':<8} " + " ".join(f"{seeds:>2} seeds" for seeds in _USUAL_SEEDS))
+    for row in rows:
+        cells = " ".join(f"{'none' if found is None else f'{100 * found:.2g} %':>8}" for found in row["found"].values())
+        lines.append(f"{row['dataset']:<{width}} {row['question']:<8} {cells}")
+    return lines
 
 
 def _log_parameters(specs: Sequence[RunSpec], checkpoints: Path) -> np.ndarray:
