@@ -33,6 +33,7 @@ from diffvit.tracking import check_tracker
 from study.commands import options
 from study.commands.command import StrictGroup, option, under
 from study.commands.completion import SHELLS, completion_script
+from study.commands.following import of_same_runs
 from study.commands.parsing import FOLDER, ShellPath, full_names, parse_resource, taken
 from study.commands.terminal import fail, own_command, transfer
 from study.cost.devices import find_sheet
@@ -249,6 +250,7 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
     """
     chosen = find_grid(grid, dataset, data_root, models)
     asked = chosen.runs(seeds=seeds, overrides={"epochs": epochs}, on_same=warn)  # names and values first
+    say(f"looking for the runs in {storage or checkpoints}")
     from study.live.watching import watch_study
     from study.options import StudyOptions
     from study.table import run_table
@@ -281,11 +283,13 @@ def report(json_to: Path | None, price: float | None, out: Path | None, **given:
     As HTML and as Markdown. Of a grid file the default folder is NAME_report.
     """
     from study.finished import FinishedRuns
+    from study.report.brief import brief
+    from study.report.facts import answer_facts
 
-    pages, verdict = FinishedRuns(**given).report(out, price)
+    pages, answers = FinishedRuns(**given).report(out, price)
     files = list(map(str, pages))
-    say("\n".join([*(answer["sentence"] for answer in verdict), ""]))
-    put(lambda: "\n".join(files), lambda: {"files": files, "verdict": verdict}, json_to)
+    say(f"{brief(answers)}\n")
+    put(lambda: "\n".join(files), lambda: {"files": files, "verdict": list(map(answer_facts, answers))}, json_to)
 
 
 @cli.command(
@@ -482,6 +486,8 @@ def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run
     settings["device"] = resolve_device(device)
     if kinds:
         print_findings(paths, kinds, json_to, again=again, **settings)
+        if grid and settings["limit"] is None:
+            say(f"\nnext     for the page: {of_same_runs(own_command(), 'report')}")
     else:
         print_evaluation(paths[0], json_to, **settings)
 
@@ -616,7 +622,7 @@ def main() -> None:
     except click.ClickException as error:
         fail(error.format_message(), "`run.py --help` shows the commands.")
     except (click.Abort, KeyboardInterrupt):
-        say(f"interrupted; nothing finished is lost\nhint: to run it again: {own_command()}")
+        say(f"interrupted\nhint: to run it again: {own_command()}")
         sys.exit(130)
     sys.exit(code if isinstance(code, int) else 0)
 

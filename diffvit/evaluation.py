@@ -160,7 +160,7 @@ def find_checkpoint(
     """Find the weights of one run. Of several that match, prefer those without further overrides, and of these seed 0.
 
     Args:
-        run_id: or its beginning. overrides: protocol values that it was trained with. Here and for all other arguments None matches anything.
+        run_id: or its beginning. overrides: protocol values that it was trained with. None matches anything, for all arguments.
         on_choice: called with a sentence where one of several was chosen.
 
     Raises:

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -18,6 +18,9 @@ from diffvit.ledger.files import listing_hint
 from diffvit.protocol import ARMS
 from study.grid import GRIDS, Grid, find_grid, named_after
 from study.table import files_of, run_table, seeds_of_study, step_table
+
+if TYPE_CHECKING:
+    from study.report.verdict import Answer
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class FinishedRuns:
         check_writable(out)
         return draw_figures(table, step_table(self.checkpoints, table), out, self.grids[0].prefix if self.grid else "", self._arms)
 
-    def report(self, out: Path | None = None, price: float | None = None) -> tuple[list[Path], list[dict[str, Any]]]:
-        """Write the report. Returns its files, and its verdict as JSON has it.
+    def report(self, out: Path | None = None, price: float | None = None) -> tuple[list[Path], list[Answer]]:
+        """Write the report. Returns its files and its answers.
 
         Args:
             out: None: report in the checkpoints folder, with a grid file's name and the overrides in its name.
@@ -93,7 +96,6 @@ class FinishedRuns:
         Raises:
             UserError: nothing is finished, the folder cannot be written, or a price is given for runs of which none was on a GPU.
         """
-        from study.report.facts import answer_facts
         from study.report.write import write_report
 
         table = self.table()
@@ -101,8 +103,7 @@ class FinishedRuns:
         if price is not None and not table["device"].astype(str).str.startswith("cuda").any():
             raise UserError("--price is of a GPU's hour, and none of these runs was on a GPU.", "leave --price out.")
         check_writable(out)
-        pages, answers = write_report(self.checkpoints, table, out, self._commands(), self._arms, price)
-        return pages, list(map(answer_facts, answers))
+        return write_report(self.checkpoints, table, out, self._commands(), self._arms, price)
 
     @property
     def _arms(self) -> tuple[str, ...]:

@@ -79,13 +79,22 @@ def run_study(options: StudyOptions) -> int:
                     tried = [*tried, *runs]
     drawn = report_results(options, specs, draw=signal_code is None, judge=not failures and not options.shard)
     if signal_code is not None:
-        ended = sum(_has_result(run, options) for run in tried)
-        say(f"\nstopped: {ended} of {len(tried)} runs are done, the states of the others are saved")
+        say(f"\nstopped: {_what_is_kept(options, tried)}")
         say(f"hint: to resume, run: {options.command}")
         return signal_code
     boxes.publish()
     failures += boxes.report_unsent(unsent, options.command)
     return _conclude(options, tried, len(every), failures) or (0 if drawn else 1)
+
+
+def _what_is_kept(options: StudyOptions, runs: list[PlannedRun]) -> str:
+    """How many of the runs are done, resume or have not begun, in words."""
+    from diffvit.keeping.state import StateFolder
+
+    left = [run for run in runs if not _has_result(run, options)]
+    begun = sum(bool(StateFolder(options.checkpoints, str(run.run_id)).steps()) for run in left)
+    kinds = ((begun, "unfinished ones resume from their states"), (len(left) - begun, "have not begun"))
+    return ", ".join([f"{len(runs) - len(left)} of {len(runs)} runs are done", *(f"{count} {what}" for count, what in kinds if count)])
 
 
 def _ask() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +11,13 @@ import pandas as pd
 from diffvit.errors import first_line
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec, parse_overrides
+from study.commands.following import of_same_runs, with_seeds
 from study.finished import report_name
 from study.table import files_of, missing_runs, other_tokens, run_table, step_table, write_csv, write_step_csv
 from study.text import STDOUT, put_json, runs_table, say, short_model, show
 
 if TYPE_CHECKING:
     from study.options import StudyOptions
-
-
-# Options of `study` that `report` takes too.
-_OF_REPORT = ("--grid", "--dataset", "--model", "--epochs", "--checkpoints", "--data_root")
 
 
 def report_results(options: StudyOptions, specs: list[RunSpec], draw: bool, judge: bool = False) -> bool:
@@ -89,40 +85,30 @@ def _draw(options: StudyOptions, table: pd.DataFrame) -> bool:
 
 
 def _say_findings(options: StudyOptions, table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Print the verdict's sentences and what to do next. As the report, this is a look at the questions, and counted.
+    """Print the verdict and what to do next. As the report, this is a look at the questions, and counted.
 
     Returns:
         The verdict as JSON has it.
     """
     from study.report.analysis import analyse
+    from study.report.brief import brief
     from study.report.facts import answer_facts
-    from study.report.sentences import sentence
 
     folder = options.checkpoints / report_name([options.grid], options.epochs, named=bool(options.grid.prefix))
     facts: list[dict[str, Any]] = []
     try:
         answers = analyse(table, options.checkpoints, options.grid.arms, looks=folder / "looks.json").answers
         facts = list(map(answer_facts, answers))
-        lines = ["", *map(sentence, answers)]
+        lines = ["", brief(answers), ""]
         if answers and not any(answer.estimate.known for answer in answers):
-            lines.append("next     --seeds 3 on the same command gives intervals")
-        lines.append(f"next     {_report_command(options.command)}")
+            lines.append(f"next     for intervals: {with_seeds(options.command, 3)}")
+        elif any(answer.verdict == "undecided" for answer in answers):
+            lines.append(f"next     for the seeds that would decide it: {of_same_runs(options.command, 'power')}")
+        lines.append(f"next     for the page: {of_same_runs(options.command, 'report')}")
     except Exception as error:  # figures and words must not fail finished training
         lines = [f"note: no verdict could be formed: {type(error).__name__}: {first_line(error)}"]
     say("\n".join(lines))
     return facts
-
-
-def _report_command(study: str) -> str:
-    """The `report` of the runs that a `study` command line names."""
-    words = shlex.split(study.partition(" (with the secret")[0])
-    start = words.index("study") if "study" in words else len(words)
-    kept = [word for before, word in zip(words[start:], words[start + 1 :], strict=False)
-            if word.partition("=")[0] in _OF_REPORT or before in _OF_REPORT]  # fmt: skip
-    named = {word.partition("=")[0] for word in kept}
-    if "--model" in named and "--grid" not in named:  # which has no default in `report`
-        kept = ["--grid", "digits", *kept]
-    return shlex.join([*words[:start], "report", *kept])
 
 
 def kept_files(files: RunFiles, status: str) -> list[Path]:

@@ -43,7 +43,12 @@ def test_train_evaluate_list_plot(cli, tmp_path: Path) -> None:
 
     listed = cli("list")
     assert "1 of 1 runs done" in listed.out
-    assert cli("list", "--checkpoints", "elsewhere").out == "no finished runs in elsewhere; `run.py study` trains some\n"
+    assert re.fullmatch(
+        "there is no folder elsewhere yet; `(uv run|python) run.py study` trains some\n", cli("list", "--checkpoints", "elsewhere").out
+    )
+    one, beginning = (cli("evaluate", "--run_id", report["run_id"][:length], "--json") for length in (10, 4))
+    assert one.code == 0 and beginning.out == one.out
+    assert "run.py list --checkpoints elsewhere`" in cli("evaluate", "--run_id", "abc", "--checkpoints", "elsewhere").err
     assert json.loads(cli("list", "--json").out)[0]["run_id"] == report["run_id"]
     with_grid = cli("list", "--grid", "digits", "--epochs", "1")
     of_one = json.loads(cli("list", "--grid", "digits", "--model", "vit_differential_v2", "--json").out)
@@ -62,8 +67,13 @@ def test_findings_are_kept_and_end_in_the_report(cli, monkeypatch: pytest.Monkey
         assert cli("train", "--model", model, "--size", "small", "--dataset", "digits", "--max_steps", "2").code == 0
     monkeypatch.setattr("study.commands.evaluating._MORE_THAN_READING", 0.0)
     first = cli("evaluate", "--grid", "two.yaml", "--corruptions")
-    assert first.code == 0 and first.out.count("gaussian") == 2 and "clutter-images" in first.out
+    rows = [line.split() for line in first.out.splitlines() if line.startswith(("classic ", "differential "))]
+    assert first.code == 0 and len(rows) == 2 and "run.py report --grid two.yaml" in first.err
     assert re.search(r"^2 of 2: .*, about \d+:\d\d left$", first.err, re.MULTILINE)
+    one = cli("evaluate", "--run_id", rows[0][2], "--corruptions").out
+    errors = {line.split()[0]: float(line.split()[1]) for line in one.splitlines()[2:]}
+    assert "clutter-images" in errors and [float(cell) for cell in rows[0][3:]] == pytest.approx(
+        [errors["clean"], errors["mean"], (errors["clutter-noise"] + errors["clutter-images"]) / 2], abs=0.06)  # fmt: skip
     kept = sorted(Path("checkpoints").glob("*/*_evaluations.json"))
     before = [path.read_bytes() for path in kept]
     trial = cli("evaluate", "--grid", "two.yaml", "--corruptions", "--limit", "64", "--json")
@@ -92,7 +102,7 @@ def test_findings_are_kept_and_end_in_the_report(cli, monkeypatch: pytest.Monkey
 def test_power_says_how_many_seeds_are_needed(cli) -> None:
     rows = json.loads(cli("power", "--grid", "digits", "--difference", "10", "--json").out)
     assert [(row["dataset"], row["question"], row["pairs"]) for row in rows] == [
-        ("digits", "level", 0), ("digits", "trend", 0), ("digits", "noise", 0), ("digits-noisy", "level", 0), ("digits-noisy", "trend", 0)]  # fmt: skip
+        ("digits", "level", 0), ("digits", "trend", 0), ("digits-noisy", "level", 0), ("digits-noisy", "trend", 0), ("digits-noisy", "noise", 0)]  # fmt: skip
     assert {row["questions"] for row in rows} == {5}
     for row in rows:  # more seeds, more power, to the error of a simulation; and the number that is needed is the first that suffices
         chances = list(row["power"].values())
@@ -100,6 +110,7 @@ def test_power_says_how_many_seeds_are_needed(cli) -> None:
         assert (
             max(seeds for seeds, chance in zip((2, 3, 4, 5, 7, 10, 15, 20, 30, 50), chances, strict=True) if chance < 0.8) < row["needed"]
         )
+    assert [row["dataset"] for row in json.loads(cli("power", "--grid", "noise", "--json").out) if row["question"] == "noise"] == ["digits"]
     said = cli("power", "--difference", "10").out
     assert "assumed: no cell has two seeds yet" in said and "true difference is 10 %" in said
     assert all(len(line) <= 80 for line in said.splitlines() if line.split()[1:2] in (["level"], ["trend"], ["noise"]))
@@ -121,7 +132,7 @@ BAD_INPUT = [
     ((*TRAIN, "--batch_size", "1259"), "at most 1258"),
     ((*TRAIN, "--max_steps", "-1"), "at least 1"),
     ((*TRAIN, "--seed", "-1"), "at least 0"),
-    ((*TRAIN, "--precision", "fp8"), "Known: fp32, bf16, fp16"),
+    ((*TRAIN, "--precision", "fp8"), "give one of auto, fp32, bf16, fp16"),
     ((*TRAIN, "--deterministic", "--fused", "true"), "leave --fused or --deterministic out"),
     ((*TRAIN, "--compile", "true", "--fused", "true"), "leave --fused or --compile out"),
     ((*TRAIN[:-1], "cuda:7"), "--device cpu"),
@@ -139,7 +150,7 @@ BAD_INPUT = [
     (("evaluate", "--model", "classic", "--size", "small"), "no data set given"),
     (("evaluate", "--grid", "digits"), "--corruptions, --attention or both"),
     (("evaluate", "--grid", "digits", "--size", "small", "--attention"), "one or the other"),
-    (("evaluate", "--grid", "digits", "--corruptions"), "run.py list"),
+    (("evaluate", "--grid", "digits", "--corruptions"), "there is no folder checkpoints"),
     (("report",), "run.py study"),
     (("report", "--dataset", "CIFAR-100"), "--grid noise, lr, controls or choices"),
     (("power", "--difference", "0"), "above 0 and below 100"),
@@ -166,7 +177,17 @@ BAD_INPUT = [
     (("study", "--grid", "seeds.yaml"), "whole numbers"),
     (("study", "--grid", "empty.yaml"), "datasets"),
     (("study", "--epochs", "0"), "at least 1"),
-    (("study", "--seeds", "0"), "--help"),
+    (("study", "--seeds", "0"), "give a whole number of at least 1"),
+    (("study", "--seeds", "three"), "give a whole number of at least 1"),
+    (("study", "--seeds", "--dry_run"), "--seeds has no value: --dry_run follows it"),
+    (("study", "--seeds", "--dry-run"), "--seeds has no value: --dry-run follows it"),
+    (("study", "--models", "classic"), "Did you mean '--model'?"),
+    (("study", "--dashboard", "perhaps"), "give true or false"),
+    (("study", "--fused", "perhaps"), "give one of auto, true, false"),
+    (("plan", "--gpu", "h100", "--price", "0"), "give a number above 0"),
+    (("study", "--gpus_per_run", "-1"), "give a number of at least 0"),
+    ((*TRAIN, "--lr", "abc"), "give a number."),
+    ((*TRAIN, "--data_root", "nowhere"), "there is no folder nowhere"),
     ((*TRAIN, "--save_every", "often"), "500steps"),
     ((*TRAIN, "--save_every", "0"), "500steps"),
     ((*TRAIN, "--sync_every", "5steps"), "10m"),
@@ -187,7 +208,7 @@ BAD_INPUT = [
     (("study", "--shard", "1/4"), "--upload true, or a --storage"),
     (("study", "--address", "127.0.0.1:1"), "--address local"),
     (("study", "--grid", "full", "--data_root", "nowhere", "--address", "local"), "--data_root"),
-    (("plot",), "run.py list"),
+    (("plot",), "run.py study"),
     (("plot", "--grid", "nothing"), "digits"),
     (("polt",), "--help"),
 ]
@@ -219,6 +240,7 @@ def test_bad_input_is_one_sentence_and_a_hint(cli, tmp_path: Path, arguments: tu
     lines = outcome.err.strip().splitlines()
     assert lines[-2].startswith("error: ") and lines[-1].startswith("hint: ")
     assert hint in outcome.err
+    assert all(argument in lines[-2] for argument in arguments if argument in GRID_FILES and argument != "tiny.yaml")
     assert "Traceback" not in outcome.err
     assert outcome.out == ""
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()} - set(GRID_FILES)

@@ -22,9 +22,10 @@ from diffvit.ledger.spec import RunSpec, overrides_text, parse_overrides
 from diffvit.protocol import Protocol
 from diffvit.train import train
 from study import main
+from study.commands.following import of_same_runs, with_seeds
 from study.grid import GRIDS, Grid, find_grid
 from study.options import StudyOptions
-from study.results import _report_command, report_results
+from study.results import report_results
 
 CELL = ("--model", "vit_classic", "--size", "small", "--dataset", "digits")
 STUDY = ("study", "--grid", "one.yaml", "--address", "local")
@@ -318,7 +319,7 @@ def test_a_study_is_judged_once_no_run_is_missing(capsys: pytest.CaptureFixture,
     write_result(RunFiles.of(tmp_path, last, result.run_id), dataclasses.replace(result, notes=[*result.notes, "wandb has failed: no key"]))
     assert report_results(options, options.runs(), draw=True, judge=True)
     said = capsys.readouterr().err
-    assert "next     uv run run.py report --grid some.yaml" in said and "warning: wandb has failed: no key\n" in said
+    assert "next     for the page: uv run run.py report --grid some.yaml" in said and "warning: wandb has failed: no key\n" in said
     assert [len(seen) for seen in json.loads(looks.read_text()).values()] == [1]
 
 
@@ -329,7 +330,13 @@ def test_a_study_is_judged_once_no_run_is_missing(capsys: pytest.CaptureFixture,
     ("run.py study --model classic --model=a.py:B", "run.py report --grid digits --model classic --model=a.py:B"),
 ])  # fmt: skip
 def test_the_report_that_is_recommended_is_of_the_same_runs(study: str, report: str) -> None:
-    assert _report_command(study) == report
+    assert of_same_runs(study, "report") == report
+
+
+def test_more_seeds_replace_those_that_were_given() -> None:
+    assert with_seeds("python run.py study --seeds 1 --upload true (with the secret in place of ***)", 3) == (
+        "python run.py study --upload true --seeds 3 (with the secret in place of ***)"
+    )
 
 
 @pytest.mark.parametrize("overrides", [{"heads": 8}, {"image_size": 16}, {"patch_size": 4}, {"residual_scale": False}])

@@ -68,9 +68,9 @@ def test_the_page_names_what_it_does_not_show() -> None:
     limits = text[text.index("What this does not show") :]
     assert "BACH: warm-up (500 steps) is not shorter than the run (400 steps)" in limits
     assert re.search(r"with 132 test images a single accuracy near \d+ % is uncertain by 8\.\d points", limits)
-    assert "BACH: 2 seeds for each model and size." in limits
+    assert "so that nothing is known of its spread" not in limits and "one seed for some model and size" in _page(study_table(seeds=1))
     assert "differential attention has 3 heads here" in limits
-    assert "do not start alike, in: BACH 10B (0.32)" in text
+    assert "do not start alike, though all shared weights do: BACH 10B (0.32)" in text
     assert "differ in device_name: a / b" in limits and "--grid lr" in limits
     assert "Classic ViT 10B seed 0 diverged" in text and "(+1 diverged)" in text
 

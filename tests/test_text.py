@@ -41,8 +41,7 @@ SCREENS = [
 
 @pytest.mark.parametrize("screen", SCREENS, ids=" ".join)
 def test_a_screen_fits_80_columns(screen: tuple[str, ...], cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("study.text", "study.commands.terminal"):
-        monkeypatch.setattr(f"{module}.terminal_width", lambda stream: 80)
+    monkeypatch.setattr("study.text.terminal_width", lambda stream: 80)
     outcome = cli(*screen)
     refused = "digit" in screen or "7" in screen
     # Whether `doctor` finds a problem is the machine's affair.

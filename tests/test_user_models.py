@@ -314,8 +314,8 @@ def test_from_file_to_verdict_in_one_command(cli, tmp_path: Path) -> None:
     )
     assert studied.code == 0, studied.err
     name = _spec(EXAMPLE, "SigmoidAttention").model
-    assert re.search(rf"On digits \(epochs=1\), .*{name}.*Classic ViT", studied.err), studied.err
-    command = re.search(r"next +(?:python|uv run) run.py (report .*)", studied.err)[1]
+    assert f"{name} against Classic ViT: negative numbers favour {name}\n" in studied.err and "\ndigits (epochs=1):\n" in studied.err
+    command = re.search(r"next +for the page: (?:python|uv run) run.py (report .*)", studied.err)[1]
     reported = cli(*command.split())
     assert reported.code == 0 and f"digits-classic-{name}_report" in reported.out, reported.err
 

@@ -18,6 +18,7 @@ from study.report.analysis import analyse, subjects
 from study.report.document import Findings
 from study.report.page import page
 from study.report.verdict import Answer, Estimate
+from study.table import seeds_of_study
 
 
 def _sentences(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
@@ -218,6 +219,13 @@ def test_diverged_runs_are_named_and_their_partners_left_out() -> None:
     assert "Differential ViT 50B seed 1 failed or was not trained" in compare.left_out(table[~gone])
 
 
+def test_a_run_that_was_trained_beside_the_study_makes_no_seed_of_it() -> None:
+    table = study_table()
+    beside = table[:1].assign(seed=5, run_id="beside")
+    assert seeds_of_study(pd.concat([table, beside], ignore_index=True)) == [0, 1, 2] and seeds_of_study(table[:0]) == []
+    assert compare.left_out(pd.concat([table, beside], ignore_index=True)) == ["Classic ViT 10B seed 5 has no partner"]
+
+
 def test_architectures_that_share_nothing_are_not_compared() -> None:
     table = study_table()
     assert compare.compare(table[table["model"] == "vit_classic"], "CIFAR-100") is None
@@ -327,6 +335,8 @@ def test_noise_that_hits_both_alike_is_no_verdict_on_any_scale(under_noise, expe
     text = sentences.sentence(noise)
     assert re.search(r"under noise Differential ViT is more accurate than Classic ViT \([\d.]+ against [\d.]+ %\)", text)
     assert ("On other scales: log error" in text) == (noise.verdict == "depends on the scale")
+    contrary = noise.verdict != "depends on the scale" and any(each.value * noise.estimate.value < 0 for each in noise.scales.values())
+    assert ("Other scales point the other way: " in text) == contrary
 
 
 def test_who_loses_less_but_is_still_worse_is_said_to_be() -> None:

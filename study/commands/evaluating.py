@@ -10,9 +10,13 @@ from typing import Any
 from diffvit.evaluation import evaluate_checkpoint
 from diffvit.findings.attention import summary_lines as attention_lines
 from diffvit.findings.kept import findings_of
+from diffvit.findings.robustness import summarise
 from diffvit.findings.robustness import summary_lines as corruption_lines
 from diffvit.ledger.files import files_of_weights
-from study.text import STDOUT, clock, put, put_json, say, show, warn
+from diffvit.ledger.results import read_result
+from diffvit.ledger.spec import overrides_text
+from diffvit.ledger.weights import read_header
+from study.text import clock, put, runs_table, say, short_model, warn
 
 # Seconds. What the ledger has already is read, and says nothing of the others.
 _MORE_THAN_READING = 0.5
@@ -27,12 +31,12 @@ def print_evaluation(path: Path, json_to: Path | None, **settings: Any) -> None:
 
 
 def print_findings(paths: list[Path], kinds: list[str], json_to: Path | None, **settings: Any) -> None:
-    """Findings about checkpoints, each as lines or all as JSON. Arguments as findings_of takes them."""
+    """Findings about checkpoints as JSON, or as text: all of a single one, a line each of several. Arguments as findings_of takes them."""
     all_findings: dict[str, Any] = {}
     took: list[float] = []
     for number, path in enumerate(paths, start=1):
         left = f", about {clock(statistics.fmean(took) * (len(paths) - number + 1))} left" if took else ""
-        say(f"{number} of {len(paths)}: {path}{left}")
+        say(f"{number} of {len(paths)}: {_title(path)}{left}")
         begun = time.monotonic()
         findings = all_findings[str(path)] = findings_of(files_of_weights(path), kinds, **settings)
         if (seconds := time.monotonic() - begun) > _MORE_THAN_READING:
@@ -40,11 +44,49 @@ def print_findings(paths: list[Path], kinds: list[str], json_to: Path | None, **
         for found in findings.values():
             for warning in found["warnings"]:
                 warn(warning)
-        if json_to != STDOUT:
-            lines = {"corruptions": corruption_lines, "attention": attention_lines}
-            show("\n".join([str(path), *(line for kind in lines if kind in findings for line in lines[kind](findings[kind]))]))
-    if json_to:
-        put_json(all_findings, json_to)
+    put(lambda: _findings_text(all_findings), lambda: all_findings, json_to)
+
+
+def _title(path: Path) -> str:
+    """What a run is called while it is evaluated."""
+    facts = read_header(path)
+    return f"{facts['model']} {facts['size']} {facts['dataset']} seed {facts['seed']}"
+
+
+def _findings_text(all_findings: dict[str, Any]) -> str:
+    if len(all_findings) > 1:
+        return _findings_table(all_findings)
+    ((path, findings),) = all_findings.items()
+    of_kind = {"corruptions": corruption_lines, "attention": attention_lines}
+    return "\n".join([path, *(line for kind, lines in of_kind.items() if kind in findings for line in lines(findings[kind]))])
+
+
+def _findings_table(all_findings: dict[str, Any]) -> str:
+    """A line a run: its errors, and where its last layer looks."""
+    header = ("model", "size", "data set", "seed", "run_id", *_FOUND, "overrides")
+    rows = []
+    for path, findings in all_findings.items():
+        facts, result = read_header(Path(path)), read_result(files_of_weights(Path(path)).result)
+        numbers = [""] * len(_FOUND)
+        if "corruptions" in findings:
+            error = {row["corruption"]: row["error"] for row in summarise(findings["corruptions"])}
+            shown = (error["clean"], error["mean"], (error["clutter-noise"] + error["clutter-images"]) / 2)
+            numbers[:3] = [f"{100 * each:.1f}" for each in shown]
+        if "attention" in findings:
+            last = findings["attention"]["layers"][-1]
+            numbers[3:] = [f"{last['entropy']:.2f}", f"{100 * last['signal_share']['noise']:.0f}"]
+        names = (short_model(facts["model"]), facts["size"], facts["dataset"], str(facts["seed"]), facts["run_id"])
+        rows.append((*names, *numbers, overrides_text(result.overrides) if result else ""))
+    kinds = [kind for kind in _MEANING if any(kind in findings for findings in all_findings.values())]
+    table = runs_table(header, rows, numbers=_FOUND, shared=("data set", "seed", "overrides"))
+    return "\n".join([*(_MEANING[kind] for kind in kinds), table, f"all numbers of a run: `run.py evaluate --run_id ID --{kinds[0]}`"])
+
+
+_FOUND = ("clean", "corr.", "clut.", "ent.", "obj")
+_MEANING = {
+    "corruptions": "clean, corr., clut.: errors in % on test images as they are, under five corruptions (mean), and before clutter (mean)",
+    "attention": "ent.: entropy of the last layer's attention in nats; obj: its share in % on the object that stands before noise",
+}
 
 
 def _evaluation_lines(report: dict[str, Any]) -> list[str]:

@@ -134,7 +134,8 @@ def equal_parameters(table: pd.DataFrame) -> str:
     ratios = counts / counts.groupby(["dataset", "overrides", "size"]).transform("min")
     if ratios.max() <= 1 + LIKE_CLASSIC:
         return (
-            f"Parameters are equal within {100 * LIKE_CLASSIC:.0f} %; FLOPs and training time are not, and the ratios above give all three."
+            f"Parameters are equal within {100 * LIKE_CLASSIC:.0f} %; FLOPs and training time are not. The table of costs above says what "
+            "each comes to at equal error, where that can be said."
         )
     _, _, size, model = ratios.idxmax()
     more = f"{model_title(str(model))} has {100 * (ratios.max() - 1):.1f} % more than the smallest at {size}"

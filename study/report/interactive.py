@@ -75,10 +75,11 @@ def _figure(runs: pd.DataFrame, by_run: dict[str, pd.DataFrame], loss: str, over
             ))  # fmt: skip
     buttons = [{"label": label, "method": "restyle", "args": [{"visible": [(i % 2 == 0) == mean for i in range(len(traces))]}]}
                for label, mean in (("running mean", True), ("each batch", False))]  # fmt: skip
-    figure = Figure(traces)
+    figure, most = Figure(traces), int(runs["model"].value_counts().max())
     place = {"type": "buttons", "direction": "right", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}
     figure.update_layout(
-        template="plotly_white", height=480, margin={"l": 60, "r": 10, "t": 75, "b": 45}, legend={"groupclick": "toggleitem"},
+        template="plotly_white", height=430 + 19 * most, margin={"l": 60, "r": 10, "t": 75, "b": 45},
+        legend={"groupclick": "toggleitem", "orientation": "h", "y": -45 / 310, "yanchor": "top"},  # below, so that a phone has room
         xaxis={"title": "training step"}, yaxis={"title": "cross-entropy (nats)", "type": "log"},
         updatemenus=[{**place, "buttons": buttons}],
     )  # fmt: skip

@@ -217,7 +217,7 @@ def _secondary(name: str, comparison: ArmComparison) -> list[str]:
     for answer in comparison.answers:
         if math.isnan(answer.flips):
             continue
-        text = f"{name}, {answer.question}: sign flips over {answer.pairs} pairs give p {p_value(answer.flips)}"
+        text = f"{name}, {answer.question}: sign flips over {answer.pairs} pairs give p {p_value(answer.flips)}, not corrected"
         if answer.new_images and answer.seeds > 1:
             text += f"; seeds and test images both resampled: 95 % interval {between(answer.new_images)}"
         elif answer.new_images:
@@ -289,9 +289,8 @@ def _limits(analysis: Analysis) -> list[str]:
             half = 196 * math.sqrt(accuracy * (1 - accuracy) / images)
             near = f"a single accuracy near {100 * accuracy:.0f} % is uncertain by {half:.1f} points"
             limits.append(f"{part.name}: with {images:,} test images {near}.")
-            seeds = int(done.groupby(["model", "size"])["seed"].nunique().min())
-            limits.append(f"{part.name}: {seeds} seed{'s' if seeds != 1 else ''} for each model and size" + (
-                ", so that nothing is known of the spread between seeds." if seeds == 1 else "."))  # fmt: skip
+            if done.groupby(["model", "size"])["seed"].nunique().min() == 1:
+                limits.append(f"{part.name}: one seed for some model and size, so that nothing is known of its spread between seeds.")
         for flag in part.table["flags"].unique():
             if flag:
                 limits.append(f"{part.name}: {flag}.")

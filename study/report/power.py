@@ -66,7 +66,7 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, a
     questions[noisy].append("noise")
     family = (len(arms) - 1) * sum(map(len, questions.values()))
     rows = []
-    for dataset, question in [(dataset, question) for dataset in datasets for question in questions[dataset]]:
+    for dataset, question in ((of, each) for of, asked in questions.items() for each in asked):
         of = clean if question == "noise" else dataset  # noise is simulated from what runs without it are like
         cells = measured.get(of) or piloted.get(of)
         spread = cells.pair_spread() if cells else assumed_spread(of)

@@ -51,7 +51,7 @@ def sentence(answer: Answer) -> str:
     if not math.isnan(answer.estimate.value):
         text += f": {_NUMBERS[answer.question]} {percent(answer.estimate.value)}{_certainty(answer)}"
     text += f"; {answer.beside}." if answer.beside else "."
-    return " ".join([text, *_consequences(answer), *answer.remarks])
+    return " ".join([text, *_expected(answer), *notes(answer), *answer.remarks])
 
 
 def _within_margin(answer: Answer) -> bool:
@@ -71,8 +71,8 @@ def _certainty(answer: Answer) -> str:
     return f" ({level}; p {p_value(answer.p_holm)} after Holm{look}, {answer.pairs} pairs)"
 
 
-def _consequences(answer: Answer) -> list[str]:
-    """What follows from the verdict, a sentence each."""
+def _expected(answer: Answer) -> list[str]:
+    """What no effect would have produced, or what would have been found."""
     said = []
     if not answer.estimate.known and not math.isnan(answer.estimate.value):
         low, high = percent(-answer.null_half), percent(answer.null_half)
@@ -88,11 +88,21 @@ def _consequences(answer: Answer) -> list[str]:
         elif distance >= 0.0005:
             ends = f"below {percent(-distance)} or above {percent(distance)}"
             said.append(f"A true value {ends} would have been found with a probability of 80 %.")
-        if answer.estimate.p < ALPHA:
-            said.append("Taken alone the 95 % interval excludes 0; as one of several questions or looks it does not suffice.")
+    return said
+
+
+def notes(answer: Answer) -> list[str]:
+    """What else decides how to take the verdict, a sentence each."""
+    said = []
+    if answer.verdict == "undecided" and answer.estimate.p < ALPHA:
+        said.append("Taken alone the 95 % interval excludes 0; as one of several questions or looks it does not suffice.")
     if answer.verdict == "depends on the scale":
         others = ", ".join(f"{name} {_on_scale(name, each.value)} (p {p_value(each.p)})" for name, each in answer.scales.items())
         said.append(f"On other scales: {others}.")
+    elif contrary := [
+        f"{name} {_on_scale(name, each.value)}" for name, each in answer.scales.items() if each.value * answer.estimate.value < 0
+    ]:
+        said.append(f"Other scales point the other way: {', '.join(contrary)}.")
     if answer.verdict in ("better", "worse") and answer.new_images and answer.new_images[0] <= 0 <= answer.new_images[1]:
         low, high = (percent(end) for end in answer.new_images)
         said.append(f"This holds for these test images; for new ones too it is not certain ({low} to {high}).")
