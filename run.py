@@ -246,7 +246,8 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
           data_root: str | None, checkpoints: Path) -> None:  # fmt: skip
     """Show how far a study is that runs elsewhere.
 
-    From its checkpoints folder or its storage, where the data set is at hand too: run_ids depend on it. Off a terminal, once.
+    It reads the study's checkpoints folder, or with --storage its storage. The data sets must be at hand, since run_ids depend on them.
+    Off a terminal it prints the table once.
     """
     chosen = find_grid(grid, dataset, data_root, models)
     asked = chosen.runs(seeds=seeds, overrides={"epochs": epochs}, on_same=warn)  # names and values first

@@ -239,7 +239,8 @@ def resolve_model(name: str) -> str:
         return read_source(name).name
     if known_source(name):
         return name
-    raise unknown_name("model", name, [*MODELS, "FILE.py:CLASS"])
+    error = unknown_name("model", name, [*MODELS, "FILE.py:CLASS"])
+    raise UserError(error.message, f"{error.hint} vit_ may be left out.")
 
 
 def ledger_model(name: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import click
+from rich.cells import cell_len
 
 from diffvit.errors import redacted
 from diffvit.ledger.disk import write_atomically
@@ -20,12 +21,21 @@ from diffvit.ledger.disk import write_atomically
 
 def columns(rows: list[tuple[str, ...]], right: Any = ()) -> str:
     """Aligned text; no colour, no lines, so that it can be read anywhere and cut by any tool."""
+    rows = [tuple(map(_filled, row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (
         "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
         for row in rows
     )
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(line.rstrip() for line in lines).replace(_FILLER, "")
+
+
+# Stands behind a character that a terminal shows two columns wide, so that a text has as many characters as columns.
+_FILLER = "\1"
+
+
+def _filled(text: str) -> str:
+    return text if text.isascii() else "".join(each + _FILLER * (cell_len(each) - 1) for each in text)
 
 
 def runs_table(
@@ -103,7 +113,9 @@ def folded(text: str, width: int | None) -> str:
     Args:
         width: of the terminal; None folds nothing.
     """
-    return text if width is None else "\n".join(_folded(line, min(width, _WIDEST)) for line in text.split("\n"))
+    if width is None:
+        return text
+    return "\n".join(_folded(line, min(width, _WIDEST)) for line in _filled(text).split("\n")).replace(_FILLER, "")
 
 
 def _folded(line: str, width: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from study.text import flops_unit, folded, runs_table, terminal_width
+from study.text import columns, flops_unit, folded, runs_table, terminal_width
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,11 +76,17 @@ def test_a_box_lists_its_share_in_the_grids_order(cli) -> None:
         ("get it with: uv sync --extra it", "get it with:\n  uv sync --extra it"),
         ("the file run.py is not here", "the file run.py\n  is not here"),
         ("note: python 3 is what it needs", "note: python 3\n  is what it\n  needs"),
+        ("数据集 数据集 数据集", "数据集 数据集\n  数据集"),  # each character two columns wide
     ],
 )
 def test_lines_are_folded_between_words_and_commands_stay_whole(text: str, expected: str) -> None:
     assert folded(text, 16) == expected
     assert folded(text, None) == text
+
+
+def test_columns_are_as_wide_as_a_terminal_shows_them() -> None:
+    assert columns([("数据", "a"), ("data set", "b")]) == "数据      a\ndata set  b"
+    assert columns([("é", "a"), ("ab", "b")]) == "é   a\nab  b"
 
 
 def test_the_width_is_that_of_the_streams_own_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def plan_study(
         machine = _known_machine(options, sheet.names if sheet else f"^{re.escape(title)}$")
         sheet = sheet or sheet_of(title)
         if machine is None and sheet is None:
-            hint = f"give --probe, or --gpu with one of {', '.join(SHEETS)}."
+            hint = f"give --probe, which measures it in some seconds a cell, or --gpu with one of {', '.join(SHEETS)}."
             raise UserError(f"nothing has been measured on this machine ({title}) for these options.", hint)
     specs, compute, price = options.runs(), options.compute, options.placement.price
     runs = plan_runs(specs, options.checkpoints, load_fingerprints(specs, options.data_root, required=False))

@@ -80,7 +80,7 @@ def _figure(runs: pd.DataFrame, by_run: dict[str, pd.DataFrame], loss: str, over
     figure.update_layout(
         template="plotly_white", height=430 + 19 * most, margin={"l": 60, "r": 10, "t": 75, "b": 45},
         legend={"groupclick": "toggleitem", "orientation": "h", "y": -45 / 310, "yanchor": "top"},  # below, so that a phone has room
-        xaxis={"title": "training step"}, yaxis={"title": "cross-entropy (nats)", "type": "log"},
+        xaxis={"title": "training step"}, yaxis={"title": "cross-entropy (nats)", "type": "log", "dtick": "D2"},
         updatemenus=[{**place, "buttons": buttons}],
     )  # fmt: skip
     return figure
