@@ -569,7 +569,7 @@ def download(hf_path: str, local: Path, force: bool) -> None:
     heading="This machine",
     examples=[
         ("doctor", "Everything but a storage."),
-        ("doctor --data_root data --storage s3://bucket/study", "With local data, and a storage that must answer."),
+        ("doctor --storage s3://bucket/study", "With a storage that must answer."),
     ],
 )
 @options.data_and_ledger

@@ -34,18 +34,17 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import re
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffvit.checks import check_depth, read_text, usable_path
-from diffvit.errors import UserError, first_line, shown, unknown_name
+from diffvit.checks import read_text, usable_path
+from diffvit.errors import UserError, shown, unknown_name
 from diffvit.ledger.spec import RunSpec, overrides_text
 from diffvit.protocol import ARMS, MODELS, PILOT, check_override, protocol_of, resolve_dataset, resolve_model
 from diffvit.user_models import beside
+from study.strict_file import number, parse
 from study.text import short_model
 
 _ONE_SEED = (0,)
@@ -206,7 +205,6 @@ GRIDS = {
 
 # A grid file is a few lines, and what parses it may take a time that grows with the square of its length.
 _LONGEST_FILE = 20_000
-_DEEPEST = 5
 
 _FILE_KEYS = ("models", "controls", "sizes", "datasets", "seeds", "overrides", "conditions")
 
@@ -268,7 +266,7 @@ def _known(path: Path, datasets: list[Any], data_root: str | None) -> list[Any]:
 def _read(path: Path) -> dict[str, Any]:
     """A file's keys and values, "datasets" among them. Raises UserError for a file that cannot be read or has others."""
     try:
-        content = _parse(path, read_text(path, _LONGEST_FILE))
+        content = parse(path, read_text(path, _LONGEST_FILE))
     except OSError as error:
         raise UserError(f"the grid file {path} cannot be read: {error.strerror}.", f"built-in grids are {', '.join(GRIDS)}.") from error
     except ValueError as error:
@@ -332,80 +330,6 @@ def _models(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:
     return tuple(resolve_model(beside(path.parent, name)) for name in _names(path, content, key))
 
 
-def _parse(path: Path, text: str) -> Any:
-    """The file's content: numbers, text, lists and tables only. Raises ValueError."""
-    try:
-        content = tomllib.loads(text) if path.suffix.lower() == ".toml" else _parse_yaml(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except OverflowError as error:
-        raise ValueError(str(error)) from None
-    check_depth(content, _DEEPEST)
-    return content
-
-
-def _parse_yaml(text: str) -> Any:
-    import yaml
-
-    depth = 0
-    try:
-        # Checked before anything is built: aliases can multiply the content, and tags create arbitrary objects.
-        for event in yaml.parse(text, yaml.SafeLoader):
-            if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
-                raise ValueError("a grid file takes no anchors (&), aliases (*) and tags (!)")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST + 1:
-                raise ValueError("it is nested too deeply")
-        return yaml.load(text, _yaml_loader())
-    except yaml.YAMLError as error:
-        raise ValueError(_said_of(error)) from error
-
-
-def _said_of(error: Any) -> str:
-    """A YAMLError in a line, with where what is wrong begins and ends."""
-    if not getattr(error, "problem_mark", None):
-        return first_line(error)
-    begun = error.context_mark.line if error.context_mark else error.problem_mark.line
-    since = f", begun in line {begun + 1}" if begun != error.problem_mark.line else ""
-    return f"line {error.problem_mark.line + 1}: {error.problem}{since}"
-
-
-# A decimal number as everybody reads it. To YAML 1.1 010 is 8, 1:30 is 90, yes is true and 1e-3 is text; none of that holds here.
-_NUMBER = re.compile(r"[-+]?(?:(?P<whole>0|[1-9][0-9]*)|(?:0|[1-9][0-9]*|(?=\.[0-9]))(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?)\Z")
-
-
-def _yaml_loader() -> Any:
-    """A loader that knows numbers, text and null, and refuses duplicate keys."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (as the base class has it)
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            found: dict[Any, Any] = {}
-            for key_node, _ in node.value:
-                key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-                if isinstance(key, (int, float)):  # from 0,2 in braces
-                    raise ValueError(f"line {line} has {shown(key_node.value)} for a name; a decimal has a point and no comma, such as 0.2")
-                if isinstance(key, str) and found.setdefault(key, key_node) is not key_node:
-                    raise ValueError(f"line {line} gives {shown(key)} a second time")
-            return super().construct_mapping(node, deep)
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z"), None)
-    Loader.add_implicit_resolver(_TAG, _NUMBER, None)
-    Loader.add_constructor(_TAG, lambda loader, node: _number(node.value))
-    return Loader
-
-
-_TAG = "number"
-
-
-def _number(text: str) -> Any:
-    """A number where the text is one."""
-    match = _NUMBER.match(text)
-    return text if not match else int(text) if match["whole"] else float(text)
-
-
 def _names(path: Path, content: dict[str, Any], key: str) -> tuple[str, ...]:
     value = content[key]
     names = [value] if isinstance(value, str) else value
@@ -462,6 +386,6 @@ def _overrides(path: Path, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"overrides in {path} is {shown(value)}.", "give names and values, such as {epochs: 5}.")
     return {
-        name: entry if isinstance(entry, dict) else check_override(name, _number(entry) if isinstance(entry, str) else entry)  # "3" is 3
+        name: entry if isinstance(entry, dict) else check_override(name, number(entry) if isinstance(entry, str) else entry)  # "3" is 3
         for name, entry in value.items()
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from diffvit.errors import UserError, redacted
+from diffvit.keeping.state import StateFolder
 from diffvit.ledger.disk import check_lockable, check_writable
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.spec import RunSpec
@@ -89,8 +90,6 @@ def run_study(options: StudyOptions) -> int:
 
 def _what_is_kept(options: StudyOptions, runs: list[PlannedRun]) -> str:
     """How many of the runs are done, resume or have not begun, in words."""
-    from diffvit.keeping.state import StateFolder
-
     left = [run for run in runs if not _has_result(run, options)]
     begun = sum(bool(StateFolder(options.checkpoints, str(run.run_id)).steps()) for run in left)
     kinds = ((begun, "unfinished ones resume from their states"), (len(left) - begun, "have not begun"))

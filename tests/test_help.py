@@ -43,7 +43,6 @@ def test_options_stand_under_headings_and_examples_are_valid(name: str, cli, mon
             assert option.heading != "Options" or option.name == "force", option.name
             assert f"  {option.opts[0]}" in text, option.name  # a heading that is not in the list would drop it
     assert len(command.examples) == 2 and text.count("\n  uv run run.py ") == 2
-    Path("data").mkdir()
     for line, what in command.examples:
         words = shlex.split(line.partition(" >")[0])
         assert words[0] == name and what.endswith(".")

@@ -338,6 +338,7 @@ def test_a_grid_is_evaluated_with_the_architectures_that_its_study_had(cli) -> N
     both = ("--model", "vit_classic", "--model", "vit_differential")
     alone = cli("evaluate", *both, "--size", "small", "--dataset", "digits")
     assert alone.code == 2 and "--model is given more than once" in alone.err and "--grid only" in alone.err
+    Path("checkpoints").mkdir()
     grid = cli("evaluate", *both, "--grid", "digits", "--corruptions")  # as a report's last section has it
     assert grid.code == 2 and "has no finished run of the grid digits" in grid.err
 
