@@ -316,6 +316,7 @@ def power(grid: str, dataset: str | None, epochs: int | None, models: tuple[str,
 
     chosen = find_grid(grid, dataset, data_root, models)
     options.note_absent(checkpoints)
+    say("simulating studies with 2 to 50 seeds")
     rows = power_rows(checkpoints, chosen.runs(overrides={"epochs": epochs}), difference / 100, chosen.arms)
     put(lambda: power_text(rows, difference / 100), lambda: rows, json_to)
 

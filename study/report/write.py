@@ -18,7 +18,7 @@ from study.report.document import to_html, to_markdown
 from study.report.drawing import our_style, save
 from study.report.figures import draw_figures
 from study.report.interactive import curves_section
-from study.report.noise_figures import noise_figure
+from study.report.noise_figures import in_common, noise_figure
 from study.report.page import page
 from study.report.verdict import Answer
 from study.table import step_table
@@ -67,12 +67,8 @@ def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
 
 
 def _side_by_side(runs: pd.DataFrame, attended: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Model -> findings, of the largest size and first seed that all models have; ValueError where there is none."""
-    models = set(runs["model"])
-    shared = {pair for pair, of_pair in runs.groupby(["size", "seed"]) if set(of_pair["model"]) == models}
-    candidates = runs[[pair in shared for pair in zip(runs["size"], runs["seed"], strict=True)]]
-    if candidates.empty:
-        raise ValueError("the models share no size and seed")
-    largest = candidates.sort_values(["parameters", "seed"], ascending=[False, True]).iloc[0]
-    chosen = candidates[(candidates["size"] == largest["size"]) & (candidates["seed"] == largest["seed"])]
+    """Model -> findings, of the largest size and first seed that the models have in common."""
+    shared = in_common(runs)
+    largest = shared.sort_values(["parameters", "seed"], ascending=[False, True]).iloc[0]
+    chosen = shared[(shared["size"] == largest["size"]) & (shared["seed"] == largest["seed"])]
     return {str(run.model): attended[str(run.run_id)] for run in chosen.itertuples()}
