@@ -13,6 +13,8 @@ from tables import study_table
 from diffvit.errors import UserError
 from study.report import sentences, verdict
 from study.report.analysis import analyse
+from study.report.brief import brief
+from study.report.paper import latex_tables
 
 
 def test_a_second_look_at_more_seeds_pays_and_a_second_report_of_the_same_does_not(tmp_path: Path) -> None:
@@ -29,6 +31,11 @@ def test_a_second_look_at_more_seeds_pays_and_a_second_report_of_the_same_does_n
     assert second.p_holm == pytest.approx(10 * alone.p_holm) and second.estimate == alone.estimate
     text = sentences.sentence(second)
     assert "99.5 % interval" in text and "This is look 2 at this question: it may spend 0.5 % where the first one had 5" in text
+    # Columns of intervals say of which level they are, where that is one.
+    looked = analyse(table, None, looks=path)
+    assert "  99.5 % interval\n" in brief(looked.answers) and "& 99.5\\,\\% interval &" in latex_tables(looked)
+    mixed = brief([first, *looked.answers[1:]])
+    assert "  interval\n" in mixed and "% interval\n" not in mixed
     kept = json.loads(path.read_text())
     assert [(look["pairs"], look["seeds"]) for look in kept["level on CIFAR-100"]] == [(9, 3), (15, 5)]
     assert list(kept) == ["level on CIFAR-100", "trend on CIFAR-100"]

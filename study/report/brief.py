@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from diffvit.protocol import model_title
-from study.report.sentences import between, notes, p_value, percent
+from study.report.sentences import between, level_of_intervals, notes, p_value, percent
 from study.report.verdict import Answer
 from study.text import columns
 
@@ -23,7 +23,7 @@ def brief(answers: Sequence[Answer]) -> str:
     if not answers:
         return ""
     known = any(answer.estimate.known for answer in answers)
-    rows = [("  question", "verdict", "difference", *(("p", "95 % interval") if known else ("no effect gives",)))]
+    rows = [("  question", "verdict", "difference", *(("p", level_of_intervals(answers)) if known else ("no effect gives",)))]
     header, *lines = columns([*rows, *(_row(answer, known) for answer in answers)], right=(2,)).split("\n")
     text: list[str] = []
     above: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from study.report.document import Block, Code, Heading, Paragraph
 from study.report.figures import millions
 from study.report.first import counted, hours
 from study.report.scaling import DOMINATED
-from study.report.sentences import between, listed, p_value, percent
+from study.report.sentences import between, level_of_intervals, listed, p_value, percent
 from study.report.verdict import ALPHA, MARGIN, Answer
 
 
@@ -107,7 +107,10 @@ def latex_tables(analysis: Analysis) -> str:
     header = ["Data set", "Model", "Parameters", "Seeds", "Test accuracy (%)", "Cross-entropy"]
     first = _latex(header, accuracies, "Test accuracy and cross-entropy: mean and standard deviation over seeds.", "tab:accuracy", "llrrrr")
     answers = [[each.subject, each.question, *_numbers(each), each.verdict] for each in analysis.answers]
-    header, columns = ["Data set", "Question", "Difference", "95 % interval", "p (Holm)", "Verdict"], "llrrrl"
+    header, columns = (
+        ["Data set", "Question", "Difference", level_of_intervals(analysis.answers).capitalize(), "p (Holm)", "Verdict"],
+        "llrrrl",
+    )
     caption = f"{analysis.challengers} against {model_title(analysis.arms[0])}; negative numbers favour {analysis.challengers}."
     if analysis.several:
         answers = [[model_title(each.arms[1]), *row] for each, row in zip(analysis.answers, answers, strict=True)]

@@ -54,6 +54,12 @@ def sentence(answer: Answer) -> str:
     return " ".join([text, *_expected(answer), *notes(answer), *answer.remarks])
 
 
+def level_of_intervals(answers: Sequence[Answer]) -> str:
+    """What a column of the answers' intervals is called: "95 % interval", or "interval" where later looks have wider ones than others."""
+    levels = {f"{100 * (1 - answer.alpha):.4g} % " for answer in answers if answer.estimate.known} or {f"{100 * (1 - ALPHA):.0f} % "}
+    return f"{levels.pop() if len(levels) == 1 else ''}interval"
+
+
 def _within_margin(answer: Answer) -> bool:
     low, high = answer.estimate.interval_at(answer.alpha)
     return math.log(1 - MARGIN) < low and high < math.log(1 + MARGIN)
