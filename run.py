@@ -33,7 +33,7 @@ from diffvit.tracking import check_tracker
 from study.commands import options
 from study.commands.command import StrictGroup, option, under
 from study.commands.completion import SHELLS, completion_script
-from study.commands.following import of_same_runs
+from study.commands.following import of_one_run, of_same_runs
 from study.commands.parsing import FOLDER, ShellPath, full_names, parse_resource, taken
 from study.commands.terminal import fail, own_command, transfer
 from study.cost.devices import find_sheet
@@ -254,12 +254,12 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
     say(f"looking for the runs in {storage or checkpoints}")
     from study.live.watching import watch_study
     from study.options import StudyOptions
-    from study.table import run_table
+    from study.table import run_table, seeds_from_zero
 
     if not storage:
         options.note_absent(checkpoints)
-    if seeds is None and (most := run_table(checkpoints, asked)["seed"].max()) > max(spec.seed for spec in asked):
-        warn(f"this folder has seeds up to {most} of these runs: --seeds {most + 1} shows them.")
+    if seeds is None and (most := seeds_from_zero(run_table(checkpoints, asked))) > len({spec.seed for spec in asked}):
+        warn(f"this folder has {most} seeds of these runs: --seeds {most} shows them.")
 
     watch_study(StudyOptions(chosen, checkpoints, seeds, epochs).on(None).runs(), checkpoints, storage, data_root, web)
 
@@ -289,7 +289,7 @@ def report(json_to: Path | None, price: float | None, out: Path | None, **given:
 
     pages, answers = FinishedRuns(**given).report(out, price)
     files = list(map(str, pages))
-    say(f"{brief(answers)}\n")
+    say(f"{brief(answers)}\n" if answers else "nothing to compare yet: no two architectures have finished runs of one size and seed")
     put(lambda: "\n".join(files), lambda: {"files": files, "verdict": list(map(answer_facts, answers))}, json_to)
 
 
@@ -460,8 +460,8 @@ def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run
         raise UserError("--again has nothing to evaluate again.", "use it with --corruptions or --attention; all else is always measured.")
     if grid:
         epochs = given.pop("epochs")
-        of_one_run = {"size": size, "run_id": run_id, "seed": seed, **given}
-        if wrong := [name for name, value in of_one_run.items() if value is not None]:
+        named = {"size": size, "run_id": run_id, "seed": seed, **given}
+        if wrong := [name for name, value in named.items() if value is not None]:
             raise UserError(f"--grid and --{wrong[0]} exclude each other.", "use one or the other.")
         if not kinds:
             raise UserError("--grid evaluates nothing by itself.", "add --corruptions, --attention or both.")
@@ -489,7 +489,8 @@ def evaluate(models: tuple[str, ...], size: str | None, dataset: str | None, run
     if kinds:
         print_findings(paths, kinds, json_to, again=again, **settings)
         if grid and settings["limit"] is None:
-            say(f"\nnext     for the page: {of_same_runs(own_command(), 'report')}")
+            say(f"\nnext     for all numbers of a run: {of_one_run(own_command(), kinds)}")
+            say(f"next     for the page: {of_same_runs(own_command(), 'report')}")
     else:
         print_evaluation(paths[0], json_to, **settings)
 

@@ -150,7 +150,8 @@ class _Candidate(NamedTuple):
         with contextlib.suppress(UserError):  # `list --verify` says what is damaged
             result = read_result(files.result)
         ended = f"ended {result.finished}" if result else "without a result"
-        return f"{files.run_id}: seed {self.facts['seed']}, {overrides}, {self.facts['precision']}, {ended}"
+        names = " ".join(str(self.facts[name]) for name in ("model", "size", "dataset"))
+        return f"{files.run_id}: {names} seed {self.facts['seed']}, {overrides}, {self.facts['precision']}, {ended}"
 
 
 def find_checkpoint(
@@ -191,11 +192,14 @@ def find_checkpoint(
             hint = f"its file has changed since {' and '.join(others)} was trained, or is another one; --model takes that name too."
         raise UserError(f"there is no checkpoint of {which} in {checkpoints}.", hint)
     best = [each for each in matches if each.overrides.keys() <= given.keys()] or matches
-    if len({overrides_text(each.overrides) for each in best}) == 1:
+    if run_id:  # the beginning of several chooses none of them
+        best = matches
+    elif len({overrides_text(each.overrides) for each in best}) == 1:
         best = [each for each in best if each.facts["seed"] == 0] or best
     if len(best) > 1:
         listing = "\n  ".join(map(str, best))
-        raise UserError(f"{len(best)} runs of {which} match.", f"choose one by its seed, its overrides or its --run_id:\n  {listing}")
+        how = "give more of its run_id" if run_id else "choose one by its seed, its overrides or its --run_id"
+        raise UserError(f"{len(best)} runs of {which} match.", f"{how}:\n  {listing}")
     if len(matches) > 1:
         on_choice(f"of {len(matches)} runs that match, {best[0]}")
     return best[0].path

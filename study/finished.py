@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from diffvit.errors import UserError
 from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import listing_hint
+from diffvit.ledger.spec import parse_overrides
 from diffvit.protocol import ARMS
 from study.grid import GRIDS, Grid, find_grid, named_after
-from study.table import files_of, run_table, seeds_of_study, step_table
+from study.table import files_of, run_table, seeds_from_zero, step_table
 
 if TYPE_CHECKING:
     from study.report.verdict import Answer
@@ -126,13 +128,25 @@ class FinishedRuns:
                 ("--epochs", self.epochs),
             ]
             options = shlex.join(text for option, value in values if value is not None for text in (option, str(value)))
-            seeds = max(seeds_of_study(runs), default=0) + 1
-            more_seeds = {spec.seed for spec in specs} == {0} and seeds > 1
-            commands.append(f"uv run run.py study {options}" + (f" --seeds {seeds}" if more_seeds else ""))
+            seeds, asked = seeds_from_zero(runs), {spec.seed for spec in specs}
+            if asked == {0} and seeds > 1:
+                asked, more_seeds = set(range(seeds)), f" --seeds {seeds}"
+            else:
+                more_seeds = ""
+            commands.append(f"uv run run.py study {options}{more_seeds}")
+            beside = map(_train_command, runs[~runs["seed"].isin(asked)].itertuples())
+            commands += [command for command in beside if command not in commands]
             kinds = {kind for run in runs.itertuples() for kind in read_evaluations(files_of(self.checkpoints, run))}
             if kinds:
                 commands.append(f"uv run run.py evaluate {options} " + " ".join(f"--{kind}" for kind in sorted(kinds)))
         return [*commands, "uv run run.py report" + (f" {options}" if self.grid else "")]
+
+
+def _train_command(run: Any) -> str:
+    """The command that trained a run beside a study."""
+    names = {name: str(getattr(run, name)) for name in ("model", "size", "dataset", "seed")}
+    values = {**names, **{name: json.dumps(value) for name, value in parse_overrides(run.overrides).items()}}
+    return f"uv run run.py train {shlex.join(text for name, value in values.items() for text in (f'--{name}', value))}"
 
 
 def report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:

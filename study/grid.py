@@ -244,6 +244,12 @@ def find_dataset(text: str, data_root: str | None = None) -> str:
     if not colon:
         return resolve_dataset(text)
     path = usable_path(file)
+    with _named_in_errors(path):
+        return _defined(path, name, data_root)
+
+
+def _defined(path: Path, name: str, data_root: str | None) -> str:
+    """The name of the data set that a grid file defines under it. Raises UserError."""
     entries = {str(entry.get("name")): entry for entry in _datasets(_read(path)) if isinstance(entry, dict)}
     if name not in entries:
         raise unknown_name(f"data set defined in {path}", name, entries or ["none"])
@@ -289,7 +295,7 @@ def read_grid(path: Path, data_root: str | None = None) -> Grid:
     """The grid of a file. Raises UserError, with the file's name, for one that cannot be read or says something else."""
     with _named_in_errors(path):
         grid = _grid_of(path, _read(path), data_root)
-        grid.runs(seeds=1)  # names and values
+        grid.runs()  # names and values
     return grid
 
 
@@ -301,7 +307,7 @@ def _named_in_errors(path: Path) -> Iterator[None]:
     except UserError as error:
         if str(path) in error.message:
             raise
-        raise UserError(f"{path}: {error.message}", error.hint) from None
+        raise UserError(f"the grid file {path}: {error.message}", error.hint) from None
 
 
 def _grid_of(path: Path, content: dict[str, Any], data_root: str | None) -> Grid:

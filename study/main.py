@@ -91,9 +91,11 @@ def run_study(options: StudyOptions) -> int:
 def _what_is_kept(options: StudyOptions, runs: list[PlannedRun]) -> str:
     """How many of the runs are done, resume or have not begun, in words."""
     left = [run for run in runs if not _has_result(run, options)]
+    done = f"{len(runs) - len(left)} of {len(runs)} runs are done"
+    if options.saving.storage:  # where states may be that are not here
+        return f"{done}; those that have begun resume from their states"
     begun = sum(bool(StateFolder(options.checkpoints, str(run.run_id)).steps()) for run in left)
-    kinds = ((begun, "unfinished ones resume from their states"), (len(left) - begun, "have not begun"))
-    return ", ".join([f"{len(runs) - len(left)} of {len(runs)} runs are done", *(f"{count} {what}" for count, what in kinds if count)])
+    return f"{done}, {begun} begun (they resume from their states), {len(left) - begun} not begun"
 
 
 def _ask() -> None:

@@ -99,11 +99,11 @@ def _say_findings(options: StudyOptions, table: pd.DataFrame) -> list[dict[str, 
     try:
         answers = analyse(table, options.checkpoints, options.grid.arms, looks=folder / "looks.json").answers
         facts = list(map(answer_facts, answers))
-        lines = ["", brief(answers), ""]
-        if answers and not any(answer.estimate.known for answer in answers):
+        lines = ["", brief(answers), ""] if answers else [""]
+        if answers and {answer.seeds for answer in answers} == {1}:
             lines.append(f"next     for intervals: {with_seeds(options.command, 3)}")
         elif any(answer.verdict == "undecided" for answer in answers):
-            lines.append(f"next     for the seeds that would decide it: {of_same_runs(options.command, 'power')}")
+            lines.append(f"next     for the seeds that such a study needs: {of_same_runs(options.command, 'power')}")
         lines.append(f"next     for the page: {of_same_runs(options.command, 'report')}")
     except Exception as error:  # figures and words must not fail finished training
         lines = [f"note: no verdict could be formed: {type(error).__name__}: {first_line(error)}"]

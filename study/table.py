@@ -72,10 +72,19 @@ def missing_runs(checkpoints: Path, specs: Iterable[RunSpec]) -> list[RunSpec]:
 
 
 def seeds_of_study(table: pd.DataFrame) -> list[int]:
-    """The seeds that at least half of a run table's cells have, in order: a run that `train` added makes no seed of the study."""
-    runs = table.drop_duplicates([*CELL_AND_MODEL, "seed"])
-    counts = runs["seed"].value_counts()
-    return sorted(int(seed) for seed, count in counts.items() if 2 * count >= len(runs.drop_duplicates(CELL_AND_MODEL)))
+    """The seeds of a run table of which two architectures have a run of one cell, in order; where it has one architecture, all.
+
+    So a run that `train` added by itself makes no seed of the study.
+    """
+    cell = [name for name in CELL_AND_MODEL if name != "model"]
+    models = table.groupby([*cell, "seed"])["model"].nunique()
+    enough = min(2, table["model"].nunique())
+    return sorted({int(key[-1]) for key, count in models.items() if count >= enough})
+
+
+def seeds_from_zero(table: pd.DataFrame) -> int:
+    """The `--seeds` of a study with a run table's runs: how many of its seeds follow on each other from 0."""
+    return sum(1 for number, seed in enumerate(seeds_of_study(table)) if seed == number)
 
 
 def cell_key(identity: dict[str, Any]) -> str:

@@ -19,23 +19,15 @@ from diffvit.errors import redacted
 from diffvit.ledger.disk import write_atomically
 
 
-def columns(rows: list[tuple[str, ...]], right: Any = ()) -> str:
+def columns(rows: Sequence[tuple[str, ...]], right: Any = ()) -> str:
     """Aligned text; no colour, no lines, so that it can be read anywhere and cut by any tool."""
-    rows = [tuple(map(_filled, row)) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines).replace(_FILLER, "")
-
-
-# Stands behind a character that a terminal shows two columns wide, so that a text has as many characters as columns.
-_FILLER = "\1"
-
-
-def _filled(text: str) -> str:
-    return text if text.isascii() else "".join(each + _FILLER * (cell_len(each) - 1) for each in text)
+    widths = [max(cell_len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        spaces = [" " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = (space + cell if i in right else cell + space for i, (cell, space) in enumerate(zip(row, spaces, strict=True)))
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 def runs_table(
@@ -105,6 +97,10 @@ _WHOLE = re.compile(
 _LAST_COLUMN = re.compile(r"(?: *\S+(?: \S+)*  +)*(?=\S)")
 
 
+# Stands behind a character that a terminal shows two columns wide, while lines are folded.
+_FILLER = "\1"
+
+
 def folded(text: str, width: int | None) -> str:
     """Lines that fit a width, folded between words; further lines of a last column begin below it.
 
@@ -115,7 +111,8 @@ def folded(text: str, width: int | None) -> str:
     """
     if width is None:
         return text
-    return "\n".join(_folded(line, min(width, _WIDEST)) for line in _filled(text).split("\n")).replace(_FILLER, "")
+    wide = text if text.isascii() else "".join(each + _FILLER * (cell_len(each) - 1) for each in text)
+    return "\n".join(_folded(line, min(width, _WIDEST)) for line in wide.split("\n")).replace(_FILLER, "")
 
 
 def _folded(line: str, width: int) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pandas as pd
 import pytest
 
+from study.report import verdict
 from study.report.analysis import analyse
 from study.report.brief import brief
-from study.report.sentences import between, notes, percent
+from study.report.sentences import between, percent, sentence
 from study.text import folded
 from tests.tables import study_table
 
@@ -30,7 +32,20 @@ def test_each_question_has_a_line_with_its_verdict_and_numbers(level: float) -> 
         assert answer.verdict in line and percent(answer.estimate.value) in line and between(answer.estimate.interval) in line
     assert text.startswith("Differential ViT against Classic ViT: negative numbers favour Differential ViT\n")
     assert "Holm's correction over 3 questions" in text
-    assert all(note in text for answer in answers for note in notes(answer))
+    for answer in answers:  # all that the page says beside the numbers, but for what would have been found
+        rest = sentence(answer).partition(" pairs)")[2]
+        assert rest.startswith("; under noise") == (answer.question == "noise")
+        for said in re.findall(r"[A-Z][^.]*\.(?=\s|$)", re.sub(r"(\d)\.(\d)", r"\1·\2", rest)):
+            told = said.replace("·", ".")
+            expected = (
+                "would have been found" in told or "lies within" in told or (answer.verdict == "undecided" and told in answer.remarks)
+            )
+            assert expected or told in text, told
+
+
+def test_a_difference_that_is_small_and_turns_at_equal_cost_is_said_to() -> None:
+    answers, text = _brief(study_table(level=-0.01, spread=0.001))
+    assert answers[0].verdict == "better" and "By less than the margin of 2 %. " in text and "at equal FLOPs +" in text
 
 
 def test_with_one_seed_it_says_what_no_effect_gives_in_place_of_an_interval() -> None:
@@ -43,14 +58,16 @@ def test_with_one_seed_it_says_what_no_effect_gives_in_place_of_an_interval() ->
 def test_a_question_without_an_interval_stands_beside_others_that_have_one() -> None:
     table = pd.concat([study_table(), study_table(dataset="BACH", seeds=1)], ignore_index=True)
     _, text = _brief(table)
-    assert text.count("none; no effect gives") == 2 and text.count("\nBACH:\n") == text.count("CIFAR-100:\n") == 1
+    assert (
+        text.count(" none\n") == 2 and text.count(": No effect gives -") == 2 and text.count("\nBACH:\n") == text.count("CIFAR-100:\n") == 1
+    )
 
 
 def test_diverged_runs_and_reasons_are_said() -> None:
     table = study_table(level=-0.1, trend=-0.2, spread=0.005)
     table.loc[(table["model"] == "vit_differential") & (table["size"] == "50B"), "status"] = "diverged"
     _, text = _brief(table)
-    assert "50B has no pair of finished, comparable runs" in text.lower().replace("50b", "50B")
+    assert "50B has no pair of finished, comparable runs." in text
     assert "3 of 9 runs of Differential ViT (3 at 50B)" in text and "With diverged runs counted at chance level: +" in text
 
 
@@ -60,6 +77,7 @@ def test_each_architecture_has_a_part_of_its_own() -> None:
     _, text = _brief(pd.concat([table, third], ignore_index=True), ("vit_classic", "vit_differential", "vit_differential_v2"))
     titles = [line for line in text.splitlines() if " against " in line]
     assert len(titles) == 2 and titles[1].startswith("Differential ViT V2 against Classic ViT")
+    assert "\nDifferential ViT V2 on CIFAR-100, lower error: " in text
 
 
 @pytest.mark.parametrize(("spread", "seeds"), itertools.product((0.003, 0.05, 0.2), (1, 3)))
@@ -67,4 +85,11 @@ def test_its_lines_fit_80_columns(spread: float, seeds: int) -> None:
     noisy = study_table(overrides="input_noise=0.1", seed=1, spread=spread, seeds=seeds)
     _, text = _brief(pd.concat([study_table(spread=spread, seeds=seeds), noisy], ignore_index=True))
     assert max(map(len, folded(text, 80).splitlines())) <= 80
-    assert brief([]) == ""
+
+
+def test_its_longest_verdicts_fit_80_columns() -> None:
+    table = pd.concat([study_table(level=-0.1, spread=0.005), study_table(dataset="BACH", seeds=1)], ignore_index=True)
+    table.loc[(table["model"] == "vit_differential") & (table["size"] == "50B") & (table["dataset"] != "BACH"), "status"] = "diverged"
+    answers, text = _brief(table)
+    assert verdict.DIVERGED in [answer.verdict for answer in answers]
+    assert max(map(len, folded(text, 80).splitlines())) <= 80

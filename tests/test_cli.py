@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from conftest import needs_cifar
 
@@ -20,6 +21,7 @@ from diffvit.ledger.files import RunFiles
 from diffvit.ledger.log import read_log
 from diffvit.ledger.spec import RunSpec
 from diffvit.train import train
+from study.report import power
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,6 +71,8 @@ def test_findings_are_kept_and_end_in_the_report(cli, monkeypatch: pytest.Monkey
     first = cli("evaluate", "--grid", "two.yaml", "--corruptions")
     rows = [line.split() for line in first.out.splitlines() if line.startswith(("classic ", "differential "))]
     assert first.code == 0 and len(rows) == 2 and "run.py report --grid two.yaml" in first.err
+    assert "for all numbers of a run: " in first.err and "run.py evaluate --corruptions --run_id ID\n" in first.err
+    assert "1 of 2: vit_classic 0.1M digits seed 0 max_steps=2\n" in first.err
     assert re.search(r"^2 of 2: .*, about \d+:\d\d left$", first.err, re.MULTILINE)
     one = cli("evaluate", "--run_id", rows[0][2], "--corruptions").out
     errors = {line.split()[0]: float(line.split()[1]) for line in one.splitlines()[2:]}
@@ -111,9 +115,22 @@ def test_power_says_how_many_seeds_are_needed(cli) -> None:
             max(seeds for seeds, chance in zip((2, 3, 4, 5, 7, 10, 15, 20, 30, 50), chances, strict=True) if chance < 0.8) < row["needed"]
         )
     assert [row["dataset"] for row in json.loads(cli("power", "--grid", "noise", "--json").out) if row["question"] == "noise"] == ["digits"]
+    assert not any(row["found"] for row in rows)
+    for row in json.loads(cli("power", "--grid", "noise", "--json").out):
+        enough = power.power(row["question"], math.log1p(-row["found"]["50"]), row["spread"], np.log([1.02e5, 2.02e5, 4.02e5]), 50, 3)
+        assert enough > 0.78 and 0.02 < row["found"]["50"] < row["found"]["10"] < row["found"]["3"] < 1
     said = cli("power", "--difference", "10").out
     assert "assumed: no cell has two seeds yet" in said and "true difference is 10 %" in said
     assert all(len(line) <= 80 for line in said.splitlines() if line.split()[1:2] in (["level"], ["trend"], ["noise"]))
+
+
+def test_a_switch_alone_is_true(cli) -> None:
+    for switch in (["--residual_scale"], ["--residual_scale", "true"], []):  # which is the protocol's
+        run = cli(*TRAIN, "--max_steps", "2", "--json", "run.json", *switch)
+        assert run.code == 0 and "residual_scale" not in json.loads(Path("run.json").read_text())["overrides"]
+    assert len(json.loads(cli("list", "--json").out)) == 1
+    assert cli(*TRAIN, "--max_steps", "2", "--residual_scale", "false", "--json", "run.json").code == 0
+    assert json.loads(Path("run.json").read_text())["overrides"]["residual_scale"] is False
 
 
 def test_both_spellings_of_an_option(cli) -> None:
@@ -181,6 +198,9 @@ BAD_INPUT = [
     (("study", "--seeds", "three"), "give a whole number of at least 1"),
     (("study", "--seeds", "--dry_run"), "--seeds has no value: --dry_run follows it"),
     (("study", "--seeds", "--dry-run"), "--seeds has no value: --dry-run follows it"),
+    (("study", "--checkpoints", "--seeds=3", "--dry_run"), "--checkpoints has no value: --seeds=3 follows it"),
+    (("study", "--seeds", "--help"), "--seeds has no value: --help follows it"),
+    (("train", *TRAIN[1:5], "--dataset", "empty.yaml:mine"), "names no datasets"),
     (("study", "--models", "classic"), "Did you mean '--model'?"),
     (("study", "--dashboard", "perhaps"), "give true or false"),
     (("study", "--fused", "perhaps"), "give one of auto, true, false"),
@@ -196,6 +216,7 @@ BAD_INPUT = [
     (("study", "--resource", "gpu=many"), "big_gpu=1"),
     (("study", "--resource", "no_such=1", "--address", "local", "--grid", "tiny.yaml"), "--resource"),
     (("study", "--upload", "true"), ".env"),
+    (("study", "--upload", "--dry_run"), ".env"),
     (("upload", "somewhere", "."), ".env"),
     (("download", ".", "somewhere"), ".env"),
     ((*TRAIN, "--storage", "hf://someone"), "user/name"),
@@ -245,6 +266,13 @@ def test_bad_input_is_one_sentence_and_a_hint(cli, tmp_path: Path, arguments: tu
     assert outcome.out == ""
     left = {path.name for path in tmp_path.rglob("*") if path.is_file()} - set(GRID_FILES)
     assert left == set()
+
+
+def test_a_data_root_of_the_environment_is_asked_for_where_data_are_needed(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFVIT_DATA", "not/mounted")
+    assert cli("list").code == 0 and cli("doctor").code in (0, 1)
+    outcome = cli("train", "--model", "vit_classic", "--size", "10B", "--dataset", "CIFAR-100")
+    assert outcome.code == 2 and "not/mounted" in outcome.err
 
 
 @pytest.mark.parametrize("command", [TRAIN, ("study", "--address", "local")])

@@ -16,15 +16,18 @@ import torch
 
 from diffvit.errors import UserError
 from diffvit.evaluation import evaluate_checkpoint
+from diffvit.keeping.state import StateFolder
 from diffvit.ledger.files import RunFiles
 from diffvit.ledger.results import read_results, write_result
 from diffvit.ledger.spec import RunSpec, overrides_text, parse_overrides
 from diffvit.protocol import Protocol
 from diffvit.train import train
 from study import main
-from study.commands.following import of_same_runs, with_seeds
+from study.commands.following import of_one_run, of_same_runs, with_seeds
+from study.finished import FinishedRuns
 from study.grid import GRIDS, Grid, find_grid
 from study.options import StudyOptions
+from study.plan import plan_runs
 from study.results import report_results
 
 CELL = ("--model", "vit_classic", "--size", "small", "--dataset", "digits")
@@ -117,6 +120,15 @@ def test_a_trial_leaves_the_studys_outcome_alone(ledger) -> None:
     drawings = [content for name, content in after.items() if name in added and name.endswith("svg")]
     assert drawings and all(b"epochs=3" in content for content in drawings)
     assert b"On digits (epochs=3), " in after["checkpoints/one_report_epochs-3/report.md"]  # in the verdict itself
+
+
+def test_the_report_names_the_study_and_what_was_trained_beside_it(ledger) -> None:
+    assert ledger(*STUDY, "--seeds", "2").code == 0
+    assert ledger("train", "--model", "classic", "--size", "small", "--dataset", "digits", "--seed", "7").code == 0
+    commands = FinishedRuns(CHECKPOINTS, "one.yaml")._commands()
+    assert [command.removeprefix("uv run run.py ") for command in commands[:-1]] == [
+        "study --grid one.yaml --seeds 2", "train --model vit_classic --size 0.1M --dataset digits --seed 7"
+    ]  # fmt: skip
 
 
 def test_a_trial_in_a_grid_file_leaves_the_built_in_figures_alone(ledger) -> None:
@@ -328,15 +340,44 @@ def test_a_study_is_judged_once_no_run_is_missing(capsys: pytest.CaptureFixture,
     ("uv run run.py study --grid lr --dataset=digits --seeds 3 --storage s3://b --checkpoints /mnt/x --epochs 2",
      "uv run run.py report --grid lr --dataset=digits --checkpoints /mnt/x --epochs 2"),
     ("run.py study --model classic --model=a.py:B", "run.py report --grid digits --model classic --model=a.py:B"),
+    ("run.py study --data-root d --grid full --cpus-per-run 1", "run.py report --data-root d --grid full"),
+    ("run.py evaluate --grid=lr --again --corruptions --device cpu", "run.py report --grid=lr"),
 ])  # fmt: skip
 def test_the_report_that_is_recommended_is_of_the_same_runs(study: str, report: str) -> None:
     assert of_same_runs(study, "report") == report
+
+
+def test_the_beginning_of_several_run_ids_chooses_none(ledger) -> None:
+    weights = sorted(CHECKPOINTS.glob("*/*.safetensors"))[0]
+    run_id = weights.name.split("_")[1]
+    twin = f"{run_id[:9]}{'0' if run_id[9] != '0' else '1'}"
+    shutil.copy(weights, weights.with_name(weights.name.replace(run_id, twin)))
+    outcome = ledger("evaluate", "--run_id", run_id[:9])
+    assert outcome.code == 2 and "give more of its run_id" in outcome.err
+    assert all(f"  {each}: vit_classic 0.1M digits seed " in outcome.err for each in (run_id, twin))
+    assert ledger("evaluate", "--run_id", run_id).code == 0
 
 
 def test_more_seeds_replace_those_that_were_given() -> None:
     assert with_seeds("python run.py study --seeds 1 --upload true (with the secret in place of ***)", 3) == (
         "python run.py study --upload true --seeds 3 (with the secret in place of ***)"
     )
+    assert with_seeds("python run.py study --collect --storage s", 3) == "python run.py study --storage s --seeds 3"
+
+
+def test_one_run_of_the_same_ledger() -> None:
+    given = "uv run run.py evaluate --grid lr --attention --data-root d --limit 3 --checkpoints=/mnt/a"
+    assert of_one_run(given, ["attention"]) == "uv run run.py evaluate --attention --data-root d --checkpoints=/mnt/a --run_id ID"
+
+
+def test_a_stop_says_what_resumes(tmp_path: Path) -> None:
+    runs = plan_runs(GRIDS["digits"].runs(), tmp_path, {"digits": "f", "digits-noisy": "f"})
+    StateFolder(tmp_path, str(runs[0].run_id)).save(3, {"tensors": {}})
+    StateFolder(tmp_path, str(runs[1].run_id)).path.mkdir(parents=True)
+    options = StudyOptions(GRIDS["digits"], tmp_path)
+    assert main._what_is_kept(options, runs) == "0 of 12 runs are done, 1 begun (they resume from their states), 11 not begun"
+    elsewhere = dataclasses.replace(options, saving=dataclasses.replace(options.saving, storage="s3://b"))
+    assert main._what_is_kept(elsewhere, runs) == "0 of 12 runs are done; those that have begun resume from their states"
 
 
 @pytest.mark.parametrize("overrides", [{"heads": 8}, {"image_size": 16}, {"patch_size": 4}, {"residual_scale": False}])

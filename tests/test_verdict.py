@@ -18,7 +18,7 @@ from study.report.analysis import analyse, subjects
 from study.report.document import Findings
 from study.report.page import page
 from study.report.verdict import Answer, Estimate
-from study.table import seeds_of_study
+from study.table import seeds_from_zero, seeds_of_study
 
 
 def _sentences(table: pd.DataFrame) -> dict[str, tuple[str, str]]:
@@ -221,9 +221,19 @@ def test_diverged_runs_are_named_and_their_partners_left_out() -> None:
 
 def test_a_run_that_was_trained_beside_the_study_makes_no_seed_of_it() -> None:
     table = study_table()
-    beside = table[:1].assign(seed=5, run_id="beside")
-    assert seeds_of_study(pd.concat([table, beside], ignore_index=True)) == [0, 1, 2] and seeds_of_study(table[:0]) == []
-    assert compare.left_out(pd.concat([table, beside], ignore_index=True)) == ["Classic ViT 10B seed 5 has no partner"]
+    with_one = pd.concat([table, table[:1].assign(seed=5, run_id="beside")], ignore_index=True)
+    assert seeds_of_study(with_one) == [0, 1, 2] and seeds_of_study(table[:0]) == [] and seeds_from_zero(with_one) == 3
+    assert compare.left_out(with_one) == ["Classic ViT 10B seed 5 has no partner"]
+    with_pair = pd.concat([table, table[:2].assign(seed=5, run_id="beside")], ignore_index=True)
+    assert seeds_of_study(with_pair) == [0, 1, 2, 5] and seeds_from_zero(with_pair) == 3
+    alone = table[table["model"] == "vit_classic"]
+    assert seeds_of_study(alone) == [0, 1, 2]
+
+
+def test_runs_that_failed_are_missing_however_many_they_are() -> None:
+    table = study_table()
+    left = table[(table["seed"] < 2) | (table["size"] == "10B")]
+    assert seeds_of_study(left) == [0, 1, 2] and sum("failed or was not trained" in phrase for phrase in compare.left_out(left)) == 4
 
 
 def test_architectures_that_share_nothing_are_not_compared() -> None:

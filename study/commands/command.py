@@ -23,7 +23,7 @@ class Option(click.Option):
         try:
             return super().type_cast_value(ctx, value)
         except click.BadParameter as error:
-            if (takes := _what_it_takes(self.type)) is None or isinstance(error, click.MissingParameter):
+            if (takes := _what_it_takes(self.type)) is None or isinstance(error, click.MissingParameter) or ctx.resilient_parsing:
                 raise
             raise UserError(f"{self.opts[0]} is {shown(value)}.", f"give {takes}.") from None
 
@@ -87,13 +87,13 @@ class StrictCommand(click.Command):
             given, _, order = self.make_parser(ctx).parse_args(list(args))
         except click.NoSuchOption as error:  # the nearest one; of the others none is meant
             raise click.NoSuchOption(error.option_name, possibilities=(error.possibilities or [])[:1], ctx=ctx) from None
-        names = {name for param in self.params if isinstance(param, click.Option) for name in (*param.opts, *param.secondary_opts)}
+        names = {name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
         for param in self.params:
             name = param.opts[0] if isinstance(param, click.Option) else f"argument {param.human_readable_name}"
             if given.get(str(param.name)) == "":
                 raise click.UsageError(f"{name} is empty.", ctx)
-            for value in _texts(given.get(str(param.name))):
-                if value.startswith("--") and f"--{value[2:].replace('-', '_')}" in names:
+            for value in _texts(given.get(str(param.name))) if isinstance(param, click.Option) and not ctx.resilient_parsing else []:
+                if value.startswith("--") and f"--{value[2:].partition('=')[0].replace('-', '_')}" in names:
                     raise click.UsageError(f"{name} has no value: {value} follows it.", ctx)
             once = isinstance(param, click.Option) and not param.multiple and (not param.is_flag or bool(param.secondary_opts))
             if once and order.count(param) > 1:

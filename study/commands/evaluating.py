@@ -16,7 +16,7 @@ from diffvit.ledger.files import files_of_weights
 from diffvit.ledger.results import read_result
 from diffvit.ledger.spec import overrides_text
 from diffvit.ledger.weights import read_header
-from study.text import clock, put, runs_table, say, short_model, warn
+from study.text import clock, columns, put, runs_table, say, short_model, warn
 
 # Seconds. What the ledger has already is read, and says nothing of the others.
 _MORE_THAN_READING = 0.5
@@ -49,8 +49,9 @@ def print_findings(paths: list[Path], kinds: list[str], json_to: Path | None, **
 
 def _title(path: Path) -> str:
     """What a run is called while it is evaluated."""
-    facts = read_header(path)
-    return f"{facts['model']} {facts['size']} {facts['dataset']} seed {facts['seed']}"
+    facts, result = read_header(path), read_result(files_of_weights(path).result)
+    overrides = overrides_text(result.overrides) if result else ""
+    return f"{facts['model']} {facts['size']} {facts['dataset']} seed {facts['seed']} {overrides}".rstrip()
 
 
 def _findings_text(all_findings: dict[str, Any]) -> str:
@@ -75,13 +76,15 @@ def _findings_table(all_findings: dict[str, Any]) -> str:
         if "attention" in findings:
             last = findings["attention"]["layers"][-1]
             numbers[3:] = [f"{last['entropy']:.2f}", f"{100 * last['signal_share']['noise']:.0f}"]
-        names = (short_model(facts["model"]), facts["size"], facts["dataset"], str(facts["seed"]), facts["run_id"])
+        names = (short_model(facts["model"]), facts["size"], facts["dataset"], str(facts["seed"]), facts["run_id"][:_SHORT])
         rows.append((*names, *numbers, overrides_text(result.overrides) if result else ""))
     kinds = [kind for kind in _MEANING if any(kind in findings for findings in all_findings.values())]
     table = runs_table(header, rows, numbers=_FOUND, shared=("data set", "seed", "overrides"))
-    return "\n".join([*(_MEANING[kind] for kind in kinds), table, f"all numbers of a run: `run.py evaluate --run_id ID --{kinds[0]}`"])
+    return "\n".join([*(_MEANING[kind] for kind in kinds), table])
 
 
+# So many characters of a run_id find its run.
+_SHORT = 6
 _FOUND = ("clean", "corr.", "clut.", "ent.", "obj")
 _MEANING = {
     "corruptions": "clean, corr., clut.: errors in % on test images as they are, under five corruptions (mean), and before clutter (mean)",
@@ -90,11 +93,11 @@ _MEANING = {
 
 
 def _evaluation_lines(report: dict[str, Any]) -> list[str]:
-    width = max(len(row["class"]) for row in report["classes"])
+    classes = [row for row in report["classes"] if row["images"]]
+    cells = [(f"  {row['class']}", f"{100 * row['accuracy']:.2f} %", f"of {row['images']}", f"loss {row['loss']:.4f}") for row in classes]
     return [
         f"test accuracy  {100 * report['accuracy']:.2f} % of {report['images']} images",
         f"balanced       {100 * report['balanced_accuracy']:.2f} % (majority answer: {100 * report['majority_answer']:.2f} %)",
         f"test loss      {report['loss']:.4f}",
-        *(f"  {row['class']:<{width}}  {100 * row['accuracy']:6.2f} % of {row['images']:4d}  loss {row['loss']:.4f}"
-          for row in report["classes"] if row["images"]),
-    ]  # fmt: skip
+        *([columns(cells, right=(1, 2))] if cells else []),
+    ]

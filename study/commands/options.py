@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from diffvit.errors import UserError
@@ -38,12 +39,13 @@ class Known(click.ParamType):
 
 
 class _DataRoot(ShellPath):
-    """A folder that must be there: with a misspelt one, data would be fetched from the hub."""
+    """A folder that must be there where it is typed; one of the environment is looked at by what needs data."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = super().convert(value, param, ctx)
-        if not Path(path).is_dir():
-            hint = "--data_root and DIFFVIT_DATA name one with data sets as user/name."
+        typed = ctx is None or param is None or ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE
+        if typed and not Path(path).is_dir():
+            hint = "--data_root names one with data sets as user/name."
             raise UserError(f"there is no folder {path} for data sets.", hint)
         return path
 

@@ -139,4 +139,4 @@ def equal_parameters(table: pd.DataFrame) -> str:
         )
     _, _, size, model = ratios.idxmax()
     more = f"{model_title(str(model))} has {100 * (ratios.max() - 1):.1f} % more than the smallest at {size}"
-    return f"Parameters are not equal: {more}. An answer on sizes by name mixes the idea with its size; the ratios above do not."
+    return f"Parameters are not equal: {more}. An answer on sizes by name mixes the idea with its size; the table of costs above does not."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
@@ -13,7 +14,7 @@ import numpy as np
 from scipy import special
 
 from diffvit.errors import UserError
-from diffvit.ledger.spec import RunSpec
+from diffvit.ledger.spec import RunSpec, overrides_text
 from diffvit.protocol import ARMS, protocol_of
 from study.grid import GRIDS
 from study.plan import plan_runs
@@ -45,7 +46,8 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, a
         arms: the architectures that the grid compares, the baseline first.
 
     Returns:
-        Rows of "dataset", "spread" (standard deviation of a pair's log ratio), "pairs" (that it was measured on; 0: it is assumed),
+        Rows of "dataset", "of" (the data set that the next three are of; for noise, the one without it), "spread" (standard deviation
+        of a pair's log ratio), "pairs" (that it was measured on; 0: it is assumed),
         "pilot" (whether these are the pilot's, since the grid's own cells have no two seeds), "question", "questions" (in the family),
         "power" (seeds -> probability), "needed" (the fewest seeds that give 80 %; None beyond 50), and for these "found" (seeds ->
         the difference that they do find with 80 %; None where they find none).
@@ -62,22 +64,25 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, a
     datasets = list(dict.fromkeys(spec.dataset for spec in specs))
     costs = {dataset: _log_parameters([spec for spec in specs if spec.dataset == dataset], checkpoints) for dataset in datasets}
     questions = {dataset: ["level", *(["trend"] if len(costs[dataset]) > 1 else [])] for dataset in datasets}
-    clean, noisy = _asked_about_noise(specs, datasets)
+    clean, noisy = _asked_about_noise(specs)
     questions[noisy].append("noise")
     family = (len(arms) - 1) * sum(map(len, questions.values()))
+    scatter = {dataset: _scatter(measured.get(dataset) or piloted.get(dataset), dataset) for dataset in datasets}
+    under_noise = scatter[noisy] if noisy != clean and noisy in measured else None
     rows = []
     for dataset, question in ((of, each) for of, asked in questions.items() for each in asked):
-        of = clean if question == "noise" else dataset  # noise is simulated from what runs without it are like
-        cells = measured.get(of) or piloted.get(of)
-        spread = cells.pair_spread() if cells else assumed_spread(of)
-        error = float(np.exp(cells.means).mean()) if cells else _ASSUMED_ERROR
-        chance_of = functools.partial(power, question, spread=spread, log_costs=costs[of], family=family, error=error)
+        of = clean if question == "noise" else dataset
+        spread, error = scatter[of]
+        chance_of = functools.partial(
+            power, question, spread=spread, log_costs=costs[of], family=family, error=error, under_noise=under_noise
+        )
         chance = _by_seeds(functools.partial(chance_of, math.log1p(-difference)))
         needed = next((seeds for seeds, probability in chance.items() if probability >= WANTED), None)
         found = {} if needed else {seeds: _smallest_found(chance_of, seeds, difference) for seeds in _USUAL_SEEDS}
+        cells = measured.get(of) or piloted.get(of)
         rows.append(
             {
-                "dataset": dataset, "spread": spread, "pairs": int(cells.counts.sum()) if cells else 0,
+                "dataset": dataset, "of": of, "spread": spread, "pairs": int(cells.counts.sum()) if cells else 0,
                 "pilot": of in piloted and of not in measured, "question": question,
                 "questions": family, "power": {seeds: chance[seeds] for seeds in SEEDS}, "needed": needed, "found": found,
             }
@@ -85,14 +90,25 @@ def power_rows(checkpoints: Path, specs: Sequence[RunSpec], difference: float, a
     return rows
 
 
-def _asked_about_noise(specs: Sequence[RunSpec], datasets: Sequence[str]) -> tuple[str, str]:
-    """The data set without noise, and the one that the report names in its question about noise; in the order of noise_questions."""
-    by_images = sorted(datasets, key=lambda dataset: -protocol_of(dataset).images[2])
-    trained_on = [dataset for dataset in by_images if any(spec.dataset == dataset and spec.protocol.input_noise for spec in specs)]
-    twins = [dataset for dataset in by_images if f"{dataset}-noisy" in datasets]
-    if twins and not trained_on:
-        return twins[0], f"{twins[0]}-noisy"
-    return ((trained_on or by_images)[0],) * 2
+def _scatter(cells: Cells | None, dataset: str) -> tuple[float, float]:
+    """What a pair's log ratio scatters by, and the mean error; assumed where no runs say it."""
+    return (cells.pair_spread(), float(np.exp(cells.means).mean())) if cells else (assumed_spread(dataset), _ASSUMED_ERROR)
+
+
+def _asked_about_noise(specs: Sequence[RunSpec]) -> tuple[str, str]:
+    """The data set without noise, and the one that the report names in its question about noise; by the rule of noise_questions."""
+    datasets = sorted(dict.fromkeys(spec.dataset for spec in specs), key=lambda dataset: -protocol_of(dataset).images[2])
+    conditions = {
+        dataset: {overrides_text(spec.overrides): spec.overrides for spec in specs if spec.dataset == dataset} for dataset in datasets
+    }
+    base = {dataset: min(of.values(), key=len) for dataset, of in conditions.items()}
+    for dataset, of in conditions.items():
+        without = base[dataset]
+        for each in of.values():
+            if "input_noise" not in without and {**without, "input_noise": each.get("input_noise")} == each:
+                return dataset, dataset
+    twins = [dataset for dataset in datasets if base.get(f"{dataset}-noisy") == base[dataset]]
+    return (twins[0], f"{twins[0]}-noisy") if twins else (datasets[0],) * 2
 
 
 def _errors(checkpoints: Path, specs: Sequence[RunSpec], arms: Sequence[str]) -> dict[str, Cells]:
@@ -125,29 +141,31 @@ def _by_seeds(chance_of: Callable[..., float]) -> dict[int, float]:
     return dict(sorted(chance.items()))
 
 
+# Two digits each, from 0.1 to 99 %, about a twentieth apart.
+_DIFFERENCES = sorted({float(f"{each:.2g}") for each in np.geomspace(0.001, 0.99, 150)})
+
+
 def _smallest_found(chance_of: Callable[..., float], seeds: int, difference: float) -> float | None:
-    """The smallest difference above `difference` that this many seeds find with 80 %, within a thirtieth; None: not even 99 %."""
-    low, high = math.log(difference), math.log(0.99)
-    if chance_of(math.log1p(-0.99), seeds=seeds) < WANTED:
-        return None
-    while high - low > 1 / 30:
-        middle = (low + high) / 2
-        low, high = (low, middle) if chance_of(math.log1p(-math.exp(middle)), seeds=seeds) >= WANTED else (middle, high)
-    return math.exp(high)
+    """The smallest of some differences above `difference` that this many seeds find with 80 %; None: not even 99 %."""
+    larger = [each for each in _DIFFERENCES if each > difference]
+    place = bisect.bisect_left(larger, True, key=lambda each: chance_of(math.log1p(-each), seeds=seeds) >= WANTED)
+    return larger[place] if place < len(larger) else None
 
 
 def power(
-    question: str, effect: float, spread: float, log_costs: np.ndarray, seeds: int, family: int, error: float = _ASSUMED_ERROR
-) -> float:
+    question: str, effect: float, spread: float, log_costs: np.ndarray, seeds: int, family: int, error: float = _ASSUMED_ERROR,
+    under_noise: tuple[float, float] | None = None,
+) -> float:  # fmt: skip
     """The probability of "better" or "worse", if a question's true value is `effect` and those of the others are 0.
 
     Args:
         effect: on the log scale; noise: on log-odds. spread: standard deviation of a pair's log ratio. log_costs: [sizes].
-        family: how many questions. error: on clean images; noise only.
+        family: how many questions. error: on clean images; noise only. under_noise: spread and error there; None: as without it, but
+            for odds of an error that are half as large again.
     """
     chance = np.random.default_rng(seeds)
     if question == "noise":
-        own: Mapping[str, Estimate] = _noise_on_scales(effect, spread, error, log_costs, seeds, chance)
+        own: Mapping[str, Estimate] = _noise_on_scales(effect, (spread, error), under_noise, log_costs, seeds, chance)
     else:
         own = {question: _contrast(question, effect, spread, log_costs, seeds, chance)}
     others: list[Mapping[str, Estimate]] = [
@@ -166,15 +184,20 @@ def _contrast(question: str, effect: float, spread: float, log_costs: np.ndarray
 
 
 def _noise_on_scales(
-    effect: float, spread: float, error: float, log_costs: np.ndarray, seeds: int, chance: np.random.Generator
-) -> dict[str, Estimate]:
+    effect: float, clean: tuple[float, float], noisy: tuple[float, float] | None, log_costs: np.ndarray, seeds: int,
+    chance: np.random.Generator,
+) -> dict[str, Estimate]:  # fmt: skip
     """The question about noise in simulated studies, on all scales: arms alike on clean images, conditions that scatter independently.
 
-    Runs scatter by the same share of the error in both conditions, which is 1 / (1 - error) as much on log-odds.
+    A pair's log error scatters by `spread` in a condition, its log-odds by 1 / (1 - error) as much.
+
+    Args:
+        clean, noisy: spread and error; noisy None: the clean spread, and _NOISE times the odds.
     """
-    clean = np.full(2, special.logit(error))
+    noisy = noisy or (clean[0], float(special.expit(special.logit(clean[1]) + math.log(_NOISE))))
     shares = []
-    for odds in (clean, clean + math.log(_NOISE) + np.asarray([0, effect])):
+    for (spread, error), of_arms in ((clean, (0.0, 0.0)), (noisy, (0.0, effect))):
+        odds = special.logit(error) + np.asarray(of_arms)
         scatter = spread / math.sqrt(2) / (1 - special.expit(odds))
         draws = odds[:, None] + scatter[:, None] * chance.standard_normal((len(log_costs), _STUDIES, 2, seeds))
         shares.append(special.expit(draws))
@@ -186,7 +209,6 @@ def _noise_on_scales(
 def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
     """The rows for a person."""
     lines = [f"probability in % of a verdict, if the true difference is {100 * difference:g} %"]
-    lines += [f"(Holm's correction over {rows[0]['questions']} questions counted; noise: of the odds of an error, on all scales)", ""]
     width = max(len(name) for name in ("data set", *(row["dataset"] for row in rows)))
     lines.append(f"{'data set':<{width}} {'seeds':<8} " + " ".join(f"{seeds:>3}" for seeds in SEEDS) + "  for 80 %")
     for row in rows:
@@ -196,8 +218,7 @@ def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
     if short := [row for row in rows if row["found"]]:
         lines += ["", *_found_lines(short, difference, width)]
     lines.append("")
-    for dataset in dict.fromkeys(row["dataset"] for row in rows):
-        row = next(each for each in rows if each["dataset"] == dataset)
+    for dataset, row in {row["of"]: row for row in rows}.items():
         known = (
             f"measured on {row['pairs']} pairs{' of the pilot' if row['pilot'] else ''}"
             if row["pairs"]
@@ -209,7 +230,7 @@ def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
 
 def _found_lines(rows: Sequence[dict[str, Any]], difference: float, width: int) -> list[str]:
     """What can be found, of questions for which no number of seeds suffices."""
-    lines = [f"{100 * difference:g} % is not found with {max(SEEDS)} seeds. Differences that are, with a probability of 80 %:"]
+    lines = [f"{max(SEEDS)} seeds do not find {100 * difference:g} % here with a probability of 80 %. What is found with it:"]
     lines.append(f"{'data set':<{width}} {'':<8} " + " ".join(f"{seeds:>2} seeds" for seeds in _USUAL_SEEDS))
     for row in rows:
         cells = " ".join(f"{'none' if found is None else f'{100 * found:.2g} %':>8}" for found in row["found"].values())

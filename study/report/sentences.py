@@ -44,8 +44,8 @@ def sentence(answer: Answer) -> str:
     first, second = (model_title(arm) for arm in answer.arms)
     claims = _CLAIMS[answer.question]
     claim = claims.get(answer.verdict, claims[""]).format(first=first, second=second)
-    if answer.verdict in ("better", "worse") and _within_margin(answer):
-        claim += f", by less than the margin of {100 * MARGIN:.0f} %"
+    if within := _within_margin(answer):
+        claim += f", {within}"
     reason = f" ({answer.blocked})" if answer.blocked else ""
     text = f"On {answer.subject}, {claim}{reason}"
     if not math.isnan(answer.estimate.value):
@@ -60,9 +60,19 @@ def level_of_intervals(answers: Sequence[Answer]) -> str:
     return f"{levels.pop() if len(levels) == 1 else ''}interval"
 
 
-def _within_margin(answer: Answer) -> bool:
+def _within_margin(answer: Answer) -> str:
+    """That a difference is a small one, where it surely is."""
     low, high = answer.estimate.interval_at(answer.alpha)
-    return math.log(1 - MARGIN) < low and high < math.log(1 + MARGIN)
+    small = answer.verdict in ("better", "worse") and math.log(1 - MARGIN) < low and high < math.log(1 + MARGIN)
+    return f"by less than the margin of {100 * MARGIN:.0f} %" if small else ""
+
+
+def beside_the_number(answer: Answer) -> list[str]:
+    """What else is said of an answer that is shown with its verdict and numbers, a sentence each."""
+    unknown = "" if answer.estimate.known or answer.seeds == 1 or answer.blocked else f"no interval ({answer.unknown})"
+    phrases = [text for text in (answer.blocked, _within_margin(answer), unknown, answer.beside) if text]
+    decided = answer.remarks if answer.verdict in ("better", "worse", "equivalent") else ()
+    return [*(f"{text[0].upper()}{text[1:]}." for text in phrases), *notes(answer), *decided]
 
 
 def _certainty(answer: Answer) -> str:
