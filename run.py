@@ -254,12 +254,12 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
     say(f"looking for the runs in {storage or checkpoints}")
     from study.live.watching import watch_study
     from study.options import StudyOptions
-    from study.table import run_table, seeds_from_zero
+    from study.table import run_table, seeds_of_study
 
     if not storage:
         options.note_absent(checkpoints)
-    if seeds is None and (most := seeds_from_zero(run_table(checkpoints, asked))) > len({spec.seed for spec in asked}):
-        warn(f"this folder has {most} seeds of these runs: --seeds {most} shows them.")
+    if seeds is None and (most := max(seeds_of_study(run_table(checkpoints, asked)), default=0)) > max(spec.seed for spec in asked):
+        warn(f"this folder has seeds up to {most} of these runs: --seeds {most + 1} shows them.")
 
     watch_study(StudyOptions(chosen, checkpoints, seeds, epochs).on(None).runs(), checkpoints, storage, data_root, web)
 
@@ -377,7 +377,7 @@ def untrained(grid: str, dataset: str | None, images: int, quick: bool, json_to:
     heading="A model",
     examples=[
         ("train --model differential --size small --dataset digits", "One run of the built-in study, in half a minute."),
-        ("train --model classic --size 10B --dataset CIFAR-100 --max_steps 20", "A trial of twenty steps."),
+        ("train --model classic --size 10B --dataset BACH --max_steps 20", "A trial of twenty steps."),
     ],
 )
 @under(
@@ -527,7 +527,7 @@ def list_runs(grid: str | None, verify: bool, json_to: Path | None, checkpoints:
         put(lambda: "\n".join([*outcome["damaged"], outcome["summary"]]), lambda: outcome, json_to)
         sys.exit(1 if outcome["damaged"] else 0)
     rows = ledger_rows(checkpoints, grid, **given)
-    put(lambda: ledger_text(rows, checkpoints), lambda: rows, json_to)
+    put(lambda: ledger_text(rows, checkpoints, grid), lambda: rows, json_to)
 
 
 @cli.command(
@@ -574,7 +574,8 @@ def download(hf_path: str, local: Path, force: bool) -> None:
         ("doctor --storage s3://bucket/study", "With a storage that must answer."),
     ],
 )
-@options.data_and_ledger
+@options.data_to_check
+@options.checkpoints
 @under("Where", options.address)
 @under("Saving", options.upload, options.storage)
 @options.json_to

@@ -59,9 +59,10 @@ class FinishedRuns:
         table = run_table(self.checkpoints, specs)
         if table.empty:
             name = f"the grid {self.grid}" if self.grid else "a built-in grid"
+            trains = f"`{study_command(self.grid, self.checkpoints)}` trains {'it' if self.grid else 'one'}."
             if not self.checkpoints.is_dir():
-                raise UserError(f"there is no folder {self.checkpoints}.", "`run.py study` trains a grid into --checkpoints.")
-            hint = f"{listing_hint(self.checkpoints)} `run.py study` trains a grid."
+                raise UserError(f"there is no folder {self.checkpoints}, and so no finished run of {name}.", trains)
+            hint = f"{listing_hint(self.checkpoints)} {trains}"
             raise UserError(f"{self.checkpoints} has no finished run of {name}.", hint)
         return table
 
@@ -152,6 +153,12 @@ def _train_command(run: Any) -> str:
 def report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
     """The report's folder in the checkpoints folder: built-in grids share one, a grid file that is named has its own."""
     return named_after(f"{grids[0].prefix if named else ''}report", grids, epochs)
+
+
+def study_command(grid: str | None, checkpoints: Path) -> str:
+    """The `study` of a grid in a ledger."""
+    options = [("--grid", grid), ("--checkpoints", str(checkpoints) if checkpoints != Path("checkpoints") else None)]
+    return shlex.join(["run.py", "study", *(text for name, value in options if value for text in (name, value))])
 
 
 def check_of_grid(grid: str | None, **options: Any) -> None:

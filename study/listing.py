@@ -11,6 +11,7 @@ from diffvit.ledger.files import RunFiles, result_paths
 from diffvit.ledger.spec import overrides_text, parse_overrides
 from diffvit.ledger.verify import verify_run
 from diffvit.protocol import PROTOCOLS
+from study.finished import study_command
 from study.grid import find_grid
 from study.plan import load_fingerprints, run_ids_of
 from study.results import kept_files
@@ -101,11 +102,17 @@ def verify_ledger(checkpoints: Path) -> dict[str, Any]:
     return {"damaged": [*(wrong for each in of_runs for wrong in each), *of_states], "summary": summary}
 
 
-def ledger_text(rows: list[dict[str, Any]], checkpoints: Path) -> str:
+def _unfinished_notes(checkpoints: Path) -> list[str]:
+    """A sentence where there are runs that have not ended: what they are stands in their grid."""
+    count = len({path.parent for path in checkpoints.glob(".state/*/*.state")})
+    return [f"note: {count} unfinished; `run.py list --grid GRID` names those of a grid"] if count else []
+
+
+def ledger_text(rows: list[dict[str, Any]], checkpoints: Path, grid: str | None) -> str:
     """The ledger for a person."""
     if not rows:
         found = f"no finished runs in {checkpoints}" if checkpoints.is_dir() else f"there is no folder {checkpoints} yet"
-        return f"{found}; `run.py study` trains some"
+        return "\n".join([f"{found}; `{study_command(None, checkpoints)}` trains twelve", *_unfinished_notes(checkpoints)])
     header = ("state", "model", "size", "data set", "seed", "run_id", "accuracy", "finished", "overrides")
     body = [
         (
@@ -121,4 +128,5 @@ def ledger_text(rows: list[dict[str, Any]], checkpoints: Path) -> str:
     table = runs_table(header, body, numbers=("accuracy",), shared=("data set", "seed", "state", "overrides"))
     absent = ", ".join(dict.fromkeys(row["dataset"] for row in rows if not row["run_id"]))
     notes = [f"note: {absent}: data not here, so run_ids are not known"] if absent else []
+    notes += _unfinished_notes(checkpoints) if grid is None else []
     return "\n".join([table, *missing, *notes, f"{states['done']} of {len(rows)} runs done{others}"])

@@ -191,7 +191,9 @@ def _train(
         check_storage_and_data(settings.saving.storage, settings.data_folders())
     elif cluster.nodes > 1:
         check_shared_folder(options.checkpoints, settings.data_folders())
-    say(f"{len(pending)} of {len(runs)} runs to train, {slots} at a time")
+    begun = sum(bool(StateFolder(options.checkpoints, str(run.run_id)).steps()) for run in pending)
+    resumed = f" ({begun} resume from their states)" if begun else ""
+    say(f"{len(pending)} of {len(runs)} runs to train{resumed}, {slots} at a time")
     forecast = expected_forecast(options, runs, cluster)
     if forecast:
         sources = " and ".join(sorted({each.rate.source for each in forecast.pending}))

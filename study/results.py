@@ -138,7 +138,7 @@ def table_text(table: pd.DataFrame) -> str:
     text = runs_table(header, rows, numbers=("steps", *losses, "acc."), shared=("data set", "seed", "steps", "overrides"))
     return "\n".join(
         [
-            "train, val, test: losses in nats; acc.: test accuracy",
+            "train (last batch), val, test: losses in nats; acc.: test accuracy",
             text,
             *(f"note: {phrase}" for phrase in other_tokens(table)),
             *flags,

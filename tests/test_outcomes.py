@@ -182,7 +182,7 @@ def test_evaluate_takes_the_run_that_is_named(ledger, arguments: tuple[str, ...]
     result, said = _evaluated(ledger, *arguments)
     assert (result.seed, result.overrides) == (seed, overrides)
     alone = arguments[0:1] == ("--lr",) or len(arguments) == 4
-    line = rf"of \d runs that match, {result.run_id}: seed {seed}, .*fp32, ended {re.escape(result.finished)}\n"
+    line = rf"of \d runs that match, {result.run_id}: vit_classic 0.1M digits seed {seed}, .*fp32, ended {re.escape(result.finished)}\n"
     assert re.fullmatch("" if alone else line, said)  # no choice, no word
 
 
@@ -209,7 +209,10 @@ def test_runs_that_nothing_tells_apart_are_shown_with_what_does(ledger) -> None:
                 path.unlink()
     outcome = ledger("evaluate", *CELL, "--seed", "0")
     assert outcome.code == 2 and outcome.err.startswith("error: 2 runs of vit_classic 0.1M digits seed 0 match")
-    assert sorted(re.findall(r"\n  [0-9a-f]{10}: seed 0, (.*), fp32, ended 20", outcome.err)) == ["epochs=3", "lr=0.01 epochs=3"]
+    assert sorted(re.findall(r"\n  [0-9a-f]{10}: vit_classic 0.1M digits seed 0, (.*), fp32, ended 20", outcome.err)) == [
+        "epochs=3",
+        "lr=0.01 epochs=3",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -85,20 +85,38 @@ class StrictCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
             given, _, order = self.make_parser(ctx).parse_args(list(args))
-        except click.NoSuchOption as error:  # the nearest one; of the others none is meant
+        except click.NoSuchOption as error:
+            owners = [] if error.possibilities else _commands_with(error.option_name, ctx)
+            if owners:
+                raise UserError(f"{self.name} has no option {error.option_name}.", f"it is one of {', '.join(owners)}.") from None
+            # The nearest one; of the others none is meant.
             raise click.NoSuchOption(error.option_name, possibilities=(error.possibilities or [])[:1], ctx=ctx) from None
+        if not ctx.resilient_parsing:  # a shell that completes a half command line
+            if not set(ctx.help_option_names) & set(args):
+                self._check_required(ctx, given)
+            self._check_given(ctx, given, order)
+        return super().parse_args(ctx, args)
+
+    def _check_required(self, ctx: click.Context, given: dict[str, Any]) -> None:
+        """Name all options that are missing, of which click names one."""
+        required = [param for param in self.params if isinstance(param, click.Option) and param.required]
+        missing = [param.opts[0] for param in required if param.name not in given]
+        if len(missing) > 1:
+            raise click.UsageError(f"no {', '.join(missing[:-1])} and {missing[-1]} given.", ctx)
+
+    def _check_given(self, ctx: click.Context, given: dict[str, Any], order: Sequence[click.Parameter]) -> None:
+        """Refuse what is empty, given twice, or has another option for its value."""
         names = {name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
         for param in self.params:
-            name = param.opts[0] if isinstance(param, click.Option) else f"argument {param.human_readable_name}"
-            if given.get(str(param.name)) == "":
+            is_option, value = isinstance(param, click.Option), given.get(str(param.name))
+            name = param.opts[0] if is_option else f"argument {param.human_readable_name}"
+            if value == "":
                 raise click.UsageError(f"{name} is empty.", ctx)
-            for value in _texts(given.get(str(param.name))) if isinstance(param, click.Option) and not ctx.resilient_parsing else []:
-                if value.startswith("--") and f"--{value[2:].partition('=')[0].replace('-', '_')}" in names:
-                    raise click.UsageError(f"{name} has no value: {value} follows it.", ctx)
+            if is_option and (other := next((each for each in _texts(value) if _option_of(each) in names), None)):
+                raise click.UsageError(f"{name} has no value: {other} follows it.", ctx)
             once = isinstance(param, click.Option) and not param.multiple and (not param.is_flag or bool(param.secondary_opts))
             if once and order.count(param) > 1:
                 raise click.UsageError(f"{name} is given more than once.", ctx)
-        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         listed = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]  # the usage line has the arguments
@@ -109,6 +127,22 @@ class StrictCommand(click.Command):
         if self.examples:
             with formatter.section("Examples"):
                 formatter.write_dl([(f"uv run {ctx.find_root().info_name} {line}", what) for line, what in self.examples], col_max=0)
+
+
+def _commands_with(option_name: str, ctx: click.Context) -> list[str]:
+    """The other commands that have an option."""
+    group = ctx.parent.command if ctx.parent else None
+    commands = group.commands if isinstance(group, click.Group) else {}
+    return [
+        f"`{ctx.find_root().info_name} {name}`"
+        for name, command in commands.items()
+        if any(isinstance(param, click.Option) and option_name in param.opts for param in command.params)
+    ]
+
+
+def _option_of(text: str) -> str | None:
+    """The name of the option that a word of a command line is; None for another word."""
+    return f"--{text[2:].partition('=')[0].replace('-', '_')}" if text.startswith("--") else None
 
 
 def _texts(value: Any) -> list[str]:

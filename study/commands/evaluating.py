@@ -9,7 +9,7 @@ from typing import Any
 
 from diffvit.evaluation import evaluate_checkpoint
 from diffvit.findings.attention import summary_lines as attention_lines
-from diffvit.findings.kept import findings_of
+from diffvit.findings.kept import findings_of, read_evaluations
 from diffvit.findings.robustness import summarise
 from diffvit.findings.robustness import summary_lines as corruption_lines
 from diffvit.ledger.files import files_of_weights
@@ -30,20 +30,28 @@ def print_evaluation(path: Path, json_to: Path | None, **settings: Any) -> None:
     put(lambda: "\n".join([str(path), *_evaluation_lines(report)]), lambda: report, json_to)
 
 
-def print_findings(paths: list[Path], kinds: list[str], json_to: Path | None, **settings: Any) -> None:
+def print_findings(
+    paths: list[Path], kinds: list[str], json_to: Path | None, *, again: bool = False, limit: int | None = None, **settings: Any
+) -> None:
     """Findings about checkpoints as JSON, or as text: all of a single one, a line each of several. Arguments as findings_of takes them."""
     all_findings: dict[str, Any] = {}
     took: list[float] = []
+    known = 0
     for number, path in enumerate(paths, start=1):
         left = f", about {clock(statistics.fmean(took) * (len(paths) - number + 1))} left" if took else ""
-        say(f"{number} of {len(paths)}: {_title(path)}{left}")
+        is_known = not again and limit is None and set(kinds) <= set(read_evaluations(files_of_weights(path)))
+        known += is_known
+        if not is_known:
+            say(f"{number} of {len(paths)}: {_title(path)}{left}")
         begun = time.monotonic()
-        findings = all_findings[str(path)] = findings_of(files_of_weights(path), kinds, **settings)
+        findings = all_findings[str(path)] = findings_of(files_of_weights(path), kinds, again=again, limit=limit, **settings)
         if (seconds := time.monotonic() - begun) > _MORE_THAN_READING:
             took.append(seconds)
         for found in findings.values():
             for warning in found["warnings"]:
                 warn(warning)
+    if known:
+        say(f"{known} of {len(paths)} were evaluated before; --again evaluates them anew")
     put(lambda: _findings_text(all_findings), lambda: all_findings, json_to)
 
 
@@ -63,7 +71,7 @@ def _findings_text(all_findings: dict[str, Any]) -> str:
 
 
 def _findings_table(all_findings: dict[str, Any]) -> str:
-    """A line a run: its errors, and where its last layer looks."""
+    """A line a run: its errors, and where it looks."""
     header = ("model", "size", "data set", "seed", "run_id", *_FOUND, "overrides")
     rows = []
     for path, findings in all_findings.items():
@@ -74,8 +82,10 @@ def _findings_table(all_findings: dict[str, Any]) -> str:
             shown = (error["clean"], error["mean"], (error["clutter-noise"] + error["clutter-images"]) / 2)
             numbers[:3] = [f"{100 * each:.1f}" for each in shown]
         if "attention" in findings:
-            last = findings["attention"]["layers"][-1]
-            numbers[3:] = [f"{last['entropy']:.2f}", f"{100 * last['signal_share']['noise']:.0f}"]
+            layers = findings["attention"]["layers"]
+            entropy = statistics.fmean(layer["entropy"] for layer in layers)
+            share = statistics.fmean(layer["signal_share"]["noise"] for layer in layers)
+            numbers[3:] = [f"{entropy:.2f}", f"{100 * share:.0f}"]
         names = (short_model(facts["model"]), facts["size"], facts["dataset"], str(facts["seed"]), facts["run_id"][:_SHORT])
         rows.append((*names, *numbers, overrides_text(result.overrides) if result else ""))
     kinds = [kind for kind in _MEANING if any(kind in findings for findings in all_findings.values())]
@@ -88,7 +98,7 @@ _SHORT = 6
 _FOUND = ("clean", "corr.", "clut.", "ent.", "obj")
 _MEANING = {
     "corruptions": "clean, corr., clut.: errors in % on test images as they are, under five corruptions (mean), and before clutter (mean)",
-    "attention": "ent.: entropy of the last layer's attention in nats; obj: its share in % on the object that stands before noise",
+    "attention": "ent.: entropy of attention in nats, obj: its share in % on the object that stands before noise; means over layers",
 }
 
 

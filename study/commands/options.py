@@ -143,11 +143,14 @@ checkpoints = under(
         "--checkpoints", type=FOLDER, metavar="DIR", default=Path("checkpoints"), show_default=True, help="The ledger: where runs are kept."
     ),
 )
-data = under(
-    "Where",
-    option("--data_root", type=_DataRoot(file_okay=False), metavar="DIR", envvar="DIFFVIT_DATA",
-           help="Folder with hub data sets as user/name. [env: DIFFVIT_DATA; default: the hub]"),
-)  # fmt: skip
+
+
+def _data_root(kind: click.ParamType) -> Callable:
+    return under("Where", option("--data_root", type=kind, metavar="DIR", envvar="DIFFVIT_DATA",
+                                 help="Folder with hub data sets as user/name. [env: DIFFVIT_DATA; default: the hub]"))  # fmt: skip
+
+
+data, data_to_check = _data_root(_DataRoot(file_okay=False)), _data_root(ShellPath(file_okay=False))
 data_and_ledger = options(data, checkpoints)
 device = under("Where", option("--device", help="cpu, cuda or cuda:N. [default: the first GPU, or the CPU]"))
 address = option("--address", help="Ray cluster to use, or local. [default: RAY_ADDRESS, one that runs on this host, else local]")

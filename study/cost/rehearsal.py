@@ -59,11 +59,9 @@ class Rehearsed:
 
     def line(self) -> str:
         """The outcome as a line of text."""
-        memory = f"{self.memory / 2**30:6.2f} GB" if self.memory else 9 * " "
-        done = ", ".join(self.parts)
-        return f"{'FAILED' if self.fault else 'ok':<6}  {self.title}  {self.seconds:.1f} s {memory}  " + (
-            f"{self.fault}{f' (after: {done})' if done else ''}" if self.fault else done
-        )
+        memory = f", at most {self.memory / 2**30:.2f} GB" if self.memory else ""
+        took, done = f"{self.title}: {self.seconds:.1f} s{memory}", ", ".join(self.parts)
+        return f"FAILED  {took}: {self.fault}{f' (after: {done})' if done else ''}" if self.fault else f"ok      {took}: {done}"
 
 
 def cells(specs: Sequence[RunSpec]) -> list[RunSpec]:

@@ -61,7 +61,8 @@ class WatchedRun:
         if files is None:
             return
         if (result := read_result(files.result)) is not None:
-            row.report({"steps": result.steps, "seconds": result.seconds, "run_seconds": math.inf, "test_accuracy": result.test_accuracy})
+            outcome = {"train_loss": result.train_loss, "val_loss": result.val_loss, "test_accuracy": result.test_accuracy}
+            row.report({**outcome, "steps": result.steps, "seconds": result.seconds, "run_seconds": math.inf})
             row.state, row.ended = result.status, row.ended or next(self.order)
             if curves and files.log.is_file():
                 curves.draw(self.run.spec, files.run_id, read_rows(files.log))

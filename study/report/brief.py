@@ -56,6 +56,8 @@ def _legend(answers: Sequence[Answer]) -> list[str]:
     """What the questions and columns mean."""
     asked = dict.fromkeys(answer.question for answer in answers)
     lines = [f"({'; '.join(_MEANING[question] for question in asked)})"]
+    if any(answer.verdict == "undecided" for answer in answers):
+        lines.append("(undecided: the page says what would have been found)")
     if (questions := max((answer.questions for answer in answers if answer.estimate.known), default=1)) > 1:
         looks = " and the looks" if any(answer.look > 1 for answer in answers) else ""
         lines.append(f"(p: after Holm's correction over {questions} questions{looks})")

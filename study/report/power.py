@@ -208,7 +208,11 @@ def _noise_on_scales(
 
 def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
     """The rows for a person."""
-    lines = [f"probability in % of a verdict, if the true difference is {100 * difference:g} %"]
+    lines = [
+        f"probability in % of a verdict, if the true difference is {100 * difference:g} %, at a first look",
+        "(level: lower error over all sizes; trend: better scaling; noise: less lost by noise, in odds of an error; with Holm's correction "
+        f"over {rows[0]['questions']} questions)\n",
+    ]
     width = max(len(name) for name in ("data set", *(row["dataset"] for row in rows)))
     lines.append(f"{'data set':<{width}} {'seeds':<8} " + " ".join(f"{seeds:>3}" for seeds in SEEDS) + "  for 80 %")
     for row in rows:
@@ -224,7 +228,7 @@ def power_text(rows: Sequence[dict[str, Any]], difference: float) -> str:
             if row["pairs"]
             else "assumed: no cell has two seeds yet"
         )
-        lines.append(f"{dataset}: the log ratio of a pair scatters by {100 * row['spread']:.1f} % ({known})")
+        lines.append(f"{dataset}: the difference of a pair scatters by {100 * row['spread']:.1f} % from seed to seed ({known})")
     return "\n".join(lines)
 
 

@@ -85,7 +85,7 @@ def start_gaps(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ARMS) ->
         return []
     several = len(arms) > 2
     names = {(cell, arm): f"{cell}, {model_title(arm)}" if several else cell for cell, arm in gaps}
-    far = ", ".join(f"{names[key]} ({gap:.2f})" for key, gap in gaps.items() if gap > MOST_APART)
+    far = ", ".join(f"{names[key]} ({gap:.2f})" for key, gap in gaps.items() if round(gap, 2) > MOST_APART)
     sentence = f"The {'' if several else 'two '}arms' cosines differ by at most {max(gaps.values()):.2f}."
     return [
         sentence,
