@@ -151,8 +151,9 @@ def _data(data_root: str | None) -> str:
 def _storage(saving: Saving) -> str:
     if not saving.storage:
         return "none given; without one, what a lost machine had is lost"
+    was_there = "://" in saving.storage or Path(saving.storage).is_dir()
     open_storage(saving.storage).check()
-    return f"{saving.storage} can be written and read"
+    return f"{saving.storage} can be written and read" + ("" if was_there else "; it was not there, and has been made")
 
 
 def diagnosis_text(checks: list[Check]) -> str:

@@ -112,7 +112,8 @@ def ledger_text(rows: list[dict[str, Any]], checkpoints: Path, grid: str | None)
     """The ledger for a person."""
     if not rows:
         found = f"no finished runs in {checkpoints}" if checkpoints.is_dir() else f"there is no folder {checkpoints} yet"
-        return "\n".join([f"{found}; `{study_command(None, checkpoints)}` trains twelve", *_unfinished_notes(checkpoints)])
+        notes = _unfinished_notes(checkpoints) if grid is None else []
+        return "\n".join([f"{found}; `{study_command(None, checkpoints)}` trains twelve", *notes])
     header = ("state", "model", "size", "data set", "seed", "run_id", "accuracy", "finished", "overrides")
     body = [
         (

@@ -26,6 +26,7 @@ from study import main
 from study.commands.following import of_one_run, of_same_runs, with_seeds
 from study.finished import FinishedRuns
 from study.grid import GRIDS, Grid, find_grid
+from study.listing import ledger_text
 from study.options import StudyOptions
 from study.plan import plan_runs
 from study.results import report_results
@@ -381,6 +382,10 @@ def test_a_stop_says_what_resumes(tmp_path: Path) -> None:
     assert main._what_is_kept(options, runs) == "0 of 12 runs are done, 1 begun (they resume from their states), 11 not begun"
     elsewhere = dataclasses.replace(options, saving=dataclasses.replace(options.saving, storage="s3://b"))
     assert main._what_is_kept(elsewhere, runs) == "0 of 12 runs are done; those that have begun resume from their states"
+    said = ledger_text([], tmp_path, None)
+    assert said.endswith("\nnote: 1 unfinished; `run.py list --grid GRID` names those of a grid") and "unfinished" not in ledger_text(
+        [], tmp_path, "lr"
+    )
 
 
 @pytest.mark.parametrize("overrides", [{"heads": 8}, {"image_size": 16}, {"patch_size": 4}, {"residual_scale": False}])

@@ -167,7 +167,10 @@ def watch_study(
             source.refresh(runs)
             for watched in runs:
                 watched.look(board.rows[watched.run.spec.title], source.idle, curves)
-            return all(row.state in ("done", "diverged") for row in board.rows.values())
+            states = {row.state for row in board.rows.values()}
+            all_ended = states <= {"done", "diverged"}
+            board.note = "" if all_ended or "training" in states else "none is being trained"
+            return all_ended
 
         ended = look()
         with board:
@@ -176,7 +179,7 @@ def watch_study(
                     break
                 time.sleep(source.every)
                 try:
-                    ended, board.note = look(), ""
+                    ended = look()
                 except StorageError as error:
                     board.note = f"the storage does not answer: {first_line(error)}"
         board.console.print(board.draw())
