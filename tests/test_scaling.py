@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import optimize, special, stats
+from tables import study_table
 
 from bench import calibration
 from bench.control import split_all_ways
 from bench.images import one_seed
 from bench.worlds import PARAMETERS, World, noise_scales
+from diffvit.ledger.spec import overrides_text
+from study.grid import read_grid
 from study.report import compare, curves, power, resampling, scaling
+from study.report.analysis import analyse
 from study.report.scaling import Cells, Estimate
 
 
@@ -268,6 +273,10 @@ def test_power_counts_holms_correction() -> None:
         assert 0.2 < expected < 0.95 and power.power("noise", math.log(0.94), spread, log_costs, 3, 1, error) == pytest.approx(
             expected, abs=0.04
         )
+    odds = 0.2 / 0.8 * 1.5
+    assumed, same, wider = (power.power("noise", math.log(0.94), spread, log_costs, 3, 1, 0.2, each)
+                            for each in (None, (spread, odds / (1 + odds)), (2 * spread, odds / (1 + odds))))  # fmt: skip
+    assert assumed == same > wider + 0.1
     assert power.assumed_spread("BACH") > math.sqrt(2) * 0.086 > power.assumed_spread("CIFAR-100")
 
 
@@ -310,3 +319,28 @@ def test_a_crippled_arm_is_found_and_an_equal_one_is_not() -> None:
     found = split_all_ways([100_000, 200_000, 400_000], logs, [log + 0.6 for log in logs])
     assert found["splits"] == 10 and found["crippled_found"] == 100
     assert found["crippled_error_ratio"] == pytest.approx(math.exp(0.6))
+
+
+@pytest.mark.parametrize(
+    ("grid", "asked"),
+    [
+        ("datasets: [digits, digits-noisy]", "digits-noisy"),
+        ("datasets: [digits, digits-noisy]\noverrides: {lr: 0.001}", "digits-noisy"),
+        ("datasets: [digits, digits-noisy]\noverrides: {input_noise: 0.1}", "digits-noisy"),
+        ("datasets: [digits, digits-noisy]\noverrides: {digits-noisy: {epochs: 5}}", None),
+        ("datasets: [digits]\nconditions: [{lr: 0.001}, {lr: 0.001, input_noise: 0.1}]", "digits"),
+        ("datasets: [digits]\nconditions: [{lr: 0.001}, {lr: 0.01, input_noise: 0.1}]", None),
+        ("datasets: [digits, digits-noisy]\nconditions: {digits: [{}, {input_noise: 0.1}]}", "digits"),
+        ("datasets: [digits, CIFAR-100]\nsizes: [small]", None),
+    ],
+)
+def test_power_asks_about_noise_on_the_data_set_that_the_report_names(grid: str, asked: str | None, tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_text(grid)
+    specs = read_grid(tmp_path / "some.yaml").runs()
+    conditions = dict.fromkeys((spec.dataset, overrides_text(spec.overrides)) for spec in specs)
+    tables = [study_table(dataset=dataset, overrides=overrides, images=359 if "digits" in dataset else 10_000, seed=i)
+              for i, (dataset, overrides) in enumerate(conditions)]  # fmt: skip
+    answers = {answer.question: answer.subject for answer in analyse(pd.concat(tables, ignore_index=True), None).answers}
+    assert answers.get("noise", "none").partition(" ")[0] == (asked or "none")
+    ask = power._asked_about_noise(specs)[1]
+    assert ask == asked if asked else ask in ("digits", "CIFAR-100")  # of test images that `evaluate` would corrupt
