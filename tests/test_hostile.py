@@ -443,7 +443,7 @@ def everything_that_reads(checkpoints: Path, path: Path) -> None:
         if (found := clear(lambda: analyse(table, checkpoints))) is not None:
             page(found, [], "")
     if (rows := clear(lambda: ledger_rows(checkpoints, None))) is not None:
-        ledger_text(rows, checkpoints).encode()
+        ledger_text(rows, checkpoints, None).encode()
 
 
 def written(files: RunFiles, content: str | bytes) -> None:

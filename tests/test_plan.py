@@ -309,15 +309,15 @@ def test_plan_says_what_does_not_fit(cli) -> None:
 @pytest.mark.parametrize(("arguments", "hint"), [
     (("--gpu", "h101"), "did you mean h100"),
     (("--gpu", "abacus"), "known: b200, h200, h100, a100"),
-    (("--gpu", "h100", "--price", "0"), "--help"),
-    (("--gpu", "h100", "--price", "-2"), "--help"),
-    (("--gpu", "h100", "--gpus", "0"), "--help"),
+    (("--gpu", "h100", "--price", "0"), "give a number above 0"),
+    (("--gpu", "h100", "--price", "-2"), "give a number above 0"),
+    (("--gpu", "h100", "--gpus", "0"), "give a whole number of at least 1"),
     (("--gpu", "h100", "--probe"), "--probe measures the machine at hand"),
-    (("--probe", "--probe_seconds", "0"), "--help"),
+    (("--probe", "--probe_seconds", "0"), "give a number above 0"),
     (("--grid", "fulll", "--gpu", "h100"), "did you mean full"),
     (("--gpu", "h100", "--data_root", "nowhere"), "--data_root"),
     (("--gpu", "h100", "--epochs", "0"), "at least 1"),
-    (("--gpus_per_run", "0"), "--probe, or --gpu"),
+    (("--gpus_per_run", "0"), "give --probe, which measures it"),
     (("--gpu", "h100", "--json", "nowhere/plan.json"), "a folder that is there"),
 ])  # fmt: skip
 def test_bad_input(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], hint: str) -> None:
