@@ -258,7 +258,8 @@ def watch(grid: str, dataset: str | None, models: tuple[str, ...], seeds: int | 
 
     if not storage:
         options.note_absent(checkpoints)
-    if seeds is None and (most := max(seeds_of_study(run_table(checkpoints, asked)), default=0)) > max(spec.seed for spec in asked):
+    here = [] if storage or seeds is not None else seeds_of_study(run_table(checkpoints, asked))
+    if (most := max(here, default=0)) > max(spec.seed for spec in asked):
         warn(f"this folder has seeds up to {most} of these runs: --seeds {most + 1} shows them.")
 
     watch_study(StudyOptions(chosen, checkpoints, seeds, epochs).on(None).runs(), checkpoints, storage, data_root, web)
@@ -289,7 +290,7 @@ def report(json_to: Path | None, price: float | None, out: Path | None, **given:
 
     pages, answers = FinishedRuns(**given).report(out, price)
     files = list(map(str, pages))
-    say(f"{brief(answers)}\n" if answers else "nothing to compare yet: no two architectures have finished runs of one size and seed")
+    say(f"{brief(answers)}\n" if answers else "nothing to compare: of these runs, no two architectures share a size and a seed")
     put(lambda: "\n".join(files), lambda: {"files": files, "verdict": list(map(answer_facts, answers))}, json_to)
 
 

@@ -151,9 +151,11 @@ def _data(data_root: str | None) -> str:
 def _storage(saving: Saving) -> str:
     if not saving.storage:
         return "none given; without one, what a lost machine had is lost"
-    was_there = "://" in saving.storage or Path(saving.storage).is_dir()
+    if "://" not in saving.storage and not Path(saving.storage).is_dir():
+        check_writable(_existing(Path(saving.storage)))
+        return f"{saving.storage} is not there yet; a study makes it"
     open_storage(saving.storage).check()
-    return f"{saving.storage} can be written and read" + ("" if was_there else "; it was not there, and has been made")
+    return f"{saving.storage} can be written and read"
 
 
 def diagnosis_text(checks: list[Check]) -> str:

@@ -17,7 +17,7 @@ from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import check_writable
 from diffvit.ledger.files import listing_hint
 from diffvit.ledger.spec import parse_overrides
-from diffvit.protocol import ARMS
+from diffvit.protocol import ARMS, MODELS, PROTOCOLS
 from study.grid import GRIDS, Grid, find_grid, named_after
 from study.table import files_of, run_table, seeds_from_zero, step_table
 
@@ -59,7 +59,7 @@ class FinishedRuns:
         table = run_table(self.checkpoints, specs)
         if table.empty:
             name = f"the grid {self.grid}" if self.grid else "a built-in grid"
-            trains = f"`{study_command(self.grid, self.checkpoints)}` trains {'it' if self.grid else 'one'}."
+            trains = f"`{in_ledger(['study', *self._options(self.grid)], self.checkpoints)}` trains {'it' if self.grid else 'one'}."
             if not self.checkpoints.is_dir():
                 raise UserError(f"there is no folder {self.checkpoints}, and so no finished run of {name}.", trains)
             hint = f"{listing_hint(self.checkpoints)} {trains}"
@@ -112,6 +112,11 @@ class FinishedRuns:
     def _arms(self) -> tuple[str, ...]:
         return self.grids[0].arms if self.grid else ARMS
 
+    def _options(self, grid: str | None) -> list[str]:
+        """The options that choose the runs."""
+        values = [("--grid", grid), ("--dataset", self.dataset), *(("--model", model) for model in self.models), ("--epochs", self.epochs)]
+        return [text for option, value in values if value is not None for text in (option, str(value))]
+
     def _commands(self) -> list[str]:
         """The commands that reproduce these runs. Without a grid: of each built-in one that adds runs to those before it."""
         commands: list[str] = []
@@ -122,21 +127,13 @@ class FinishedRuns:
             if set(runs["run_id"]) <= seen:
                 continue
             seen |= set(runs["run_id"])
-            values = [
-                ("--grid", name),
-                ("--dataset", self.dataset),
-                *(("--model", model) for model in self.models),
-                ("--epochs", self.epochs),
-            ]
-            options = shlex.join(text for option, value in values if value is not None for text in (option, str(value)))
-            seeds, asked = seeds_from_zero(runs), {spec.seed for spec in specs}
-            if asked == {0} and seeds > 1:
-                asked, more_seeds = set(range(seeds)), f" --seeds {seeds}"
-            else:
-                more_seeds = ""
-            commands.append(f"uv run run.py study {options}{more_seeds}")
-            beside = map(_train_command, runs[~runs["seed"].isin(asked)].itertuples())
-            commands += [command for command in beside if command not in commands]
+            options = shlex.join(self._options(name))
+            asked = {spec.dataset: {other.seed for other in specs if other.dataset == spec.dataset} for spec in specs}
+            first, seeds = next(iter(asked.values())), seeds_from_zero(runs)
+            more = seeds > len(first) and all(of == set(range(len(first))) for of in asked.values())
+            commands.append(f"uv run run.py study {options}" + (f" --seeds {seeds}" if more else ""))
+            beside = [run for run in runs.itertuples() if run.seed not in (range(seeds) if more else asked[run.dataset])]
+            commands += [command for command in map(_train_command, beside) if command not in commands]
             kinds = {kind for run in runs.itertuples() for kind in read_evaluations(files_of(self.checkpoints, run))}
             if kinds:
                 commands.append(f"uv run run.py evaluate {options} " + " ".join(f"--{kind}" for kind in sorted(kinds)))
@@ -144,7 +141,9 @@ class FinishedRuns:
 
 
 def _train_command(run: Any) -> str:
-    """The command that trained a run beside a study."""
+    """The command that trained a run beside a study, or a comment where the ledger's names are not those that were given."""
+    if run.model not in MODELS or run.dataset not in PROTOCOLS:
+        return f"# beside it: {run.model} {run.size} {run.dataset} seed {run.seed} {run.overrides}".rstrip()
     names = {name: str(getattr(run, name)) for name in ("model", "size", "dataset", "seed")}
     values = {**names, **{name: json.dumps(value) for name, value in parse_overrides(run.overrides).items()}}
     return f"uv run run.py train {shlex.join(text for name, value in values.items() for text in (f'--{name}', value))}"
@@ -155,10 +154,10 @@ def report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
     return named_after(f"{grids[0].prefix if named else ''}report", grids, epochs)
 
 
-def study_command(grid: str | None, checkpoints: Path) -> str:
-    """The `study` of a grid in a ledger."""
-    options = [("--grid", grid), ("--checkpoints", str(checkpoints) if checkpoints != Path("checkpoints") else None)]
-    return shlex.join(["run.py", "study", *(text for name, value in options if value for text in (name, value))])
+def in_ledger(command: Sequence[str], checkpoints: Path) -> str:
+    """A command line of run.py for a ledger."""
+    where = [] if checkpoints == Path("checkpoints") else ["--checkpoints", str(checkpoints)]
+    return shlex.join(["run.py", *command, *where])
 
 
 def check_of_grid(grid: str | None, **options: Any) -> None:

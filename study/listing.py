@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffvit.ledger.files import RunFiles, result_paths
+from diffvit.ledger.disk import listed
+from diffvit.ledger.files import RunFiles, model_folders, result_paths
 from diffvit.ledger.spec import overrides_text, parse_overrides
 from diffvit.ledger.verify import verify_run
 from diffvit.protocol import PROTOCOLS
-from study.finished import study_command
+from study.finished import in_ledger
 from study.grid import find_grid
 from study.plan import load_fingerprints, run_ids_of
 from study.results import kept_files
@@ -104,8 +105,10 @@ def verify_ledger(checkpoints: Path) -> dict[str, Any]:
 
 def _unfinished_notes(checkpoints: Path) -> list[str]:
     """A sentence where there are runs that have not ended: what they are stands in their grid."""
-    count = len({path.parent for path in checkpoints.glob(".state/*/*.state")})
-    return [f"note: {count} unfinished; `run.py list --grid GRID` names those of a grid"] if count else []
+    files = [path for folder in model_folders(checkpoints) for path in listed(folder)]
+    begun, ended = ({path.name.removesuffix(end) for path in files if path.name.endswith(end)} for end in ("_training.log", "_result.json"))
+    of_grid = in_ledger(["list", "--grid", "GRID"], checkpoints)
+    return [f"note: {count} unfinished; `{of_grid}` names those of a grid"] if (count := len(begun - ended)) else []
 
 
 def ledger_text(rows: list[dict[str, Any]], checkpoints: Path, grid: str | None) -> str:
@@ -113,7 +116,7 @@ def ledger_text(rows: list[dict[str, Any]], checkpoints: Path, grid: str | None)
     if not rows:
         found = f"no finished runs in {checkpoints}" if checkpoints.is_dir() else f"there is no folder {checkpoints} yet"
         notes = _unfinished_notes(checkpoints) if grid is None else []
-        return "\n".join([f"{found}; `{study_command(None, checkpoints)}` trains twelve", *notes])
+        return "\n".join([f"{found}; `{in_ledger(['study'], checkpoints)}` trains twelve runs", *notes])
     header = ("state", "model", "size", "data set", "seed", "run_id", "accuracy", "finished", "overrides")
     body = [
         (

@@ -94,8 +94,13 @@ def _what_is_kept(options: StudyOptions, runs: list[PlannedRun]) -> str:
     done = f"{len(runs) - len(left)} of {len(runs)} runs are done"
     if options.saving.storage:  # where states may be that are not here
         return f"{done}; those that have begun resume from their states"
-    begun = sum(bool(StateFolder(options.checkpoints, str(run.run_id)).steps()) for run in left)
+    begun = _with_states(left, options)
     return f"{done}, {begun} begun (they resume from their states), {len(left) - begun} not begun"
+
+
+def _with_states(runs: list[PlannedRun], options: StudyOptions) -> int:
+    """How many of the runs have a state here."""
+    return sum(bool(StateFolder(options.checkpoints, str(run.run_id)).steps()) for run in runs)
 
 
 def _ask() -> None:
@@ -191,8 +196,8 @@ def _train(
         check_storage_and_data(settings.saving.storage, settings.data_folders())
     elif cluster.nodes > 1:
         check_shared_folder(options.checkpoints, settings.data_folders())
-    begun = sum(bool(StateFolder(options.checkpoints, str(run.run_id)).steps()) for run in pending)
-    resumed = f" ({begun} resume from their states)" if begun else ""
+    with_states = _with_states(pending, options)
+    resumed = f" ({with_states} resume from their states)" if with_states else ""
     say(f"{len(pending)} of {len(runs)} runs to train{resumed}, {slots} at a time")
     forecast = expected_forecast(options, runs, cluster)
     if forecast:

@@ -33,7 +33,7 @@ def _parse_yaml(text: str) -> Any:
         # Checked before anything is built: aliases can multiply the content, and tags create arbitrary objects.
         for event in yaml.parse(text, yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) or getattr(event, "tag", None):
-                raise ValueError("a grid file takes no anchors (&), aliases (*) and tags (!)")
+                raise ValueError("it takes no anchors (&), aliases (*) and tags (!)")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _DEEPEST + 1:
                 raise ValueError("it is nested too deeply")

@@ -46,7 +46,7 @@ def test_train_evaluate_list_plot(cli, tmp_path: Path) -> None:
     listed = cli("list")
     assert "1 of 1 runs done" in listed.out
     assert re.fullmatch(
-        "there is no folder elsewhere yet; `(uv run|python) run.py study --checkpoints elsewhere` trains twelve\n",
+        "there is no folder elsewhere yet; `(uv run|python) run.py study --checkpoints elsewhere` trains twelve runs\n",
         cli("list", "--checkpoints", "elsewhere").out,
     )
     one, beginning = (cli("evaluate", "--run_id", report["run_id"][:length], "--json") for length in (10, 4))
@@ -199,6 +199,10 @@ BAD_INPUT = [
     (("study", "--seeds", "--dry_run"), "--seeds has no value: --dry_run follows it"),
     (("study", "--seeds", "--dry-run"), "--seeds has no value: --dry-run follows it"),
     (("study", "--checkpoints", "--seeds=3", "--dry_run"), "--checkpoints has no value: --seeds=3 follows it"),
+    (("study", "--dry_run", "--storage", "--no-recompute"), "--storage has no value: --no-recompute follows it"),
+    (("power", "--no_recompute"), "it is one of `"),
+    (("plan", "--gpu", "h100", "--session", "nan"), "give a number above 0"),
+    ((*TRAIN, "--lr", "inf"), "give a number."),
     (("study", "--seeds", "--help"), "--seeds has no value: --help follows it"),
     (("train", *TRAIN[1:5], "--dataset", "empty.yaml:mine"), "names no datasets"),
     (("study", "--models", "classic"), "Did you mean '--model'?"),

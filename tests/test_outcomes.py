@@ -126,6 +126,12 @@ def test_a_trial_leaves_the_studys_outcome_alone(ledger) -> None:
 def test_the_report_names_the_study_and_what_was_trained_beside_it(ledger) -> None:
     assert ledger(*STUDY, "--seeds", "2").code == 0
     assert ledger("train", "--model", "classic", "--size", "small", "--dataset", "digits", "--seed", "7").code == 0
+    Path("two.yaml").write_text(Path("one.yaml").read_text() + "seeds: [0, 1]\n")
+    assert FinishedRuns(CHECKPOINTS, "two.yaml")._commands()[:2] == [
+        "uv run run.py study --grid two.yaml", "uv run run.py train --model vit_classic --size 0.1M --dataset digits --seed 7"
+    ]  # fmt: skip
+    Path("two.yaml").write_text(Path("one.yaml").read_text() + "seeds: 1\n")
+    assert FinishedRuns(CHECKPOINTS, "two.yaml")._commands()[0] == "uv run run.py study --grid two.yaml --seeds 2"
     commands = FinishedRuns(CHECKPOINTS, "one.yaml")._commands()
     assert [command.removeprefix("uv run run.py ") for command in commands[:-1]] == [
         "study --grid one.yaml --seeds 2", "train --model vit_classic --size 0.1M --dataset digits --seed 7"
@@ -225,6 +231,7 @@ def test_runs_that_nothing_tells_apart_are_shown_with_what_does(ledger) -> None:
         (("evaluate", *CELL, "--seed", "7"), "seed 7"),
         (("list", "--epochs", "3"), "--epochs is given without --grid"),
         (("list", "--seeds", "3"), "--seeds is given without --grid"),
+        (("report", "--grid", "noise", "--dataset", "digits-noisy"), "run.py study --grid noise --dataset digits-noisy` trains it"),
         (("list", "--model", "classic"), "--model is given without --grid"),
         (("list", "--verify", "--grid", "digits"), "--verify and --grid exclude"),
     ],
@@ -382,10 +389,11 @@ def test_a_stop_says_what_resumes(tmp_path: Path) -> None:
     assert main._what_is_kept(options, runs) == "0 of 12 runs are done, 1 begun (they resume from their states), 11 not begun"
     elsewhere = dataclasses.replace(options, saving=dataclasses.replace(options.saving, storage="s3://b"))
     assert main._what_is_kept(elsewhere, runs) == "0 of 12 runs are done; those that have begun resume from their states"
+    for name in ("a1_0.1M_digits_training.log", "b2_0.1M_digits_training.log", "b2_0.1M_digits_result.json"):
+        (tmp_path / "vit_classic").mkdir(exist_ok=True)
+        (tmp_path / "vit_classic" / f"model_{name}").touch()
     said = ledger_text([], tmp_path, None)
-    assert said.endswith("\nnote: 1 unfinished; `run.py list --grid GRID` names those of a grid") and "unfinished" not in ledger_text(
-        [], tmp_path, "lr"
-    )
+    assert said.endswith(f"\nnote: 1 unfinished; `run.py list --grid GRID --checkpoints {tmp_path}` names those of a grid")
 
 
 @pytest.mark.parametrize("overrides", [{"heads": 8}, {"image_size": 16}, {"patch_size": 4}, {"residual_scale": False}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -372,7 +373,7 @@ def test_plan_probe_study_and_rehearsal_as_commands(tmp_path: Path, cli, monkeyp
     monkeypatch.setenv("DIFFVIT_CACHE", str(tmp_path / "cache"))
     grid = "datasets: [digits]\nsizes: [small]\noverrides: {epochs: 2}\n"
     rehearsed = finish(study(tmp_path, "--rehearse", grid=grid)).splitlines()
-    assert sum(line.startswith("ok ") and " GB " in line for line in rehearsed) == 2
+    assert sum(line.startswith("ok ") and " GB: " in line for line in rehearsed) == 2
     assert not (tmp_path / "checkpoints").exists()
     assert cli("study", "--grid", "grid.yaml", "--address", "local", "--rehearse", "--dry_run").code == 2
 
@@ -384,7 +385,11 @@ def test_plan_probe_study_and_rehearsal_as_commands(tmp_path: Path, cli, monkeyp
     assert json.loads((tmp_path / "plan.json").read_text())["makespan_seconds"] > 0
     assert cli("plan", "--grid", "grid.yaml", "--address", "local").out in probed
 
-    said = finish(study(tmp_path, grid=grid))
+    begun = time.monotonic()
+    said = finish(study(tmp_path, "--price", "3600", grid=grid))
+    passed = time.monotonic() - begun
+    bill = float(re.search(r"; \$([\d,.]+) for all 1 machines from start to end$", said, re.MULTILINE)[1].replace(",", ""))
+    assert 0 < bill <= passed  # at a dollar a second
     assert re.search(r"^forecast: \d+", said, re.MULTILINE)
     assert len(re.findall(r"^vit_\w+ 0\.1M digits seed 0 .*\d s +\d+\.\d s +[+-]\d+ %$", said, re.MULTILINE)) == 2
     assert re.search(r"^whole study: forecast \d+.*, took \d+.*: [+-]\d+ %$", said, re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,7 +22,10 @@ class Option(click.Option):
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
         try:
-            return super().type_cast_value(ctx, value)
+            converted = super().type_cast_value(ctx, value)
+            if isinstance(converted, float) and not math.isfinite(converted):
+                raise click.BadParameter("", ctx, self)
+            return converted
         except click.BadParameter as error:
             if (takes := _what_it_takes(self.type)) is None or isinstance(error, click.MissingParameter) or ctx.resilient_parsing:
                 raise
@@ -106,7 +110,7 @@ class StrictCommand(click.Command):
 
     def _check_given(self, ctx: click.Context, given: dict[str, Any], order: Sequence[click.Parameter]) -> None:
         """Refuse what is empty, given twice, or has another option for its value."""
-        names = {name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)}
+        names = {name for param in self.get_params(ctx) for name in _names_of(param)}
         for param in self.params:
             is_option, value = isinstance(param, click.Option), given.get(str(param.name))
             name = param.opts[0] if is_option else f"argument {param.human_readable_name}"
@@ -136,8 +140,13 @@ def _commands_with(option_name: str, ctx: click.Context) -> list[str]:
     return [
         f"`{ctx.find_root().info_name} {name}`"
         for name, command in commands.items()
-        if any(isinstance(param, click.Option) and option_name in param.opts for param in command.params)
+        if any(_option_of(option_name) in _names_of(param) for param in command.params)
     ]
+
+
+def _names_of(param: click.Parameter) -> set[str | None]:
+    """An option's names, as _option_of has them."""
+    return {_option_of(name) for name in (*param.opts, *param.secondary_opts)} - {None}
 
 
 def _option_of(text: str) -> str | None:

@@ -58,9 +58,12 @@ def _legend(answers: Sequence[Answer]) -> list[str]:
     lines = [f"({'; '.join(_MEANING[question] for question in asked)})"]
     if any(answer.verdict == "undecided" for answer in answers):
         lines.append("(undecided: the page says what would have been found)")
-    if (questions := max((answer.questions for answer in answers if answer.estimate.known), default=1)) > 1:
-        looks = " and the looks" if any(answer.look > 1 for answer in answers) else ""
-        lines.append(f"(p: after Holm's correction over {questions} questions{looks})")
+    known = [answer for answer in answers if answer.estimate.known]
+    questions = max((answer.questions for answer in known), default=1)
+    corrections = [f"Holm's correction over {questions} questions"] if questions > 1 else []
+    corrections += ["that for a later look"] if any(answer.look > 1 for answer in known) else []
+    if corrections:
+        lines.append(f"(p: after {' and '.join(corrections)})")
     for source in dict.fromkeys(answer.null_source for answer in answers if not answer.estimate.known and answer.null_source):
         lines.append(f"(no effect gives: what chance alone would produce, {source})")
     return lines

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from diffvit.protocol import model_title
 from study.report.scaling import Estimate
-from study.report.verdict import ALPHA, LATER, MARGIN, Answer
+from study.report.verdict import ALPHA, DIVERGED, LATER, MARGIN, Answer
 
 _CLAIMS = {
     "level": {
@@ -70,7 +70,8 @@ def _within_margin(answer: Answer) -> str:
 def beside_the_number(answer: Answer) -> list[str]:
     """What else is said of an answer that is shown with its verdict and numbers, a sentence each."""
     unknown = "" if answer.estimate.known or answer.seeds == 1 or answer.blocked else f"no interval ({answer.unknown})"
-    phrases = [text for text in (answer.blocked, _within_margin(answer), unknown, answer.beside) if text]
+    diverged = "counting the runs that diverged would change the verdict" if answer.verdict == DIVERGED else ""
+    phrases = [text for text in (answer.blocked, diverged, _within_margin(answer), unknown, answer.beside) if text]
     decided = answer.remarks if answer.verdict in ("better", "worse", "equivalent") else ()
     return [*(f"{text[0].upper()}{text[1:]}." for text in phrases), *notes(answer), *decided]
 

@@ -60,15 +60,15 @@ def _draw_findings(analysis: Analysis, out: Path) -> list[Path]:
             runs = part.table[part.table["run_id"].isin(list(attended))]
             if len(runs):
                 written += save(attention_curves(runs, attended, part.name), out / f"{stem}_attention")
+            if len(shared := in_common(runs)):
                 with contextlib.suppress(ValueError):  # models that were shown different pictures have none to compare
-                    pictures = attention_pictures(_side_by_side(runs, attended), f"{part.name}: where the largest models look")
+                    pictures = attention_pictures(_side_by_side(shared, attended), f"{part.name}: where the largest models look")
                     written += save(pictures, out / f"{stem}_attention_maps")
     return written
 
 
 def _side_by_side(runs: pd.DataFrame, attended: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Model -> findings, of the largest size and first seed that the models have in common."""
-    shared = in_common(runs)
-    largest = shared.sort_values(["parameters", "seed"], ascending=[False, True]).iloc[0]
-    chosen = shared[(shared["size"] == largest["size"]) & (shared["seed"] == largest["seed"])]
+    """Model -> findings, of the largest size and first seed of runs that the models have in common."""
+    largest = runs.sort_values(["parameters", "seed"], ascending=[False, True]).iloc[0]
+    chosen = runs[(runs["size"] == largest["size"]) & (runs["seed"] == largest["seed"])]
     return {str(run.model): attended[str(run.run_id)] for run in chosen.itertuples()}
