@@ -128,7 +128,9 @@ class FinishedRuns:
                 continue
             seen |= set(runs["run_id"])
             options = shlex.join(self._options(name))
-            asked = {spec.dataset: {other.seed for other in specs if other.dataset == spec.dataset} for spec in specs}
+            asked: dict[str, set[int]] = {}
+            for spec in specs:
+                asked.setdefault(spec.dataset, set()).add(spec.seed)
             first, seeds = next(iter(asked.values())), seeds_from_zero(runs)
             more = seeds > len(first) and all(of == set(range(len(first))) for of in asked.values())
             commands.append(f"uv run run.py study {options}" + (f" --seeds {seeds}" if more else ""))
