@@ -314,7 +314,8 @@ def test_readers_that_have_gone_do_not_end_the_work(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_study_whose_terminal_is_closed_saves_its_states_and_leaves_nothing_running(tmp_path: Path) -> None:
     (tmp_path / "grid.yaml").write_text("datasets: [digits]\nsizes: [small]\noverrides: {epochs: 5000}\n")
-    terminal = _Terminal(tmp_path, "study", "--grid", "grid.yaml", "--address", "local", "--save_every", "1h")
+    # A machine that was measured has a forecast, and would be asked whether to start so long a study.
+    terminal = _Terminal(tmp_path, "study", "--grid", "grid.yaml", "--address", "local", "--save_every", "1h", "--yes")
     with ending(terminal.process):
         wait_until(lambda: terminal.read() or _training(tmp_path), terminal.process)
         started = family(terminal.process)[1:]
