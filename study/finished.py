@@ -15,7 +15,7 @@ import pandas as pd
 from diffvit.errors import UserError
 from diffvit.findings.kept import read_evaluations
 from diffvit.ledger.disk import check_writable
-from diffvit.ledger.files import listing_hint
+from diffvit.ledger.files import in_ledger, listing_hint
 from diffvit.ledger.spec import parse_overrides
 from diffvit.protocol import ARMS, MODELS, PROTOCOLS
 from study.grid import GRIDS, Grid, find_grid, named_after
@@ -154,12 +154,6 @@ def _train_command(run: Any) -> str:
 def report_name(grids: Sequence[Grid], epochs: int | None, named: bool) -> str:
     """The report's folder in the checkpoints folder: built-in grids share one, a grid file that is named has its own."""
     return named_after(f"{grids[0].prefix if named else ''}report", grids, epochs)
-
-
-def in_ledger(command: Sequence[str], checkpoints: Path) -> str:
-    """A command line of run.py for a ledger."""
-    where = [] if checkpoints == Path("checkpoints") else ["--checkpoints", str(checkpoints)]
-    return shlex.join(["run.py", *command, *where])
 
 
 def check_of_grid(grid: str | None, **options: Any) -> None:

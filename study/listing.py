@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from diffvit.ledger.disk import listed
-from diffvit.ledger.files import RunFiles, model_folders, result_paths
+from diffvit.ledger.files import RunFiles, in_ledger, model_folders, result_paths
 from diffvit.ledger.spec import overrides_text, parse_overrides
 from diffvit.ledger.verify import verify_run
 from diffvit.protocol import PROTOCOLS
-from study.finished import in_ledger
 from study.grid import find_grid
 from study.plan import load_fingerprints, run_ids_of
 from study.results import kept_files

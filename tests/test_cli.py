@@ -64,11 +64,10 @@ def test_train_evaluate_list_plot(cli, tmp_path: Path) -> None:
     assert all(Path(path).is_file() for path in drawn.out.split())
 
 
-def test_findings_are_kept_and_end_in_the_report(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_findings_are_kept_and_end_in_the_report(cli) -> None:
     Path("two.yaml").write_text("datasets: [digits]\nsizes: [small]\noverrides: {max_steps: 2}")
     for model in ("vit_classic", "vit_differential"):
         assert cli("train", "--model", model, "--size", "small", "--dataset", "digits", "--max_steps", "2").code == 0
-    monkeypatch.setattr("study.commands.evaluating._MORE_THAN_READING", 0.0)
     first = cli("evaluate", "--grid", "two.yaml", "--corruptions")
     rows = [line.split() for line in first.out.splitlines() if line.startswith(("classic ", "differential "))]
     assert first.code == 0 and len(rows) == 2 and "run.py report --grid two.yaml" in first.err
@@ -83,7 +82,6 @@ def test_findings_are_kept_and_end_in_the_report(cli, monkeypatch: pytest.Monkey
     before = [path.read_bytes() for path in kept]
     trial = cli("evaluate", "--grid", "two.yaml", "--corruptions", "--limit", "64", "--json")
     assert len(json.loads(trial.out)) == 2 and [path.read_bytes() for path in kept] == before  # a trial is not kept
-    monkeypatch.setattr("study.commands.evaluating._MORE_THAN_READING", math.inf)
     again = cli("evaluate", "--grid", "two.yaml", "--corruptions")
     assert again.out == first.out and "left" not in again.err and len(kept) == 2
     assert cli("list", "--verify").code == 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,7 +85,12 @@ def model_folders(checkpoints: Path) -> list[Path]:
     return [folder for folder in listed(Path(checkpoints)) if re.fullmatch(NAME, folder.name)]
 
 
+def in_ledger(command: Sequence[str], checkpoints: Path) -> str:
+    """A command line of run.py for a ledger."""
+    where = [] if checkpoints == Path("checkpoints") else ["--checkpoints", str(checkpoints)]
+    return shlex.join(["run.py", *command, *where])
+
+
 def listing_hint(checkpoints: Path) -> str:
     """What shows which runs a ledger has."""
-    which = "" if checkpoints == Path("checkpoints") else f" --checkpoints {shlex.quote(str(checkpoints))}"
-    return f"`run.py list{which}` shows the runs there are."
+    return f"`{in_ledger(['list'], checkpoints)}` shows the runs there are."

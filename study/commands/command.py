@@ -116,7 +116,7 @@ class StrictCommand(click.Command):
             name = param.opts[0] if is_option else f"argument {param.human_readable_name}"
             if value == "":
                 raise click.UsageError(f"{name} is empty.", ctx)
-            if is_option and (other := next((each for each in _texts(value) if _option_of(each) in names), None)):
+            if is_option and (other := next((each for each in _texts(value) if option_name(each) in names), None)):
                 raise click.UsageError(f"{name} has no value: {other} follows it.", ctx)
             once = isinstance(param, click.Option) and not param.multiple and (not param.is_flag or bool(param.secondary_opts))
             if once and order.count(param) > 1:
@@ -133,23 +133,23 @@ class StrictCommand(click.Command):
                 formatter.write_dl([(f"uv run {ctx.find_root().info_name} {line}", what) for line, what in self.examples], col_max=0)
 
 
-def _commands_with(option_name: str, ctx: click.Context) -> list[str]:
+def _commands_with(given: str, ctx: click.Context) -> list[str]:
     """The other commands that have an option."""
     group = ctx.parent.command if ctx.parent else None
     commands = group.commands if isinstance(group, click.Group) else {}
     return [
         f"`{ctx.find_root().info_name} {name}`"
         for name, command in commands.items()
-        if any(_option_of(option_name) in _names_of(param) for param in command.params)
+        if any(option_name(given) in _names_of(param) for param in command.params)
     ]
 
 
 def _names_of(param: click.Parameter) -> set[str | None]:
-    """An option's names, as _option_of has them."""
-    return {_option_of(name) for name in (*param.opts, *param.secondary_opts)} - {None}
+    """An option's names, as option_name has them."""
+    return {option_name(name) for name in (*param.opts, *param.secondary_opts)} - {None}
 
 
-def _option_of(text: str) -> str | None:
+def option_name(text: str) -> str | None:
     """The name of the option that a word of a command line is; None for another word."""
     return f"--{text[2:].partition('=')[0].replace('-', '_')}" if text.startswith("--") else None
 

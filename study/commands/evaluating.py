@@ -18,9 +18,6 @@ from diffvit.ledger.spec import overrides_text
 from diffvit.ledger.weights import read_header
 from study.text import clock, columns, put, runs_table, say, short_model, warn
 
-# Seconds. What the ledger has already is read, and says nothing of the others.
-_MORE_THAN_READING = 0.5
-
 
 def print_evaluation(path: Path, json_to: Path | None, **settings: Any) -> None:
     """Accuracy and loss of a checkpoint, in all and per class. Arguments as evaluate_checkpoint takes them."""
@@ -39,14 +36,16 @@ def print_findings(
     known = 0
     for number, path in enumerate(paths, start=1):
         left = f", about {clock(statistics.fmean(took) * (len(paths) - number + 1))} left" if took else ""
-        is_known = not again and limit is None and set(kinds) <= set(read_evaluations(files_of_weights(path)))
-        known += is_known
-        if not is_known:
+        kept = {} if again or limit is not None else read_evaluations(files_of_weights(path))
+        if set(kinds) <= set(kept):
+            known += 1
+            findings = {kind: kept[kind] for kind in kinds}
+        else:
             say(f"{number} of {len(paths)}: {_title(path)}{left}")
-        begun = time.monotonic()
-        findings = all_findings[str(path)] = findings_of(files_of_weights(path), kinds, again=again, limit=limit, **settings)
-        if (seconds := time.monotonic() - begun) > _MORE_THAN_READING:
-            took.append(seconds)
+            begun = time.monotonic()
+            findings = findings_of(files_of_weights(path), kinds, again=again, limit=limit, **settings)
+            took.append(time.monotonic() - begun)
+        all_findings[str(path)] = findings
         for found in findings.values():
             for warning in found["warnings"]:
                 warn(warning)

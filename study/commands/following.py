@@ -6,17 +6,20 @@ import re
 import shlex
 from collections.abc import Collection, Sequence
 
+from study.commands.command import option_name
+
 # What names the ledger and its runs, for every command that takes a grid.
 _OF_LEDGER = ("--checkpoints", "--data_root")
 _OF_RUNS = ("--grid", "--dataset", "--model", "--epochs", *_OF_LEDGER)
-_WITH_SECRET = " (with the secret"
+# What own_command ends in where it hides one.
+WITH_SECRET = " (with the secret"
 _COMMANDS = ("study", "evaluate")
 
 
 def of_same_runs(given: str, name: str) -> str:
     """The command of this name, such as `report`, for the runs that a command line as own_command gives it names."""
     before, kept = _kept(given, _OF_RUNS)
-    named = {_option(word) for word in kept}
+    named = {option_name(word) for word in kept}
     if "--model" in named and "--grid" not in named:  # of which `study` alone has a default
         kept = ["--grid", "digits", *kept]
     return shlex.join([*before, name, *kept])
@@ -30,19 +33,14 @@ def of_one_run(given: str, kinds: Sequence[str]) -> str:
 
 def with_seeds(given: str, seeds: int) -> str:
     """A `study` command line that trains this many seeds."""
-    command, *secret = given.partition(_WITH_SECRET)
+    command, *secret = given.partition(WITH_SECRET)
     return f"{re.sub(r' --(seeds[ =][0-9]+|collect)', '', command)} --seeds {seeds}{''.join(secret)}"
 
 
 def _kept(given: str, names: Collection[str]) -> tuple[list[str], list[str]]:
     """The words before the command's name, and of those after it the options of these names with their values."""
-    words = shlex.split(given.partition(_WITH_SECRET)[0])
+    words = shlex.split(given.partition(WITH_SECRET)[0])
     start = next((number for number, word in enumerate(words) if word in _COMMANDS), len(words))
     kept = [word for before, word in zip(words[start:], words[start + 1 :], strict=False)
-            if _option(word) in names or (_option(before) in names and "=" not in before)]  # fmt: skip
+            if option_name(word) in names or (option_name(before) in names and "=" not in before)]  # fmt: skip
     return words[:start], kept
-
-
-def _option(word: str) -> str:
-    """An option's name, which may be written with - or _; other words as they are."""
-    return f"--{word[2:].partition('=')[0].replace('-', '_')}" if word.startswith("--") else word

@@ -12,6 +12,7 @@ import click
 from diffvit.errors import HIDDEN, redacted
 from diffvit.hub.account import find_account
 from diffvit.hub.client import Hub
+from study.commands.following import WITH_SECRET
 from study.text import for_terminal, runner, say, show, warn
 
 
@@ -27,7 +28,7 @@ def own_command() -> str:
     """The command line as it was given but for secrets, for "to resume, run: …"."""
     given = [redacted(argument) for argument in sys.argv[1:]]
     command = shlex.join([*runner().split(), "run.py", *given])
-    return command if given == sys.argv[1:] else f"{command} (with the secret in place of {HIDDEN})"
+    return command if given == sys.argv[1:] else f"{command}{WITH_SECRET} in place of {HIDDEN})"
 
 
 def transfer(move: Callable, source: Any, target: Any, force: bool, sentence: str) -> None:

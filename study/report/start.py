@@ -87,11 +87,5 @@ def start_gaps(rows: Sequence[Mapping[str, Any]], arms: Sequence[str] = ARMS) ->
     names = {(cell, arm): f"{cell}, {model_title(arm)}" if several else cell for cell, arm in gaps}
     far = ", ".join(f"{names[key]} ({gap:.2f})" for key, gap in gaps.items() if round(gap, 2) > MOST_APART)
     sentence = f"The {'' if several else 'two '}arms' cosines differ by at most {max(gaps.values()):.2f}."
-    return [
-        sentence,
-        *(
-            [f"They differ by more than {MOST_APART:g}, so there the tokens do not start alike, though all shared weights do: {far}."]
-            if far
-            else []
-        ),
-    ]
+    apart = f"They differ by more than {MOST_APART:g}, so there the tokens do not start alike, though all shared weights do: {far}."
+    return [sentence, apart] if far else [sentence]
